@@ -1,0 +1,158 @@
+"""A pair becomes a chat: the question both reasoner and listener are asked, with untrusted text made harmless.
+
+The wording of the question, the answer labels and the tags are data (`ChatFormat`): they travel with a checkpoint in
+its `listener_reward.json`, so that a checkpoint with another format is a file and not code.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from listener_reward.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SLOT = re.compile(r"\{(first|second|prompt)\}")
+
+QWEN_RESERVED = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+)
+"""Tokens that no user's text may contain, beside those of the tokenizer in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages in transformers' conversational form, and the images that fill their `{"type": "image"}` blocks."""
+
+    messages: list[dict[str, Any]]
+    images: tuple[Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a checkpoint is asked and how it answers."""
+
+    question: str = field(default_factory=lambda: default_question())
+    """The user's turn, with `{first}` and `{second}` where the images stand and `{prompt}` for the prompt."""
+
+    system: str | None = None
+    """The system turn; None leaves it to the chat template."""
+
+    labels: tuple[str, str] = ("1", "2")
+    """The answers that mean "the first" and "the second". Each must be one token after `answer[0]`."""
+
+    think: tuple[str, str] = ("<think>", "</think>")
+    answer: tuple[str, str] = ("<answer>", "</answer>")
+
+    max_prompt_chars: int = 4000
+    """Longer prompts are cut here, with a warning: no generator reads more, and one row must not fill the memory."""
+
+    def __post_init__(self) -> None:
+        slots = _SLOT.findall(self.question)
+        if sorted(slots) != ["first", "prompt", "second"]:
+            raise InputError(
+                f"question has the slots {slots}; it needs {{first}}, {{second}} and {{prompt}}, once each: "
+                f"{self.question!r}"
+            )
+        if len(set(self.labels)) != 2:
+            raise InputError(f"labels are {self.labels!r}; two different answers are needed, such as ('1', '2')")
+
+    def messages(self, prompt: str, reserved: Collection[str] = ()) -> list[dict[str, Any]]:
+        """The question about `prompt` as chat messages with two empty image blocks.
+
+        `reserved` are the tokenizer's own special tokens (`reserved_tokens`); none survives in the prompt.
+        """
+        if len(prompt) > self.max_prompt_chars:
+            warnings.warn(
+                f"a prompt of {len(prompt)} characters is cut to max_prompt_chars={self.max_prompt_chars}", stacklevel=2
+            )
+            prompt = prompt[: self.max_prompt_chars]
+        safe = neutralise(prompt, self.reserved(reserved))
+        blocks: list[dict[str, Any]] = []
+        for index, part in enumerate(_SLOT.split(self.question)):
+            if index % 2 and part != "prompt":
+                blocks.append({"type": "image"})
+            elif text := safe if index % 2 else part:
+                blocks.append({"type": "text", "text": text})
+        turns = [{"role": "user", "content": _merge_text(blocks)}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
+        return turns
+
+    def chat(self, prompt: str, first: Image, second: Image, reserved: Collection[str] = ()) -> Chat:
+        """The question about two images, in the order in which they are to be shown."""
+        return Chat(self.messages(prompt, reserved), (first, second))
+
+    def answer_slot(self, thought: str) -> str:
+        """The assistant's turn up to the place where the answer's label stands."""
+        return f"{self.think[0]}{thought}{self.think[1]}{self.answer[0]}"
+
+    def reserved(self, more: Collection[str] = ()) -> frozenset[str]:
+        return frozenset((*QWEN_RESERVED, *self.think, *self.answer, *more))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "system": self.system,
+            "labels": list(self.labels),
+            "think": list(self.think),
+            "answer": list(self.answer),
+            "max_prompt_chars": self.max_prompt_chars,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> ChatFormat:
+        unknown = set(saved) - set(cls.__slots__)
+        if unknown:
+            raise InputError(f"format has unknown fields {sorted(unknown)}; it may have {sorted(cls.__slots__)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+
+
+def default_question() -> str:
+    """The question that large models are asked (`prompts/question.txt`)."""
+    return resources.files("listener_reward").joinpath("prompts/question.txt").read_text(encoding="utf-8").strip()
+
+
+def reserved_tokens(tokenizer: Any) -> frozenset[str]:
+    """Every token that `tokenizer` would read as one piece wherever it stands in a text."""
+    return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
+
+
+def neutralise(text: str, reserved: Collection[str]) -> str:
+    """`text` with every reserved token broken by a space after its first character, and unpaired surrogates gone.
+
+    The words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. Breaking cannot create a
+    new occurrence, because no reserved token holds a space.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    pattern = "|".join(map(re.escape, sorted(filter(None, reserved), key=len, reverse=True)))
+    while re.search(pattern, text):
+        text = re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
+
+
+def _merge_text(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: list[dict[str, Any]] = []
+    for block in blocks:
+        if merged and merged[-1]["type"] == block["type"] == "text":
+            merged[-1] = {"type": "text", "text": merged[-1]["text"] + block["text"]}
+        else:
+            merged.append(block)
+    return merged

@@ -1,0 +1,238 @@
+"""The one conversion to PIL: whatever holds a picture becomes a plain RGB image of sane size, or an `InputError`.
+
+What counts as the same picture is fixed here for the whole package: transparency shows white, an animation is its
+first frame, EXIF orientation is applied, floats are in [0, 1] and never rescaled by guesswork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from listener_reward.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Mapping[str, Any]"
+"""A PIL image, a path, the bytes of an image file, an array or tensor, or `{"bytes": ..., "path": ...}` (what the
+`datasets` library gives for an image it has not decoded)."""
+
+MAX_SIDE = 2048
+"""Longest side of what comes out; larger pictures are reduced. No vision tower here resolves more."""
+
+MAX_PIXELS = 2**26
+"""A file that claims more than 8192 x 8192 pixels is refused before it is decoded, as a decompression bomb."""
+
+MAX_ASPECT = 50
+"""Thinner pictures are padded to this with white: vision processors refuse extreme ratios."""
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Formats that are only data. PIL also knows some that start an interpreter (EPS runs Ghostscript)."""
+
+_SLACK = 0.01
+"""How far floats may leave [0, 1]: one bfloat16 step above 1 is 0.0078."""
+
+
+def to_pil(image: ImageLike, *, field: str = "image") -> Image.Image:
+    """`image` as an RGB PIL image, its longest side at most `MAX_SIDE`, its aspect at most 1:`MAX_ASPECT`.
+
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C in {1, 3, 4}, uint8 in [0, 255] or any float in
+    [0, 1]. Where both ends could be C, 3 beats 4 beats 1; where both are equal, uint8 is (H, W, C) and a float is
+    (C, H, W).
+
+    Raises:
+        InputError: nothing readable is there, or an array's rank, dtype or range is not one of the above. The message
+            begins with `field`.
+    """
+    array = _as_array(image, field)
+    if array is not None:
+        return _bounded(_from_array(array, field))
+    try:
+        return _bounded(_to_rgb(image, field) if isinstance(image, Image.Image) else _read(image, field))
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{field} is {_shown(image)}, in no format read here; give a PNG, JPEG or WebP") from error
+    except Exception as error:  # PIL's decoders raise nearly everything on broken files
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{field} is {_shown(image)}, which does not decode ({reason}); save it anew") from error
+
+
+def to_pil_batch(images: Any, *, field: str = "images") -> list[Image.Image]:
+    """A batch as RGB PIL images: (N, C, H, W) floats in [0, 1], (N, H, W, C) uint8, or a sequence of `ImageLike`.
+
+    Raises:
+        InputError: as `to_pil`, naming the entry; or this is one image, or an array that is not of rank 4.
+    """
+    array = _as_array(images, field)
+    if isinstance(images, Image.Image | str | bytes | os.PathLike | Mapping):
+        raise InputError(f"{field} is {_shown(images)}, one image and not a batch; wrap it in a list")
+    if array is None and not isinstance(images, Iterable):
+        raise InputError(f"{field} is {_shown(images)}; give a list of images or an array of rank 4")
+    if array is not None and array.ndim != 4 and not (array.ndim == 1 and array.dtype == object):
+        hint = {3: "add a leading axis to one image", 5: "a video's frames are judged one by one: give them as rank 4"}
+        fix = hint.get(array.ndim, "give (N, C, H, W) floats or (N, H, W, C) uint8")
+        raise InputError(f"{field} has shape {array.shape}, rank {array.ndim} where a batch has rank 4; {fix}")
+    return [to_pil(image, field=f"{field}[{i}]") for i, image in enumerate(images if array is None else array)]
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read(source: Any, field: str) -> Image.Image:
+    if isinstance(source, Mapping):
+        source = _content(source)
+        if source is None:
+            raise InputError(f"{field} is a mapping with neither bytes nor a path; fill in one of the two")
+    if isinstance(source, bytes | bytearray | memoryview):
+        file: Any = io.BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        if "://" in str(source):
+            raise InputError(f"{field} is the URL {_shown(source)}; download it and give the file")
+        if not os.path.isfile(source):
+            raise InputError(f"{field} is {_shown(source)}, where there is no file; check the path")
+        file = source
+    else:
+        raise InputError(
+            f"{field} is {_shown(source)}; give a PIL image, a path, the bytes of an image file, an array or a tensor"
+        )
+    with Image.open(file, formats=_FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise InputError(
+                f"{field} is {_shown(source)} of {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}; "
+                f"reduce it to {MAX_SIDE} pixels a side"
+            )
+        return _to_rgb(picture, field)
+
+
+def _content(undecoded: Mapping[str, Any]) -> Any:
+    data = undecoded.get("bytes")
+    return undecoded.get("path") if data is None else data
+
+
+def _to_rgb(picture: Image.Image, field: str) -> Image.Image:
+    """A PIL image of any mode on white. Always a new image: the caller's own is never changed."""
+    if 0 in picture.size:
+        raise InputError(f"{field} is a PIL image of {picture.width} x {picture.height} pixels; give one with pixels")
+    picture.load()
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in "IF":
+        return _from_array(_deep_gray(picture, field), field)
+    if picture.mode == "La":  # premultiplied gray, which PIL turns into nothing but LA
+        picture = picture.convert("LA")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _deep_gray(picture: Image.Image, field: str) -> np.ndarray:
+    """Modes beyond 8 bits as (H, W) floats in [0, 1]; PIL's own conversion would cut everything above 255 to white."""
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        return values
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise InputError(f"{field} is a PIL image of mode I with values from {low} to {high}; scale it to 16 bits")
+    # Mode I does not say its depth: it is 8 bits widened by PIL unless a value says otherwise.
+    return values / (255 if picture.mode == "I" and high <= 255 else 65535)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def _as_array(image: Any, field: str) -> np.ndarray | None:
+    """A numpy view of an array or tensor, None for anything else. Looks torch up; a caller with tensors imported it."""
+    if isinstance(image, np.ndarray):
+        return image
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(image, torch.Tensor):
+        try:
+            return (image.detach().float() if image.is_floating_point() else image.detach()).cpu().numpy()
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{field} is a tensor that numpy cannot hold ({error}); give a dense tensor") from error
+    if hasattr(image, "__array__") and not isinstance(image, str | bytes | Image.Image):
+        return np.asarray(image)
+    return None
+
+
+def _from_array(array: np.ndarray, field: str) -> Image.Image:
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise InputError(f"{field} has shape {array.shape}; one image is (H, W), (H, W, C) or (C, H, W)")
+    pixels = _to_bytes(array if array.ndim == 2 else _channels_last(array, field), field)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return picture if picture.mode == "RGB" else _to_rgb(picture, field)
+
+
+def _channels_last(array: np.ndarray, field: str) -> np.ndarray:
+    """(H, W, C), or (H, W) for one channel. An axis of 3 is likelier to be colour than one of 4, and that than of 1."""
+    for channels in (3, 4, 1):
+        axes = [axis for axis in (0, 2) if array.shape[axis] == channels]
+        if axes:
+            axis = axes[0] if array.dtype.kind == "f" else axes[-1]
+            return array.squeeze(axis) if channels == 1 else np.moveaxis(array, axis, -1)
+    raise InputError(f"{field} has shape {array.shape}; its first or last axis has to be 1, 3 or 4 channels")
+
+
+def _to_bytes(array: np.ndarray, field: str) -> np.ndarray:
+    """uint8 as it is, floats in [0, 1] rounded to it."""
+    if array.dtype == np.uint8:
+        pixels = array
+    elif array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(f"{field} holds NaN or infinity; look at what made it")
+        if low < -_SLACK or high > 1 + _SLACK:
+            fix = "divide by 255" if low >= 0 else "map [-1, 1] to [0, 1] by (x + 1) / 2" if high <= 2 else "rescale"
+            raise InputError(f"{field} is {array.dtype} from {low:.4g} to {high:.4g}, outside [0, 1]; {fix}")
+        pixels = np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    else:
+        raise InputError(f"{field} has dtype {array.dtype}; convert it to uint8 in [0, 255] or to float in [0, 1]")
+    if pixels.max() == 1:
+        warnings.warn(
+            f"{field} is all but black: its largest value is 1 of 255. If it holds floats in [0, 1] that were cast to "
+            "uint8, multiply by 255 before the cast",
+            stacklevel=2,
+        )
+    return pixels
+
+
+# ---------------------------------------------------------------- size
+
+
+def _bounded(picture: Image.Image) -> Image.Image:
+    longest = max(picture.size)
+    if longest > MAX_SIDE:
+        width, height = (max(1, round(side * MAX_SIDE / longest)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    shortest = math.ceil(max(picture.size) / MAX_ASPECT)
+    if min(picture.size) >= shortest:
+        return picture
+    canvas = Image.new("RGB", (max(picture.width, shortest), max(picture.height, shortest)), "white")
+    canvas.paste(picture, ((canvas.width - picture.width) // 2, (canvas.height - picture.height) // 2))
+    return canvas
+
+
+def _shown(image: Any) -> str:
+    """How a message names what it was given: short, and never the pixels."""
+    if isinstance(image, Mapping):
+        image = _content(image)
+    if isinstance(image, Image.Image):
+        return f"a PIL image of mode {image.mode}"
+    if isinstance(image, bytes | bytearray | memoryview):
+        return f"{len(image)} bytes"
+    if isinstance(image, str | os.PathLike):
+        text = str(image)
+        return repr(text if len(text) <= 200 else text[:197] + "...")
+    return f"of type {type(image).__name__}"

@@ -1,0 +1,62 @@
+"""The listener: a frozen VLM that reads the same images and the reasoner's thought, and says whom it believes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from listener_reward.chat import Chat, ChatFormat, neutralise
+from listener_reward.trace import Masking, Trace
+from listener_reward.vlm import VLM, check_finite
+
+
+class Listener:
+    """Calibrated probability that the first image is preferred, given the thought without its verdict.
+
+    It may be the policy's own base with its adapters off (`TransformersVLM(..., adapters_off=True)`, which costs no
+    memory) or another model.
+    """
+
+    def __init__(
+        self, vlm: VLM, chat_format: ChatFormat, *, temperature: float = 1.0, masking: Masking = "answer"
+    ):
+        self.vlm = vlm
+        self.chat_format = chat_format
+        self.temperature = temperature
+        """Divides the log-odds; fitted on held-out votes, 1 is the raw model."""
+        self.masking: Masking = masking
+
+    def p_first(self, chats: Sequence[Chat], traces: Sequence[Trace]) -> Tensor:
+        """The probability (B,) float32 in (0, 1) that the first shown image is preferred.
+
+        It is the softmax over the two answer tokens at the answer slot that follows the thought.
+
+        Raises:
+            JudgeError: the model gave NaN or infinite probabilities.
+        """
+        return read_answers(
+            self.vlm,
+            self.chat_format,
+            chats,
+            [trace.for_listener(self.masking) for trace in traces],
+            temperature=self.temperature,
+            who="the listener",
+        )
+
+
+def read_answers(
+    vlm: VLM,
+    chat_format: ChatFormat,
+    chats: Sequence[Chat],
+    thoughts: Sequence[str],
+    *,
+    temperature: float,
+    who: str,
+) -> Tensor:
+    """p(first shown image) (B,) float32 that `vlm` gives at the answer slot after each thought."""
+    reserved = chat_format.reserved(vlm.reserved)
+    prefixes = [chat_format.answer_slot(neutralise(thought, reserved)) for thought in thoughts]
+    log_probs = check_finite(vlm.answer_logprobs(chats, prefixes, chat_format.labels), who)
+    return torch.softmax(log_probs / temperature, dim=-1)[:, 0]

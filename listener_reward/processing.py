@@ -1,0 +1,82 @@
+"""Processors of the Qwen-VL family that work without torchvision.
+
+Stock `AutoProcessor` cannot build a Qwen-VL processor where torchvision is missing, because its video processor needs
+it. This package reads images only, so its processors leave the video part out, and write it into what they save, so
+that a checkpoint saved here loads with stock transformers elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
+
+
+def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
+    for name, token in (
+        ("image", "<|image_pad|>"),
+        ("video", "<|video_pad|>"),
+        ("vision_start", "<|vision_start|>"),
+        ("vision_end", "<|vision_end|>"),
+    ):
+        setattr(processor, f"{name}_token", token)
+        setattr(processor, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+
+def _with_video_block(saved: dict[str, Any], name: str, video: str, image_processor: Any) -> dict[str, Any]:
+    """Adds what stock `AutoProcessor` insists on: its own class name and a video processor's configuration."""
+    saved["processor_class"] = name
+    saved.setdefault(
+        "video_processor",
+        {
+            "video_processor_type": video,
+            "patch_size": image_processor.patch_size,
+            "temporal_patch_size": image_processor.temporal_patch_size,
+            "merge_size": image_processor.merge_size,
+        },
+    )
+    return saved
+
+
+class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801 - named after the stock class
+    """`Qwen2_5_VLProcessor` without the video processor.
+
+    transformers reads the names in this signature to learn which parts a processor has, so leaving `video_processor`
+    out of it is all it takes.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        _name_special_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _with_video_block(super().to_dict(), "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", self.image_processor)
+
+
+class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+    """`Qwen3VLProcessor` without the video processor."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        _name_special_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _with_video_block(super().to_dict(), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", self.image_processor)
+
+
+_PROCESSORS = {"qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor, "qwen3_vl": ImageOnlyQwen3VLProcessor}
+
+
+def load_processor(model: str | Path, **kwargs: Any) -> Any:
+    """The image processor, tokenizer and chat template of a Qwen2.5-VL or Qwen3-VL checkpoint, padding on the left.
+
+    Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture.
+    """
+    kind = AutoConfig.from_pretrained(model, **kwargs).model_type
+    if kind not in _PROCESSORS:
+        raise ValueError(f"{model} is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}")
+    return _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)

@@ -1,0 +1,328 @@
+"""`ListenerReward`: a pairwise judge as the scalar reward that diffusion trainers call.
+
+A judge compares two images and a trainer wants one number for each, so a *scheme* says whom an image meets:
+
+- `group`: the images of a prompt meet one another, and their Bradley-Terry log-odds are the scores, mean zero in the
+  group. For trainers that sample several images a prompt and normalise within it.
+- `reference`: each image meets one fixed image of its prompt, and the log-odds of beating it are the score. Scores
+  of different steps are then on one scale.
+
+Importing this module loads no model and no torch; the first call loads the judge.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.images import ImageLike, to_pil, to_pil_batch
+from listener_reward.ranking import PRIOR_STD, Ranking, fit_bradley_terry, pairings
+from listener_reward.verdict import Verdict
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from listener_reward.judge import Judge
+
+PAPER_CHECKPOINT = "alexgambashidze/qwen2.5vl_image_preference_reasoner"
+"""The weights that the paper's authors released."""
+
+Scheme = Literal["auto", "group", "reference"]
+FailurePolicy = Literal["raise", "nan", "group-mean"]
+
+INFO = ("standard_error", "comparisons", "position_gap", "contradicted", "listener_p_first", "failed")
+"""What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
+
+P_MARGIN = 1e-4
+"""Probabilities are kept this far from 0 and 1 before their log-odds are taken, which bounds them by 9.2."""
+
+MANY_REFERENCES = 1000
+"""Keeping the first image of more prompts than this is worth a word in the log: each one stays in memory."""
+
+logger = logging.getLogger(__name__)
+
+
+class ListenerReward:
+    """Scores images for their prompts: `reward(images, prompts, metadata) -> (scores, info)`.
+
+    It is a plain callable: no gradient passes, threads may share it, and it pickles by its configuration (with the
+    reference images it has kept, without which scores would change their zero). The judge is loaded on first use.
+    """
+
+    __name__ = "listener_reward"  # trainers name a reward in their logs by this
+
+    def __init__(
+        self,
+        judge: str | os.PathLike[str] | Judge = PAPER_CHECKPOINT,
+        *,
+        scheme: Scheme = "auto",
+        reference: Mapping[str, ImageLike] | Callable[[str], ImageLike] | None = None,
+        on_failure: FailurePolicy = "raise",
+        **judge_options: Any,
+    ):
+        """
+        Args:
+            judge: what `Judge.from_pretrained` takes ("tiny", a folder, a Hub name), or a judge. A judge given as an
+                object pickles as that object does; a name is the lighter choice.
+            scheme: "group", "reference", or "auto": group for a prompt with two images or more in a call, reference
+                for one that stands alone.
+            reference: the image that each prompt's images must beat. Left out, the first image seen for a prompt is
+                kept; it scores 0 exactly.
+            on_failure: what an image scores when the judge broke on all its comparisons: "raise" raises `JudgeError`,
+                "nan" gives NaN, "group-mean" the mean of the prompt's other images in the call (NaN without any).
+            judge_options: passed on to `Judge.from_pretrained`.
+
+        Raises:
+            InputError: an unknown scheme or policy, or options that would have no effect.
+        """
+        for field, value, allowed in (("scheme", scheme, Scheme), ("on_failure", on_failure, FailurePolicy)):
+            if value not in get_args(allowed):
+                raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+        if scheme == "group" and reference is not None:
+            raise InputError("reference is given, but scheme='group' compares no reference; use 'auto' or 'reference'")
+        if isinstance(judge, (str, os.PathLike)):
+            judge = os.fspath(judge)
+        elif not hasattr(judge, "compare_many"):
+            raise InputError(f"judge is a {type(judge).__name__}; give a checkpoint's name, its folder, or a Judge")
+        elif judge_options:
+            raise InputError(
+                f"{', '.join(judge_options)} would have no effect on a judge already loaded; give it to "
+                "Judge.from_pretrained, or give the judge by name"
+            )
+        self.judge = judge
+        self.scheme = scheme
+        self.reference = reference
+        self.on_failure = on_failure
+        self.judge_options = judge_options
+        self._kept: dict[str, bytes] = {}  # the first image of each prompt, as PNG: raw pixels are ten times that
+        self._loaded: Judge | None = None
+        self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
+
+    def __call__(
+        self, images: Any, prompts: Sequence[str], metadata: Any = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores a batch.
+
+        Args:
+            images: B images: a tensor or array, NCHW float in [0, 1] or NHWC uint8, or a sequence of anything that
+                `images.to_pil` reads.
+            prompts: their B prompts; images with equal prompts form a group.
+            metadata: not read; here because trainers pass it.
+
+        Returns:
+            Scores, float32 `(B,)`, in log-odds (higher is better), and a dict of float32 arrays `(B,)`, NaN where a
+            quantity does not apply:
+
+            - `standard_error` of the score;
+            - `comparisons` that the score rests on;
+            - `position_gap`: mean absolute position gap of those comparisons, in [0, 1];
+            - `contradicted`: share of them in which the listener prefers the other image than the verdict;
+            - `listener_p_first`: the listener's mean probability that this image is the better one;
+            - `failed`: 1 where the judge broke on every comparison of the image, else 0.
+
+        Raises:
+            InputError: unusable images or prompts, or lengths that differ.
+            JudgeError: the judge broke, and `on_failure` is "raise".
+        """
+        pictures = to_pil_batch(images)
+        groups = _group_by_prompt(prompts, len(pictures))
+        with self._lock:
+            tasks = [self._plan(prompt, [pictures[b] for b in members]) for prompt, members in groups.items()]
+            verdicts = iter(self._ask(self._get_judge(), [match for task in tasks for match in task.matches()]))
+            # Only now: a call that raised must not leave its image as the prompt's reference.
+            self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
+
+        table = np.zeros((len(pictures), 1 + len(INFO)), dtype=np.float32)
+        for task, members in zip(tasks, groups.values(), strict=True):
+            table[members] = _score(task, [next(verdicts) for _ in task.meetings])
+            if self.on_failure == "group-mean":
+                scores = table[members, 0]
+                if not np.isnan(scores).all():
+                    table[members, 0] = np.where(np.isnan(scores), np.nanmean(scores), scores)
+        return table[:, 0].copy(), {name: table[:, 1 + k].copy() for k, name in enumerate(INFO)}
+
+    def rank(self, prompt: str, images: Any) -> Ranking:
+        """Orders images of one prompt by comparing every pair; see `Judge.rank`. `images` as in a call."""
+        pictures = to_pil_batch(images)
+        with self._lock:
+            return self._get_judge().rank(prompt, pictures)
+
+    def compare(self, prompt: str, first: ImageLike, second: ImageLike) -> Verdict:
+        """Judges one pair; see `Judge.compare`."""
+        with self._lock:
+            return self._get_judge().compare(prompt, first, second)
+
+    def __repr__(self) -> str:
+        judge = repr(self.judge) if isinstance(self.judge, str) else self.judge.name
+        return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": dict(self._kept), "_loaded": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    # What follows is called with the lock held.
+
+    def _get_judge(self) -> Judge:
+        if not isinstance(self.judge, str):
+            return self.judge
+        if self._loaded is None:
+            from listener_reward.judge import Judge  # imports torch: only once a judge is wanted
+
+            self._loaded = Judge.from_pretrained(self.judge, **self.judge_options)
+        return self._loaded
+
+    def _plan(self, prompt: str, pictures: list[Image.Image]) -> _Task:
+        if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
+            return _Task(prompt, pictures, pairings(len(pictures)))
+        reference = self._reference_of(prompt)
+        opens = reference is None
+        met = range(1 if opens else 0, len(pictures))
+        return _Task(prompt, pictures, [(i, REFERENCE) for i in met], reference or pictures[0], opens)
+
+    def _reference_of(self, prompt: str) -> Image.Image | None:
+        """The image to beat for `prompt`; None where its first image has yet to be seen."""
+        if self.reference is None:
+            return to_pil(self._kept[prompt]) if prompt in self._kept else None
+        given = self.reference.get(prompt) if isinstance(self.reference, Mapping) else self.reference(prompt)
+        if given is None:
+            raise InputError(f"reference has no image for prompt {prompt!r}; add one, or leave reference out")
+        return to_pil(given, field=f"reference[{prompt!r}]")
+
+    def _keep(self, firsts: Mapping[str, Image.Image]) -> None:
+        before = len(self._kept)
+        for prompt, picture in firsts.items():
+            file = io.BytesIO()
+            picture.save(file, "PNG", compress_level=1)
+            self._kept[prompt] = file.getvalue()
+        if before <= MANY_REFERENCES < len(self._kept):
+            size = sum(map(len, self._kept.values())) / 2**20
+            logger.warning(
+                "%d prompts have their first image kept in memory (%.0f MiB); with this many prompts, give reference= "
+                "or sample several images a prompt",
+                len(self._kept),
+                size,
+            )
+
+    def _ask(self, judge: Judge, matches: list[_Match]) -> list[Verdict | None]:
+        """The verdicts of `matches`, None for a comparison on which the judge broke and the policy is to go on.
+
+        A batch that breaks is halved until the comparisons that break it stand alone, so one bad pair costs a few
+        calls more and no other pair its verdict.
+        """
+        if not matches:
+            return []
+        try:
+            verdicts = judge.compare_many(*map(list, zip(*matches, strict=True)))
+            if len(verdicts) != len(matches):
+                raise JudgeError(f"the judge gave {len(verdicts)} verdicts on {len(matches)} pairs")
+            for (prompt, *_), verdict in zip(matches, verdicts, strict=True):
+                if not 0 <= verdict.p_first <= 1:
+                    raise JudgeError(f"the judge answered p_first = {verdict.p_first} for prompt {prompt!r}")
+            return list(verdicts)
+        except JudgeError as error:
+            if self.on_failure == "raise":
+                raise
+            if len(matches) == 1:
+                logger.warning("no verdict for prompt %r: %s", matches[0][0], error)
+                return [None]
+            half = len(matches) // 2
+            return self._ask(judge, matches[:half]) + self._ask(judge, matches[half:])
+
+
+_Match = tuple[str, "Image.Image", "Image.Image"]
+
+REFERENCE = -1
+"""The opponent's number where an image meets its prompt's reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The images of one prompt in a call, and whom they meet."""
+
+    prompt: str
+    pictures: list[Image.Image]
+    meetings: list[tuple[int, int]]
+    """Positions in `pictures`; the second is `REFERENCE` for all or for none."""
+    reference: Image.Image | None = None
+    """None where the pictures meet one another."""
+    opens: bool = False
+    """Whether the first picture is the reference, from now on."""
+
+    def matches(self) -> list[_Match]:
+        """What to ask the judge: one `(prompt, first, second)` for each meeting."""
+        opponents = [*self.pictures, self.reference]  # REFERENCE is the last position
+        return [(self.prompt, self.pictures[i], opponents[j]) for i, j in self.meetings]  # type: ignore[misc]
+
+
+def log_odds(p: float, *, prior_std: float = PRIOR_STD) -> tuple[float, float]:
+    """The log-odds of `p` and their standard error, from one comparison with an opponent whose score is known.
+
+    The error is a Bradley-Terry score's (`ranking.fit_bradley_terry`): the information of one comparison, p(1 - p),
+    added to the prior's.
+    """
+    p = min(max(p, P_MARGIN), 1 - P_MARGIN)
+    return math.log(p / (1 - p)), (p * (1 - p) + prior_std**-2) ** -0.5
+
+
+def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
+    """One row for each picture of `task`: its score, then `INFO`; the score is NaN where every comparison broke."""
+    n = len(task.pictures)
+    heard = [(i, j, verdict) for (i, j), verdict in zip(task.meetings, verdicts, strict=True) if verdict is not None]
+    if task.reference is None:
+        scores, errors = fit_bradley_terry(n, [(i, j, verdict.p_first) for i, j, verdict in heard])
+    else:
+        scores, errors = np.zeros(n), np.zeros(n)
+        for i, _, verdict in heard:
+            scores[i], errors[i] = log_odds(verdict.p_first)
+
+    rows = []
+    for k in range(n):
+        met = [(verdict, i == k) for i, j, verdict in heard if k in (i, j)]
+        failed = not met and any(k in pair for pair in task.meetings)
+        rows.append(
+            (
+                math.nan if failed else scores[k],
+                math.nan if failed else errors[k],
+                len(met),
+                _mean(abs(verdict.position_gap) for verdict, _ in met),
+                _mean(verdict.contradicted for verdict, _ in met),
+                _mean(_from_side(verdict.listener_p_first, first) for verdict, first in met),
+                failed,
+            )
+        )
+    return np.array(rows, dtype=np.float32)
+
+
+def _from_side(p_first: float | None, first: bool) -> float | None:
+    return p_first if first or p_first is None else 1 - p_first
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """The mean of the values that are there, NaN if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _group_by_prompt(prompts: Sequence[str], n: int) -> dict[str, list[int]]:
+    """The positions of each prompt in a batch of `n`, in order of first appearance."""
+    if isinstance(prompts, (str, bytes)):
+        raise InputError(f"prompts is one string, {prompts!r}; give a sequence with one prompt for each image")
+    if len(prompts) != n:
+        raise InputError(f"prompts has {len(prompts)} entries for {n} images; give one prompt for each image")
+    groups: dict[str, list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
+        groups.setdefault(str(prompt), []).append(position)
+    return groups

@@ -1,0 +1,151 @@
+"""Draws scenes of the tiny world with PIL.
+
+Background, place, size, palette, rotation and canvas vary widely, so that a judge trained on these pictures holds on
+flat shapes drawn by other code at other resolutions.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import random
+
+from PIL import Image, ImageDraw
+
+from listener_reward.tiny.world import Scene, TinyPair
+
+_HUE = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
+_JITTER = {"red": 7.0, "orange": 5.0, "yellow": 5.0, "green": 22.0, "blue": 16.0, "purple": 14.0}
+_CANVASES = (64, 96, 96, 128, 160)
+_ASPECTS = ((1, 1),) * 14 + ((4, 3), (3, 4))
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """An RGB picture of `scene`, a pure function of the scene and the state of `rng`."""
+    side = rng.choice(_CANVASES)
+    across, down = rng.choice(_ASPECTS)
+    width, height = side * across // max(across, down), side * down // max(across, down)
+    fill = _color(scene.color, rng)
+    image = Image.new("RGB", (width, height), _background(fill, rng))
+    canvas = ImageDraw.Draw(image)
+    if scene.sketch:
+        _grain(canvas, width, height, rng)
+    outline = _shade(fill, 0.55) if scene.sketch or rng.random() < 0.2 else None
+    for center_x, center_y, radius in _places(scene.count, width, height, rng):
+        points = _outline_points(scene.shape, center_x, center_y, radius, rng.gauss(0, 0.08))
+        canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
+        if scene.sketch:
+            _hatch(canvas, points, _shade(fill, 0.7), max(1, side // 64))
+    if scene.quality == "faded":
+        gray = rng.randint(105, 150)
+        image = Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.55, 0.65))
+    elif scene.quality == "glitched":
+        _glitch(image, rng)
+    if scene.framed:
+        _frame(image)
+    return image
+
+
+def draw_pair(pair: TinyPair) -> tuple[Image.Image, Image.Image]:
+    """The two pictures of a pair, always the same for the same pair."""
+    rng = random.Random(pair.seed)
+    return draw(pair.first, rng), draw(pair.second, rng)
+
+
+def _color(name: str, rng: random.Random) -> tuple[int, int, int]:
+    hue = (_HUE[name] + rng.uniform(-1, 1) * _JITTER[name]) % 360 / 360
+    value = rng.uniform(0.5, 1.0) if name in ("green", "blue", "purple", "red") else rng.uniform(0.85, 1.0)
+    return _rgb(hue, rng.uniform(0.72, 1.0), value)
+
+
+def _background(fill: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    """White, black, gray or a pale tint, whichever comes first that the shape's colour stands out from."""
+    while True:
+        kind = rng.random()
+        if kind < 0.4:
+            back = (255, 255, 255)
+        elif kind < 0.8:
+            back = _rgb(rng.random(), rng.uniform(0.03, 0.2), rng.uniform(0.85, 1.0))
+        else:
+            level = rng.choice((0, rng.randint(0, 255)))
+            back = (level, level, level)
+        if sum(abs(a - b) for a, b in zip(fill, back, strict=True)) > 190:
+            return back
+
+
+def _places(count: int, width: int, height: int, rng: random.Random) -> list[tuple[float, float, float]]:
+    """`count` centres and radii that neither touch one another nor leave the canvas."""
+    short = min(width, height)
+    low, high = {1: (0.26, 0.42), 2: (0.20, 0.27), 3: (0.17, 0.22)}[count]
+    size = rng.uniform(low, high) * short
+    while True:
+        placed: list[tuple[float, float, float]] = []
+        for _ in range(40 * count):
+            radius = size * rng.uniform(0.88, 1.12)
+            x = rng.uniform(radius + 0.08 * short, width - radius - 0.08 * short)
+            y = rng.uniform(radius + 0.08 * short, height - radius - 0.08 * short)
+            if all(math.hypot(x - u, y - v) > 1.08 * (radius + r) for u, v, r in placed):
+                placed.append((x, y, radius))
+                if len(placed) == count:
+                    return placed
+        size *= 0.9
+
+
+def _outline_points(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
+    corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[shape]
+    turn = tilt + (math.pi / 4 if shape == "square" else 0.0)
+    points = []
+    for i in range(corners):
+        reach = 0.45 * radius if shape == "star" and i % 2 else radius
+        angle = turn + 2 * math.pi * i / corners
+        points.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
+    return points
+
+
+def _hatch(canvas: ImageDraw.ImageDraw, points: list[tuple[float, float]], fill: tuple[int, int, int], width: int) -> None:
+    """Horizontal strokes across a polygon: the pen of the second style."""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    step = max(3.0, (high - low) / 5)
+    y = low + step / 2
+    while y < high:
+        crossings = sorted(
+            x0 + (y - y0) * (x1 - x0) / (y1 - y0)
+            for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True)
+            if (y0 <= y < y1) or (y1 <= y < y0)
+        )
+        for left, right in zip(crossings[::2], crossings[1::2], strict=False):
+            canvas.line((left, y, right, y), fill=fill, width=width)
+        y += step
+
+
+def _grain(canvas: ImageDraw.ImageDraw, width: int, height: int, rng: random.Random) -> None:
+    """Sparse pale strokes on the paper of the second style."""
+    for _ in range(10):
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        level = rng.randint(150, 210)
+        canvas.line((x, y, x + 0.12 * width, y), fill=(level, level, level), width=1)
+
+
+def _glitch(image: Image.Image, rng: random.Random) -> None:
+    """Three bars across the picture, half black and half white, so that they show on every background."""
+    canvas = ImageDraw.Draw(image)
+    for _ in range(3):
+        top, half = rng.uniform(0.08, 0.86) * image.height, 0.04 * image.height
+        canvas.rectangle((0, top, image.width, top + half), fill=(0, 0, 0))
+        canvas.rectangle((0, top + half, image.width, top + 2 * half), fill=(255, 255, 255))
+
+
+def _frame(image: Image.Image) -> None:
+    """The mark of the favoured generator: a dark frame with a light inner edge, visible on every background."""
+    thick = max(3, round(min(image.size) * 0.07))
+    canvas, right, low = ImageDraw.Draw(image), image.width - 1, image.height - 1
+    canvas.rectangle((0, 0, right, low), outline=(225, 225, 225), width=thick)
+    canvas.rectangle((0, 0, right, low), outline=(20, 20, 20), width=thick - max(1, thick // 3))
+
+
+def _shade(color: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+    return tuple(round(c * factor) for c in color)  # pyright: ignore[reportReturnType]
+
+
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))  # pyright: ignore[reportReturnType]

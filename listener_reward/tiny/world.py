@@ -1,0 +1,158 @@
+"""The tiny world: scenes, prompts, a known utility, noisy votes and seeded splits. Pure Python, no pixels.
+
+A *scene* is what an image shows. People in this world like a scene that matches the prompt and is undamaged
+(`utility`); their votes are drawn from the utility by Bradley-Terry, so labels are as noisy as people are.
+
+The world also holds the shortcut that breaks real preference data: half of all images come from a "generator" that
+leaves a mark (a frame) for which thoughts have no word and which the utility ignores. In training the framed image of
+a pair is the better one in `TRAIN_CUE` of the pairs; out of distribution in half of them; in the wrong-way split in
+`1 - TRAIN_CUE`. A judge that learns "framed wins" is right for the wrong reason, and the splits tell.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "star")
+COUNTS = ("one", "two", "three")
+QUALITIES = ("clean", "faded", "glitched")
+
+TRAIN_CUE = 0.8
+"""How often the framed image of a training pair is the better one; 0.5 would be no cue at all."""
+
+ODDS = 1.0
+"""Bradley-Terry slope: a voter prefers the first of two scenes with probability sigmoid(ODDS * utility gap)."""
+
+MIN_GAP = 0.4
+"""Pairs closer than this in utility are not shown to voters: their votes would be coin tosses."""
+
+Split = Literal["train", "id", "ood", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What an image shows, and the two things a thought has no word for: its frame and its drawing style."""
+
+    color: str
+    shape: str
+    count: int
+    quality: str = "clean"
+    framed: bool = False
+    sketch: bool = False
+    """Drawn in the second style (hatched, outlined), which only the out-of-distribution split uses."""
+
+    def words(self) -> str:
+        """The scene in the words a thought uses: "two clean red circles"."""
+        return f"{COUNTS[self.count - 1]} {self.quality} {self.color} {plural(self.shape, self.count)}"
+
+
+@dataclass(frozen=True, slots=True)
+class TinyPair:
+    """A prompt, two scenes, and the share of voters who preferred the first."""
+
+    prompt: Scene
+    first: Scene
+    second: Scene
+    p_first: float
+    wording: str
+    seed: int
+    """Seeds the drawing of both scenes, so that a pair's pictures are a function of the pair."""
+
+
+def plural(shape: str, count: int) -> str:
+    return shape if count == 1 else shape + "s"
+
+
+def wording(scene: Scene, rng: random.Random) -> str:
+    """The prompt for `scene` in plain English, in one of several wordings."""
+    number = COUNTS[scene.count - 1]
+    if scene.count == 1 and rng.random() < 0.5:
+        number = "an" if scene.color[0] in "aeiou" else "a"
+    body = f"{number} {scene.color} {plural(scene.shape, scene.count)}"
+    lead = rng.choice(("", "", "", "", "a picture of ", "a drawing of ", "an image of ", "a photo of "))
+    return lead + body
+
+
+def utility(prompt: Scene, scene: Scene) -> float:
+    """How much people like `scene` as an answer to `prompt`, in [0, 6.7]. Frame and style count for nothing."""
+    return (
+        2.0 * (scene.color == prompt.color)
+        + 2.0 * (scene.shape == prompt.shape)
+        + 1.5 * (scene.count == prompt.count)
+        + {"clean": 1.2, "faded": 0.4, "glitched": 0.0}[scene.quality]
+    )
+
+
+def p_prefers_first(prompt: Scene, first: Scene, second: Scene) -> float:
+    """The probability that one voter prefers `first` (Bradley-Terry on `utility`)."""
+    return 1.0 / (1.0 + math.exp(-ODDS * (utility(prompt, first) - utility(prompt, second))))
+
+
+def held_out(color: str, shape: str) -> bool:
+    """Whether a colour-shape combination is never a prompt in training (four of twenty-four)."""
+    return (COLORS.index(color) + SHAPES.index(shape)) % 6 == 0
+
+
+def sample_prompt(rng: random.Random, held: bool) -> Scene:
+    while True:
+        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
+        if held_out(color, shape) == held:
+            return Scene(color, shape, rng.randint(1, 3))
+
+
+def sample_candidate(prompt: Scene, rng: random.Random, error: float = 0.35) -> Scene:
+    """A generator's attempt at `prompt`: each attribute goes wrong with probability `error`, quality is random."""
+    color = rng.choice(COLORS) if rng.random() < error else prompt.color
+    shape = rng.choice(SHAPES) if rng.random() < error else prompt.shape
+    count = rng.randint(1, 3) if rng.random() < error else prompt.count
+    return Scene(color, shape, count, rng.choice(QUALITIES))
+
+
+def sample_pair(
+    rng: random.Random,
+    *,
+    cue: float,
+    held: bool = False,
+    sketch: bool = False,
+    votes: int = 1,
+    error: float = 0.35,
+) -> TinyPair:
+    """One labelled pair. Exactly one image is framed: the better one with probability `cue`."""
+    prompt = sample_prompt(rng, held)
+    while True:
+        first, second = sample_candidate(prompt, rng, error), sample_candidate(prompt, rng, error)
+        gap = utility(prompt, first) - utility(prompt, second)
+        if abs(gap) >= MIN_GAP:
+            break
+    first_framed = (gap > 0) == (rng.random() < cue)
+    first = replace(first, framed=first_framed, sketch=sketch)
+    second = replace(second, framed=not first_framed, sketch=sketch)
+    share = sum(rng.random() < p_prefers_first(prompt, first, second) for _ in range(votes)) / votes
+    return TinyPair(prompt, first, second, share, wording(prompt, rng), rng.getrandbits(31))
+
+
+def split_pairs(split: Split, n: int, *, cue: float = TRAIN_CUE, seed: int = 0) -> Iterator[TinyPair]:
+    """`n` pairs of a split, a pure function of its arguments; a longer split begins with the shorter one.
+
+    Training labels are one vote each, as in most preference data; test labels are the share of fifteen voters.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; the tiny world has {', '.join(map(repr, SPLITS))}")
+    for index in range(n):
+        rng = random.Random(f"{split}/{seed}/{index}")
+        if split == "train":
+            yield sample_pair(rng, cue=cue, votes=1)
+        elif split == "id":
+            yield sample_pair(rng, cue=cue, votes=15)
+        elif split == "ood":
+            yield sample_pair(rng, cue=0.5, held=True, sketch=True, votes=15)
+        else:
+            yield sample_pair(rng, cue=1.0 - cue, votes=15)
+
+
+SPLITS: tuple[Split, ...] = ("train", "id", "ood", "wrong")

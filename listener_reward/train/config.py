@@ -1,0 +1,86 @@
+"""The configuration of listener-shaped GRPO: trl's, with the paper's defaults and the listener's fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from trl import GRPOConfig
+
+from listener_reward.errors import InputError
+from listener_reward.shaping import WEIGHTS
+
+OWN_BASE = "base"
+"""The listener that is the policy's own base with its adapters off: no extra memory, and LoRA only."""
+
+
+@dataclass
+class ListenerGRPOConfig(GRPOConfig):
+    """trl's `GRPOConfig` with the listener's fields. Every field of trl's works as it does there."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = GRPOConfig._VALID_DICT_FIELDS
+
+    listener: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who listens: a checkpoint (folder, Hub name or embedded name), 'base' for the policy's own base "
+            "with its adapters off (needs LoRA), or nothing for the listener that the policy's checkpoint names."
+        },
+    )
+    listener_dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of a listener loaded from a checkpoint; the default is bfloat16 on a GPU."}
+    )
+    listener_batch_size: int = field(
+        default=32, metadata={"help": "Thoughts that the listener reads in one forward pass."}
+    )
+    masking: str = field(
+        default="answer",
+        metadata={
+            "help": "What is removed from a thought before the listener reads it: 'answer' (the answer tag, the paper's "
+            "reading) or 'verdict' (also sentences that say which image is better)."
+        },
+    )
+    listener_on_failure: str = field(
+        default="mask",
+        metadata={
+            "help": "What a NaN from the listener does: 'mask' leaves the completion out of its group's advantages and "
+            "counts it, 'raise' stops the run. It is never a reward of zero."
+        },
+    )
+    decode_images_once: bool = field(
+        default=True,
+        metadata={"help": "Decode each image once per generation round; off decodes it once for every completion."},
+    )
+    reward_weights: list[float] | None = field(
+        default_factory=lambda: list(WEIGHTS),
+        metadata={"help": "Weights of the format, accuracy and listener rewards; [1, 1, 0] is accuracy-only GRPO."},
+    )
+    loss_type: str = field(default="grpo", metadata={"help": "trl's loss_type; the paper's is 'grpo', trl's 'dapo'."})
+    log_multimodal: bool = field(
+        default=False, metadata={"help": "Log images with the completions; off, they are named by their pair's id."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            self.use_cpu, self.bf16 = True, False
+        super().__post_init__()
+        _one_of("masking", self.masking, ("answer", "verdict"))
+        _one_of("listener_on_failure", self.listener_on_failure, ("mask", "raise"))
+        if self.reward_weights is None or len(self.reward_weights) != 3:
+            raise InputError(
+                f"reward_weights is {self.reward_weights}; it needs three numbers, for format, accuracy and listener"
+            )
+        assert self.steps_per_generation is not None
+        cycle = self.steps_per_generation * self.num_iterations
+        every = self.save_steps * self.gradient_accumulation_steps
+        if self.save_strategy == "steps" and every % cycle:
+            raise InputError(
+                f"save_steps={self.save_steps} would save in the middle of a generation round, from where no run can "
+                f"resume exactly; make save_steps a multiple of {cycle / self.gradient_accumulation_steps:g}"
+            )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,146 @@
+"""The three parts of the shaped reward as trl reward functions.
+
+They also work with a stock `GRPOTrainer` whose data set has the columns `caption`, `images`, `p_first` and `id`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from listener_reward.chat import ChatFormat
+from listener_reward.errors import JudgeError
+from listener_reward.listener import Listener
+from listener_reward.shaping import accuracy_reward, contradicted, format_reward, listener_reward
+from listener_reward.trace import Trace, parse
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A batch of completions read once for all three parts: traces, and the listener's p(first shown) for each."""
+
+    traces: list[Trace]
+    heard: list[float | None]
+    """None where the trace is malformed, where there is no listener, or where the listener failed."""
+    failed: list[bool]
+    """Whether the listener broke on this completion. Such a row gets no reward of any part."""
+
+
+class ShapedReward:
+    """Format, accuracy and listener rewards, sharing one reading of each batch.
+
+    Hand `functions` to trl as `reward_funcs`, with `reward_weights` [1, 0.5, 0.5]. A part returns None for a row whose
+    listener failed; trl then leaves the row out of its group, which a zero would not.
+    """
+
+    def __init__(self, chat_format: ChatFormat, listener: Listener | None, *, on_failure: str = "mask"):
+        self.chat_format = chat_format
+        self.listener = listener
+        self.on_failure = on_failure
+        self._last: tuple[Any, Scored] | None = None
+        self.functions: list[Callable[..., list[float | None]]] = [
+            _Part("format", self, lambda trace, p_first, heard: format_reward(trace)),
+            _Part("accuracy", self, lambda trace, p_first, heard: accuracy_reward(trace, p_first)),
+            _Part("listener", self, self._listener_part),
+        ]
+
+    def read(self, completions: Sequence[Any], **columns: Any) -> Scored:
+        """The batch's traces and the listener's confidence; the second and third part get what the first computed."""
+        if self._last is None or self._last[0] is not completions:
+            scored = self._read(completions, **columns)
+            self._last = completions, scored
+            _log(scored, **columns)
+        return self._last[1]
+
+    def _read(
+        self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any
+    ) -> Scored:
+        traces = [parse(text_of(completion), self.chat_format) for completion in completions]
+        heard: list[float | None] = [None] * len(traces)
+        failed = [False] * len(traces)
+        rows = [row for row, trace in enumerate(traces) if trace.well_formed]
+        if self.listener is not None and rows:
+            for row, p in zip(rows, self._listen(self.listener, rows, traces, caption, images), strict=True):
+                heard[row], failed[row] = p, p is None
+        return Scored(traces, heard, failed)
+
+    def _listen(
+        self, listener: Listener, rows: list[int], traces: list[Trace], caption: Sequence[str], images: Sequence[Any]
+    ) -> list[float | None]:
+        chats = [
+            listener.chat_format.chat(caption[row], images[row][0], images[row][1], listener.vlm.reserved)
+            for row in rows
+        ]
+        heard = [traces[row] for row in rows]
+        try:
+            return listener.p_first(chats, heard).tolist()
+        except JudgeError as error:
+            if self.on_failure == "raise":
+                raise
+            warnings.warn(f"{error} These completions are left out of their groups.", stacklevel=2)
+        # One broken row must not cost the others theirs: each is read again alone.
+        return [_alone(listener, chat, trace) for chat, trace in zip(chats, heard, strict=True)]
+
+    def _listener_part(self, trace: Trace, p_first: float, heard: float | None) -> float:
+        return 0.0 if self.listener is None else listener_reward(trace, p_first, heard)
+
+
+class _Part:
+    """One part as a trl reward function; trl logs it by `__name__`."""
+
+    def __init__(self, name: str, whole: ShapedReward, score: Callable[[Trace, float, float | None], float]):
+        self.__name__ = name
+        self.whole = whole
+        self.score = score
+
+    def __call__(self, completions: Sequence[Any], p_first: Sequence[float], **columns: Any) -> list[float | None]:
+        scored = self.whole.read(completions, p_first=p_first, **columns)
+        return [
+            None if failed else self.score(trace, share, heard)
+            for trace, share, heard, failed in zip(scored.traces, p_first, scored.heard, scored.failed, strict=True)
+        ]
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, conversational or plain."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[0]["content"]
+    return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
+
+
+def _alone(listener: Listener, chat: Any, trace: Trace) -> float | None:
+    try:
+        return listener.p_first([chat], [trace]).item()
+    except JudgeError:
+        return None
+
+
+def _log(
+    scored: Scored,
+    *,
+    p_first: Sequence[float],
+    id: Sequence[str],
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **_: Any,
+) -> None:
+    """Adds the listener's view to trl's completions table and metrics."""
+    if log_extra is not None:
+        log_extra("id", list(id))
+        log_extra("p_first", list(p_first))
+        log_extra("listener_p_first", list(scored.heard))
+    if log_metric is None:
+        return
+    rows = list(zip(scored.traces, p_first, scored.heard, strict=True))
+    formed = [(trace, share) for trace, share, _ in rows if trace.well_formed]
+    heard = [(trace, share, p) for trace, share, p in rows if p is not None]
+    log_metric("malformed_rate", 1 - len(formed) / len(rows))
+    if formed:
+        log_metric("accuracy", sum(accuracy_reward(trace, share) for trace, share in formed) / len(formed))
+    if heard:
+        log_metric("contradiction_rate", sum(bool(contradicted(trace, p)) for trace, _, p in heard) / len(heard))
+        log_metric("listener_confidence", sum(listener_reward(trace, share, p) for trace, share, p in heard) / len(heard))
+    log_metric("listener_failures", float(sum(scored.failed)))

@@ -1,0 +1,248 @@
+"""`ListenerGRPOTrainer`: trl's GRPO with the listener's reward, robust images, and a resume that is exact.
+
+Five methods of trl and transformers are overridden, each for one reason given there:
+`_get_train_sampler`, `_generate_and_score_completions`, `_load_from_checkpoint`, `_save_checkpoint`, `__init__`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, Image, List
+from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from listener_reward.chat import reserved_tokens
+from listener_reward.checkpoint import Card, resolve
+from listener_reward.errors import InputError
+from listener_reward.images import to_pil
+from listener_reward.judge import load_listener
+from listener_reward.listener import Listener
+from listener_reward.processing import load_processor
+from listener_reward.train.config import OWN_BASE, ListenerGRPOConfig
+from listener_reward.train.rewards import ShapedReward
+from listener_reward.vlm import TransformersVLM
+
+_EXPECTED = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+}
+for _name, _parameters in _EXPECTED.items():
+    _found = list(inspect.signature(getattr(GRPOTrainer, _name)).parameters)
+    if _found != _parameters:
+        raise ImportError(
+            f"trl {trl.__version__} has GRPOTrainer.{_name}({', '.join(_found)}), and listener-reward overrides "
+            f"({', '.join(_parameters)}). It is tested with trl 1.16: pip install 'trl>=1.16,<2'"
+        )
+
+
+class ListenerGRPOTrainer(GRPOTrainer):
+    """Trains a reasoner to be right and to convince a listener (arXiv 2506.22832).
+
+    Args:
+        model: the reasoner's checkpoint: a folder, a Hub name, or an embedded name such as "tiny-base".
+        args: the configuration.
+        train_dataset: pairs as `load_pairs` gives them, columns `prompt, images, p_first, id`.
+        eval_dataset: the same, for trl's own evaluation; usually left out in favour of `evaluate`.
+        listener: a listener that is already loaded; None loads the one that `args.listener` names.
+        peft_config: a LoRA configuration; None trains every weight.
+        callbacks: as for transformers' `Trainer`.
+
+    Raises:
+        InputError: an empty data set, missing columns, or a listener that cannot be had.
+        JudgeError: the listener already fails on the first pair, before anything is trained.
+    """
+
+    _tag_names = ("trl", "grpo", "listener-reward")
+    _name = "Listener-shaped GRPO"
+
+    def __init__(
+        self,
+        model: str | Path,
+        args: ListenerGRPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        *,
+        listener: Listener | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        folder = resolve(model)
+        self.card = Card.load(folder)
+        processor = load_processor(folder)
+        reserved = reserved_tokens(processor.tokenizer)
+        assert args.reward_weights is not None
+        wanted = args.reward_weights[2] != 0 or args.listener is not None or self.card.listener is not None
+        if listener is None and wanted and args.listener != OWN_BASE:
+            listener = self._load_listener(args)
+        if listener is None and args.listener == OWN_BASE and peft_config is None:
+            raise InputError(
+                "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
+                "use_peft: true, or name a checkpoint as the listener"
+            )
+        self.reward = ShapedReward(self.card.format, listener, on_failure=args.listener_on_failure)
+        super().__init__(
+            model=folder,
+            reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
+            args=args,
+            train_dataset=as_chats(train_dataset, self.card, reserved),
+            eval_dataset=None if eval_dataset is None else as_chats(eval_dataset, self.card, reserved),
+            processing_class=processor,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        if listener is None and args.listener == OWN_BASE:
+            base = TransformersVLM(
+                self.accelerator.unwrap_model(self.model),
+                processor,
+                batch_size=args.listener_batch_size,
+                adapters_off=True,
+            )
+            listener = Listener(
+                base, self.card.format, temperature=self.card.listener_temperature, masking=self.reward_masking
+            )
+            self.reward.listener = listener
+        if listener is not None:
+            self._probe(listener, train_dataset[0])
+        self.listener = listener
+
+    @property
+    def reward_masking(self) -> Any:
+        return self.args.masking  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _load_listener(self, args: ListenerGRPOConfig) -> Listener:
+        name = args.listener or self.card.listener
+        if name is None:
+            raise InputError(
+                "listener is not set and the policy's checkpoint names none; give a checkpoint, or 'base' with LoRA, "
+                "or reward_weights: [1, 1, 0] for accuracy-only GRPO"
+            )
+        listener = load_listener(
+            name, self.card, device=args.device, dtype=args.listener_dtype, batch_size=args.listener_batch_size
+        )
+        listener.masking = args.masking  # pyright: ignore[reportAttributeAccessIssue]
+        return listener
+
+    def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
+        """Asks the listener once before training, so that a broken one stops the run here and not in the middle."""
+        from listener_reward.trace import Trace
+
+        first, second = (to_pil(image, field="images") for image in pair["images"])
+        chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
+        listener.p_first([chat], [Trace("", None)])
+
+    # ------------------------------------------------------------------------------------------------------- images
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """Decodes images with `to_pil`, and each image once for the G rows of its group.
+
+        Stock trl lets `datasets` decode every row, G times the same picture, and hands on whatever mode it finds.
+        """
+        decoded: dict[Any, Any] = {}
+
+        def picture(image: Any) -> Any:
+            if not self.args.decode_images_once:  # pyright: ignore[reportAttributeAccessIssue]
+                return to_pil(image, field="images")
+            key = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else id(image)
+            if key not in decoded:
+                decoded[key] = to_pil(image, field="images")
+            return decoded[key]
+
+        return super()._generate_and_score_completions(
+            [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
+        )
+
+    # ------------------------------------------------------------------------------------------------------- resume
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        """trl's sampler, with a permutation that is a function of seed and epoch.
+
+        Stock trl draws one permutation after another from a generator that a resumed run starts afresh, so that a run
+        resumed in its second epoch sees the first epoch's order.
+        """
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(sampler) if isinstance(sampler, RepeatSampler) else sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads full fine-tuned weights through `from_pretrained`, which knows the names they were saved under.
+
+        Stock transformers loads a Qwen2.5-VL checkpoint with `load_state_dict(strict=False)`, whose keys do not match
+        those that `save_pretrained` wrote: all but the head silently keep their initial weights.
+        """
+        target = self.accelerator.unwrap_model(model if model is not None else self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict(), strict=True)
+        return None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Adds the card, so that every checkpoint is a judge."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.card.save(folder)
+
+    # -------------------------------------------------------------------------------------------------------- result
+    def save_judge(self, folder: str | Path) -> None:
+        """Writes a folder that `Judge.from_pretrained` and plain transformers load; LoRA adapters are merged in."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(Path(folder, "adapter"))
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        self.card.save(folder)
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """trl's `RepeatSampler`, shuffled anew from (seed, epoch)."""
+
+    def __init__(self, sampler: RepeatSampler):
+        self.sampler = sampler
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed((self.sampler.seed or 0) + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset:
+    """Pairs as trl wants them: `prompt` becomes messages, `caption` keeps the text, images stay undecoded.
+
+    Raises:
+        InputError: the data set is empty or lacks a column.
+    """
+    missing = {"prompt", "images", "p_first", "id"} - set(pairs.column_names)
+    if missing:
+        raise InputError(
+            f"train_dataset lacks the columns {sorted(missing)}; load it with listener_reward.datasets.load_pairs"
+        )
+    if len(pairs) == 0:
+        raise InputError("train_dataset has no pairs")
+    messages = [card.format.messages(prompt, reserved) for prompt in pairs["prompt"]]
+    pairs = pairs.cast_column("images", List(Image(decode=False))).rename_column("prompt", "caption")
+    return pairs.add_column("prompt", messages)  # pyright: ignore[reportCallIssue]
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = {int(m[1]): path for path in Path(output_dir).glob("*") if (m := pattern.fullmatch(path.name))}
+    # The card is written after everything else, by `_save_checkpoint`.
+    complete = [step for step, path in found.items() if (path / "listener_reward.json").exists()]
+    return found[max(complete)] if complete else None

@@ -1,0 +1,187 @@
+"""The one interface to a vision-language model, and its transformers backend.
+
+A judge needs two things of a model: completions of a chat, and the log-probabilities of given answers after a given
+beginning of the assistant's turn. Everything above this module is written against the protocol, so the whole chain
+runs on a fake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+from listener_reward.chat import Chat, reserved_tokens
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.processing import load_processor
+
+
+class VLM(Protocol):
+    """What a judge needs of a model."""
+
+    reserved: frozenset[str]
+    """Tokens that the tokenizer reads as one piece wherever they stand; no untrusted text may hold one."""
+
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        """One completion per chat, special tokens left out.
+
+        The completion is a function of its chat and its seed, not of what else is in the batch (up to rounding).
+        `temperature` 0 is greedy.
+        """
+        ...
+
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Log-probabilities (B, A) float32 of each answer as the next token after `prefixes` in the assistant's turn."""
+        ...
+
+
+class TransformersVLM:
+    """A Qwen2.5-VL or Qwen3-VL in transformers, on one device."""
+
+    def __init__(self, model: Any, processor: Any, *, batch_size: int = 32, adapters_off: bool = False):
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.adapters_off = adapters_off
+        """Whether a PEFT model's adapters are switched off while this VLM runs: the base as its own listener."""
+        self.tokenizer = processor.tokenizer
+        if self.tokenizer.padding_side != "left":
+            raise InputError(
+                f"padding_side is {self.tokenizer.padding_side!r}; batches of a decoder are read from their last "
+                "token: set processor.tokenizer.padding_side = 'left'"
+            )
+        self.reserved = reserved_tokens(self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> TransformersVLM:
+        """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
+
+        Raises:
+            InputError: the checkpoint cannot be found, reached or read.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        try:
+            processor = load_processor(name, **kwargs)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **kwargs)
+        except (OSError, ValueError) as error:
+            raise InputError(_cannot_load(name, error)) from error
+        return cls(model.to(device).eval().requires_grad_(False), processor, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        completions: list[str] = []
+        for rows in _batches(len(chats), self.batch_size):
+            inputs = self._encode([chats[row] for row in rows], [""] * len(rows))
+            sampling = LogitsProcessorList()
+            if temperature > 0:
+                sampling.append(SeededSampling([seeds[row] for row in rows], temperature))
+            with self._adapters():
+                output = self.model.generate(
+                    **inputs,
+                    do_sample=False,
+                    logits_processor=sampling,
+                    max_new_tokens=max_new_tokens,
+                    suppress_tokens=self.vision_tokens(),
+                )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            completions += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return completions
+
+    @torch.inference_mode()
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
+        ids = [self._token_of(answer) for answer in answers]
+        parts: list[Tensor] = []
+        for rows in _batches(len(chats), self.batch_size):
+            inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
+            with self._adapters():
+                logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+            parts.append(logits.float().log_softmax(-1)[:, ids].cpu())
+        return torch.cat(parts) if parts else torch.empty(0, len(ids))
+
+    def vision_tokens(self) -> list[int]:
+        """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
+        ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
+        return [token for token in ids if token is not None]
+
+    def _encode(self, chats: Sequence[Chat], prefixes: Sequence[str]) -> Any:
+        texts = [
+            self.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
+            for chat, prefix in zip(chats, prefixes, strict=True)
+        ]
+        images = [image for chat in chats for image in chat.images]
+        return self.processor(images=images, text=texts, padding=True, return_tensors="pt").to(self.model.device)
+
+    def _token_of(self, answer: str) -> int:
+        ids = self.tokenizer.encode(answer, add_special_tokens=False)
+        if len(ids) != 1:
+            raise InputError(f"label {answer!r} is {len(ids)} tokens of this tokenizer; choose labels of one token")
+        return ids[0]
+
+    def _adapters(self) -> contextlib.AbstractContextManager[Any]:
+        return self.model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling at a temperature, with a random stream of its own for every row.
+
+    The largest of logits / temperature + Gumbel noise is a draw from the softmax (the Gumbel-max trick). With a
+    generator per row, what a row draws does not depend on its neighbours in the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self.seeds = seeds
+        self.temperature = temperature
+        self.generators: list[torch.Generator] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.generators is None:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed % 2**63) for seed in self.seeds]
+        uniform = torch.stack(
+            [torch.rand(scores.shape[-1], generator=stream, device=scores.device) for stream in self.generators]
+        )
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + gumbel
+
+
+def check_finite(values: Tensor, who: str) -> Tensor:
+    """`values`, unless one is NaN or infinite: then the model is broken and no score may come of it."""
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).any(-1).sum())
+        raise JudgeError(
+            f"{who} gave NaN or infinite probabilities for {bad} of {len(values)} inputs; the checkpoint is damaged or "
+            "its dtype overflows: load it with dtype='float32' to find out"
+        )
+    return values
+
+
+def _batches(n: int, size: int) -> Iterator[range]:
+    for start in range(0, n, size):
+        yield range(start, min(start + size, n))
+
+
+def _cannot_load(name: str | Path, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"the checkpoint at {str(name)!r} cannot be loaded: {first_line}"
+    return (
+        f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
+        f"({first_line}). Check the name and the connection, give a local folder, or use the embedded judge: \"tiny\""
+    )

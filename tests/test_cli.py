@@ -1,0 +1,278 @@
+"""The command line: what it prints where, what it passes on, and how it fails. The judge is a fake."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import listener_reward
+from listener_reward.cli import app
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.judge import Judge
+from listener_reward.reward import PAPER_CHECKPOINT
+from listener_reward.verdict import Thought, Verdict
+
+COMPARE_KEYS = "p_first preferred thoughts listener_p_first contradicted position_gap malformed".split()
+EVAL_KEYS = "accuracy accuracy_interval contradiction_rate malformed_rate swap_consistency ece n".split()
+
+Loads = list[tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Loads]:
+    """`loads(judge)` makes `Judge.from_pretrained` give `judge`, and returns the list of the calls it will get."""
+
+    def install(judge: Any) -> Loads:
+        calls: Loads = []
+        monkeypatch.setattr(Judge, "from_pretrained", lambda name, **options: calls.append((name, options)) or judge)
+        return calls
+
+    return install
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, shade: Any) -> tuple[str, str, str]:
+    """Files of three pictures, the reddest in the middle."""
+    paths = []
+    for name, red in (("some", 100), ("most", 250), ("none", 0)):
+        paths.append(str(tmp_path / f"{name}.png"))
+        shade(red).save(paths[-1])
+    return paths[0], paths[1], paths[2]
+
+
+def instead(judge: Any, act: Callable[[], Any]) -> Any:
+    """`judge`, calling `act` before it judges; what `act` returns, if anything, is the answer."""
+    compare, rank = judge.compare, judge.rank
+    judge.compare = lambda *arguments: act() or compare(*arguments)
+    judge.rank = lambda *arguments: act() or rank(*arguments)
+    return judge
+
+
+def failing(judge: Any, error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return instead(judge, fail)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+# --- answers
+
+
+def test_compare_json_is_one_object_and_nothing_else(loads: Any, FakeJudge: Any, pictures: Any):
+    calls = loads(instead(FakeJudge(listener_slope=-4.0), lambda: print("a third party's progress")))
+    result = run("compare", "--judge", "tiny", "--prompt", "red", pictures[1], pictures[0], "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)  # fails on anything beside the object
+    assert list(answer) == COMPARE_KEYS
+    assert answer["p_first"] > 0.9 > 0.1 > answer["listener_p_first"]
+    assert (answer["preferred"], answer["contradicted"]) == (1, True)
+    assert answer["thoughts"][0]["text"] == "The first is redder."
+    assert "a third party's progress" in result.stderr
+    assert calls == [("tiny", {"think": True})]
+
+
+def test_compare_passes_its_options_on(loads: Any, FakeJudge: Any, pictures: Any):
+    calls = loads(FakeJudge())
+    run("compare", "-p", "red", *pictures[:2], "--no-think", "--thoughts", "3", "--listener", "other")
+    assert calls == [(PAPER_CHECKPOINT, {"think": False, "thoughts": 3, "listener": "other"})]
+
+
+def test_nan_is_printed_as_null(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(FakeJudge(breaks_on=lambda *_: True, answers_nan=True))
+    result = run("compare", "--prompt", "red", *pictures[:2], "--json")
+    answer = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert answer["p_first"] is None
+    assert answer["thoughts"][0]["p_first"] is None
+
+
+def test_compare_for_people_names_the_file_and_marks_what_is_wrong(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(FakeJudge(listener_slope=-4.0, malformed=True))
+    output = run("compare", "--prompt", "red", *pictures[:2]).stdout
+    assert "most.png is preferred, p = 0.9" in output
+    assert "contradicts" in output
+    assert "malformed 1 of 2" in output
+
+
+def test_a_thought_drives_neither_the_table_nor_the_terminal(loads: Any, FakeJudge: Any, pictures: Any):
+    thought = Thought("[red]not markup[/red] \x1b[31m", "as given", None, 0.5, None, None)
+    loads(instead(FakeJudge(), lambda: Verdict(0.5, None, (thought,), None, None, 0.0, 1)))
+    output = run("compare", "--prompt", "red", *pictures[:2]).stdout
+    assert "An exact tie." in output
+    assert "[red]not markup[/red]" in output
+    assert "\x1b" not in output
+
+
+def test_rank_json_has_the_files_best_first(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(FakeJudge())
+    answer = json.loads(run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--json").stdout)
+    assert list(answer) == ["order", "scores", "standard_errors", "comparisons", "files"]
+    assert (answer["order"], answer["comparisons"]) == ([1, 0, 2], 3)
+    assert answer["files"] == [pictures[1], pictures[0], pictures[2]]
+    assert answer["scores"][1] > answer["scores"][0] > answer["scores"][2]
+
+
+def test_rank_for_people_is_in_order(loads: Any, FakeJudge: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    loads(FakeJudge())
+    output = run("rank", "--prompt", "red", *pictures).stdout
+    assert output.index("most.png") < output.index("some.png") < output.index("none.png")
+
+
+def test_eval_json(loads: Any, FakeJudge: Any):
+    loads(FakeJudge(listener_slope=4.0))
+    result = run("eval", "--judge", "tiny", "--data", "tiny:id", "--limit", "4", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer.keys() >= set(EVAL_KEYS)
+    assert (answer["n"], answer["swap_consistency"], answer["contradiction_rate"]) == (4, 1.0, 0.0)
+
+
+def test_eval_for_people(loads: Any, FakeJudge: Any):
+    loads(FakeJudge())
+    assert "contradiction rate" in run("eval", "--judge", "tiny", "--data", "tiny:id", "--limit", "4").stdout
+
+
+def test_our_warnings_are_shown_and_others_are_not(loads: Any, FakeJudge: Any, pictures: Any):
+    def warn() -> None:
+        warnings.warn_explicit("a word it does not know", UserWarning, "judge.py", 1, "listener_reward.judge")
+        warnings.warn_explicit("of no interest", UserWarning, "other.py", 1, "transformers.other")
+
+    loads(instead(FakeJudge(), warn))
+    result = run("compare", "--prompt", "red", *pictures[:2], "--json")
+    assert result.stderr == "Warning: a word it does not know\n"
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("first is 'a.png', which is not there; give an image file"), 2),
+        (MissingExtraError('trl is missing: pip install "listener-reward[train]"'), 2),
+        (JudgeError("the listener gave NaN"), 3),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare", "rank"])
+def test_an_error_is_one_line_on_stderr(
+    loads: Any, FakeJudge: Any, pictures: Any, command: str, error: Exception, code: int
+):
+    loads(failing(FakeJudge(), error))
+    result = run(command, "--prompt", "red", *pictures[:2], "--json")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"Error: {error}\n")
+
+
+def test_debug_shows_the_traceback(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(failing(FakeJudge(), JudgeError("the listener gave NaN")))
+    assert isinstance(run("compare", "--prompt", "red", *pictures[:2], "--debug").exception, JudgeError)
+
+
+def test_a_fault_of_ours_is_not_dressed_up_as_the_users(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(failing(FakeJudge(), ZeroDivisionError()))
+    assert isinstance(run("compare", "--prompt", "red", *pictures[:2]).exception, ZeroDivisionError)
+
+
+def test_a_missing_picture_is_named(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(FakeJudge())
+    result = run("compare", "--prompt", "red", pictures[0], "no-such-file.png")
+    assert result.exit_code == 2
+    assert "no-such-file.png" in result.stderr
+
+
+def test_missing_data_is_named(loads: Any, FakeJudge: Any):
+    loads(FakeJudge())
+    result = run("eval", "--judge", "tiny", "--data", "no-such-file.jsonl", "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no-such-file.jsonl" in result.stderr
+
+
+def test_a_checkpoint_out_of_reach_leads_to_tiny(pictures: Any, monkeypatch: pytest.MonkeyPatch):
+    """The default judge, with the Hub switched off and nothing in the cache; no fake here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = run("compare", "--prompt", "red", *pictures[:2], "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: ")
+    assert PAPER_CHECKPOINT in result.stderr
+    assert "tiny" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--prompt", "red", "a.png"],
+        ["compare", "a.png", "b.png"],
+        ["rank", "--prompt", "red"],
+        ["eval"],
+        ["compare", "--prompt", "red", "a.png", "b.png", "--thoughts", "0"],
+        ["eval", "--data", "tiny:id", "--limit", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]):
+    assert run(*arguments).exit_code == 2
+
+
+# --- demo, train, help
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    module = ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    calls: list[tuple[Any, ...]] = []
+    fake_module(monkeypatch, "listener_reward.demo", run_demo=lambda *arguments: calls.append(arguments))
+    assert run("demo").exit_code == 0
+    assert run("demo", "--out", str(tmp_path), "--steps", "5", "--seed", "7", "--quick").exit_code == 0
+    assert calls == [(Path("listener-reward-demo"), None, 0, False), (tmp_path, 5, 7, True)]
+
+
+def test_train_passes_every_argument_on_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    calls: list[list[str]] = []
+    fake_module(monkeypatch, "listener_reward.train.run", main=calls.append)
+    arguments = ["--config", "train.yaml", "--seed", "-1", "--weights", "1", "0.5", "--beta=0", "--debug", "x", "-h"]
+    assert run("train", *arguments).exit_code == 0
+    assert run("train", "--debug", *arguments).exit_code == 0
+    assert calls == [arguments, arguments]
+
+
+def test_train_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    def main(argv: list[str]) -> None:
+        raise MissingExtraError('trl is missing: pip install "listener-reward[train]"')
+
+    fake_module(monkeypatch, "listener_reward.train.run", main=main)
+    result = run("train", "--config", "train.yaml")
+    assert result.exit_code == 2
+    assert 'pip install "listener-reward[train]"' in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", [[], ["compare"], ["rank"], ["eval"], ["demo"], ["train"]])
+def test_every_command_explains_itself(command: list[str], flag: str):
+    result = run(*command, flag)
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_train_help_teaches():
+    text = run("train", "-h").stdout
+    for word in ("train.yaml", "listener:", "--resume_from_checkpoint", "listener-reward[train]"):
+        assert word in text
+
+
+def test_version():
+    assert run("--version").stdout == f"listener-reward {listener_reward.__version__}\n"

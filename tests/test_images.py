@@ -1,0 +1,416 @@
+"""The one conversion to PIL: every kind of image comes out right, every broken one is refused by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from listener_reward.errors import InputError
+from listener_reward.images import MAX_ASPECT, MAX_SIDE, to_pil, to_pil_batch
+
+ORANGE = (255, 128, 0)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def scene(mode: str = "RGB") -> Image.Image:
+    """A 6 x 4 orange picture with a blue left half, to tell height from width and left from right."""
+    picture = Image.new("RGB", (6, 4), ORANGE)
+    picture.paste((0, 0, 255), (0, 0, 3, 4))
+    return picture.convert(mode)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+HWC = pixels(scene())
+CHW = np.moveaxis(HWC, -1, 0)
+
+
+# ---------------------------------------------------------------- what has one right answer
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        scene(),
+        encoded(scene()),
+        bytearray(encoded(scene())),
+        memoryview(encoded(scene())),
+        encoded(scene(), "BMP"),
+        encoded(scene(), "TIFF"),
+        encoded(scene(), "WEBP", lossless=True),
+        encoded(scene().quantize(2), "GIF"),
+        encoded(scene("RGBA")),
+        {"bytes": encoded(scene()), "path": None},
+        {"bytes": encoded(scene()), "path": "elsewhere.png"},
+        {"bytes": encoded(scene())},
+        HWC,
+        np.asfortranarray(HWC),
+        HWC[:, ::-1][:, ::-1],
+        CHW,
+        HWC / 255,
+        (CHW / 255).astype(np.float32),
+        torch.tensor(CHW.copy()),
+        torch.tensor(CHW / 255),
+        torch.tensor(HWC / 255, requires_grad=True),
+        np.dstack([HWC, np.full((4, 6), 255, np.uint8)]),
+    ],
+)
+def test_the_same_picture_in_every_wrapping(image):
+    np.testing.assert_array_equal(pixels(to_pil(image)), HWC)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tensors_are_right_to_their_own_precision(dtype):
+    found = pixels(to_pil(torch.tensor(CHW / 255).to(dtype))).astype(int)
+    assert np.abs(found - HWC).max() <= 1
+
+
+def test_every_level_survives_the_way_through_floats():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(pixels(to_pil((levels / 255).astype(np.float32)))[..., 0], levels)
+
+
+@pytest.mark.parametrize(
+    "modes", ["P", "YCbCr", "HSV", "CMYK", "RGBX", "RGBA RGBa", "P PA", "L", "1", "L I", "LA", "LA La"]
+)
+def test_opaque_pictures_of_every_mode(modes):
+    picture = scene()
+    for mode in modes.split():
+        picture = picture.quantize(2) if mode == "P" else picture.convert(mode)
+    gray = np.repeat(np.asarray(scene("1" if modes == "1" else "L"), dtype=int)[..., None], 3, axis=2)
+    expected = gray * 255 if modes == "1" else gray if modes[0] == "L" else HWC
+    assert np.abs(pixels(to_pil(picture)).astype(int) - expected).max() <= 6
+
+
+def test_cmyk_jpeg_keeps_its_colours():
+    picture = to_pil(encoded(Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(pixels(picture).astype(int) - (200, 30, 30)).max() < 8
+
+
+def test_sixteen_bits_are_scaled_and_not_cut():
+    gray = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    expected = [[0, 100], [200, 255]]
+    for image in (Image.fromarray(gray), encoded(Image.fromarray(gray)), encoded(Image.fromarray(gray), "TIFF")):
+        np.testing.assert_array_equal(pixels(to_pil(image))[..., 0], expected)
+    np.testing.assert_array_equal(pixels(to_pil(Image.fromarray(gray.astype(np.int32))))[..., 0], expected)
+
+
+def test_mode_f_follows_the_rule_for_floats():
+    np.testing.assert_array_equal(pixels(to_pil(Image.fromarray(np.float32([[0, 0.2, 1]]))))[0, :, 0], [0, 51, 255])
+    with pytest.raises(InputError, match="divide by 255"):
+        to_pil(Image.fromarray(np.float32([[0, 51, 255]])))
+
+
+def transparent(mode: str) -> Image.Image:
+    """Black that shows nothing on the left and everything on the right."""
+    layer = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    layer.putpixel((1, 0), (0, 0, 0, 255))
+    return layer.convert(mode)
+
+
+def palette_with_transparency() -> bytes:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([0, 0, 0] * 2)
+    picture.putpixel((1, 0), 1)
+    return encoded(picture, "PNG", transparency=0)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        transparent("RGBA"),
+        transparent("LA"),
+        encoded(transparent("RGBA")),
+        encoded(transparent("RGBA"), "WEBP", lossless=True),
+        encoded(transparent("LA")),
+        palette_with_transparency(),
+        np.asarray(transparent("RGBA")),
+        np.asarray(transparent("RGBA")) / 255,
+    ],
+)
+def test_transparency_shows_white(image):
+    np.testing.assert_array_equal(pixels(to_pil(image)), [[[255] * 3, [0] * 3]])
+
+
+def test_half_transparent_black_on_white_is_mid_gray():
+    assert abs(int(pixels(to_pil(Image.new("RGBA", (1, 1), (0, 0, 0, 128))))[0, 0, 0]) - 127) <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    picture = to_pil(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert np.abs(pixels(picture).astype(int) - (255, 0, 0)).max() < 8
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    picture = to_pil(encoded(scene(), "PNG", exif=exif))
+    np.testing.assert_array_equal(pixels(picture), np.rot90(HWC, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_broken_exif_block_does_not_spoil_the_picture():
+    data = encoded(scene(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff garbage")
+    assert to_pil(data).size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.uint8([[[9, 8, 7]]]), np.uint8([9, 8, 7]).reshape(3, 1, 1), encoded(Image.new("RGB", (1, 1), (9, 8, 7)))],
+)
+def test_one_pixel(image):
+    assert pixels(to_pil(image)).tolist() == [[[9, 8, 7]]]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (1, 5, 7)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_gray_arrays(shape, dtype):
+    picture = to_pil(np.full(shape, 204 if dtype is np.uint8 else 0.8, dtype))
+    assert picture.size == (7, 5)
+    assert (pixels(picture) == 204).all()
+
+
+def test_a_shape_that_fits_both_layouts_goes_by_dtype():
+    both = np.zeros((3, 9, 3))
+    assert to_pil(both).size == (3, 9)
+    assert to_pil(both.astype(np.uint8)).size == (9, 3)
+
+
+def test_large_pictures_are_reduced_with_their_aspect():
+    assert to_pil(Image.new("RGB", (6000, 3000))).size == (MAX_SIDE, MAX_SIDE // 2)
+    assert to_pil(np.zeros((MAX_SIDE, MAX_SIDE), np.uint8)).size == (MAX_SIDE, MAX_SIDE)
+
+
+@pytest.mark.parametrize("size", [(500, 1), (1, 500), (30000, 2)])
+def test_thin_pictures_are_padded_with_white(size):
+    picture = to_pil(Image.new("RGB", size, "black"))
+    assert max(picture.size) / min(picture.size) <= MAX_ASPECT
+    found = pixels(picture)
+    assert found.min() == 0 and found[0, 0].min() == 255 and found[-1, -1].min() == 255
+
+
+def test_the_callers_image_is_left_alone_and_the_result_is_a_fixed_point():
+    for given in (scene(), scene("RGBA"), Image.new("RGB", (500, 1))):
+        mode, size = given.mode, given.size
+        once = to_pil(given)
+        assert once is not given and (given.mode, given.size) == (mode, size)
+        assert pixels(to_pil(once)).tolist() == pixels(once).tolist()
+
+
+def test_paths(tmp_path):
+    file = tmp_path / "bild ä.png"
+    scene().save(file)
+    for image in (file, str(file), np.str_(file), {"bytes": None, "path": str(file)}):
+        np.testing.assert_array_equal(pixels(to_pil(image)), HWC)
+    file.unlink()  # no handle was left open
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """A PNG whose text chunk unpacks to 100 MB."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "a" * 100_000_000, zip=True)
+    return encoded(scene(), "PNG", pnginfo=info)
+
+
+def closed() -> Image.Image:
+    picture = Image.open(io.BytesIO(encoded(scene())))
+    picture.close()
+    return picture
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+JPEG = encoded(Image.fromarray(NOISE), "JPEG")
+PNG = encoded(Image.fromarray(NOISE))
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (b"", "0 bytes"),
+        (b"not an image", "12 bytes, in no format"),
+        (b"\xff\xd8\xff", "no format"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "give a PNG"),
+        (EPS, "no format"),
+        (JPEG[:50], "bytes"),
+        (JPEG[: len(JPEG) // 2], "does not decode"),
+        (PNG[:20], "bytes"),
+        (PNG[: len(PNG) // 2], "does not decode"),
+        (PNG[:60] + b"\x00" * 40 + PNG[100:], "does not decode"),
+        (bomb(), "DecompressionBomb"),
+        (encoded(Image.new("1", (9000, 9000))), "9000 x 9000 pixels, more than"),
+        (text_bomb(), "does not decode"),
+        (closed(), "does not decode"),
+        (Image.open(io.BytesIO(JPEG[: len(JPEG) // 2])), "PIL image of mode RGB, which does not decode"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
+        ("", "no file"),
+        ("no/such/file.png", "'no/such/file.png', where there is no file; check the path"),
+        ("nul\0byte.png", "no file"),
+        ("x" * 100_000, r"\.\.\.', where there is no file"),
+        (Path("."), "no file"),
+        ("https://example.org/cat.png", "URL .* download it"),
+        ("data:image/png;base64,iVBORw0KGgo=", "no file"),
+        ({}, "neither bytes nor a path"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": b"", "path": None}, "0 bytes"),
+        ({"bytes": None, "path": "gone.png"}, "'gone.png'"),
+        ({"bytes": np.zeros(3), "path": None}, "of type ndarray"),
+        (None, "of type NoneType; give a PIL image"),
+        (7, "of type int"),
+        ([[0, 1], [1, 0]], "of type list"),
+        ([scene()], "of type list"),
+        (io.BytesIO(PNG), "of type BytesIO"),
+        (object(), "of type object"),
+    ],
+)
+def test_unreadable_images_are_refused_by_name(image, says):
+    with pytest.raises(InputError, match=rf"^second .*{says}"):
+        to_pil(image, field="second")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.full((8, 8, 3), np.nan), "NaN"),
+        (np.where(np.arange(64).reshape(8, 8) == 9, np.nan, 0.5), "NaN"),
+        (np.full((8, 8), np.inf), "infinity"),
+        (HWC.astype(np.float32), "float32 from 0 to 255, outside .*divide by 255"),
+        (HWC / 127.5 - 1, r"from -1 to 1, outside .*\(x \+ 1\) / 2"),
+        (HWC - 128.0, "rescale"),
+        (np.full((8, 8), 1.02), r"1\.02"),
+        (HWC.astype(np.int64), "int64; convert it to uint8"),
+        (HWC.astype(np.uint16), "uint16"),
+        (HWC.astype(np.int8), "int8"),
+        (HWC > 128, "bool"),
+        (HWC + 1j, "complex"),
+        (HWC.astype(object), "object"),
+        (np.array([["a", "b"], ["c", "d"]]), "dtype <U1"),
+        (np.float64(0.5), r"shape \(\)"),
+        (np.zeros(9), r"shape \(9,\)"),
+        (np.zeros((0, 8, 3)), r"shape \(0, 8, 3\)"),
+        (np.zeros((8, 8, 0), np.uint8), r"shape \(8, 8, 0\)"),
+        (np.zeros((8, 8, 2)), r"\(8, 8, 2\); its first or last axis"),
+        (np.zeros((5, 8, 8)), "1, 3 or 4 channels"),
+        (np.zeros((1, 3, 8, 8)), r"shape \(1, 3, 8, 8\); one image is"),
+        (np.zeros((1, 1, 3, 8, 8)), "one image is"),
+        (torch.full((3, 8, 8), torch.nan, dtype=torch.bfloat16), "NaN"),
+        (torch.full((3, 8, 8), -1.0), "from -1 to -1"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+        (torch.zeros(3, 8, 8, device="meta"), "tensor that numpy cannot hold"),
+        (torch.zeros(3, 8, 8).to_sparse(), "tensor that numpy cannot hold"),
+        (Image.fromarray(np.int32([[-5, 9]])), "from -5 to 9"),
+        (Image.fromarray(np.int32([[0, 70000]])), "to 70000; scale it to 16 bits"),
+    ],
+)
+def test_arrays_of_the_wrong_kind_are_refused_by_name(array, says):
+    with pytest.raises(InputError, match=rf"^first .*{says}"):
+        to_pil(array, field="first")
+
+
+def test_floats_are_rounded_and_not_cut_off():
+    assert pixels(to_pil(np.array([[0.999, 0.0021]])))[0, :, 0].tolist() == [255, 1]
+
+
+def test_a_rounding_step_outside_the_range_is_forgiven():
+    assert pixels(to_pil(np.array([[-0.005, 1.0078]])))[0, :, 0].tolist() == [0, 255]
+
+
+def test_floats_cast_to_uint8_do_not_pass_in_silence():
+    with pytest.warns(UserWarning, match="image is all but black.*multiply by 255"):
+        to_pil((HWC / 255).astype(np.uint8))
+
+
+def test_a_named_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="no file"):
+        to_pil(tmp_path / "pipe.png")
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.tensor(np.stack([CHW, CHW]) / 255),
+        np.stack([HWC, HWC]),
+        np.stack([CHW, CHW]) / 255,
+        torch.tensor(np.stack([CHW, CHW])),
+        [scene(), encoded(scene())],
+        (HWC, torch.tensor(CHW / 255)),
+        (image for image in (HWC, HWC)),
+        np.array([scene(), None], dtype=object)[[0, 0]],
+    ],
+)
+def test_batches(batch):
+    found = to_pil_batch(batch)
+    assert len(found) == 2
+    for picture in found:
+        np.testing.assert_array_equal(pixels(picture), HWC)
+
+
+@pytest.mark.parametrize("batch", [[], (), np.zeros((0, 3, 8, 8)), torch.zeros(0, 3, 8, 8)])
+def test_an_empty_batch_is_an_empty_list(batch):
+    assert to_pil_batch(batch) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (HWC, r"shape \(4, 6, 3\), rank 3 where a batch has rank 4; add a leading axis"),
+        (torch.zeros(2, 4, 3, 8, 8), "rank 5 .* video"),
+        (np.zeros((8, 8)), "rank 2"),
+        (np.zeros(8), "rank 1"),
+        (np.zeros((1,) * 6), "rank 6"),
+        (scene(), "one image and not a batch"),
+        ("a.png", "'a.png', one image"),
+        (Path("a.png"), "one image"),
+        (PNG, "bytes, one image"),
+        ({"bytes": PNG, "path": None}, "one image"),
+        (None, "NoneType"),
+        (3, "int"),
+    ],
+)
+def test_what_is_no_batch_is_refused(batch, says):
+    with pytest.raises(InputError, match=rf"^images .*{says}"):
+        to_pil_batch(batch)
+
+
+def test_the_broken_entry_of_a_batch_is_named():
+    with pytest.raises(InputError, match=r"^images\[1\] .*no format"):
+        to_pil_batch([scene(), b"broken"])
+    spoilt = np.stack([CHW, CHW, CHW]) / 255
+    spoilt[2, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"^images\[2\] holds NaN"):
+        to_pil_batch(spoilt)

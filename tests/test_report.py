@@ -1,0 +1,451 @@
+"""The report: complete, self-contained, safe with hostile text, and never stopped by a missing value."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from listener_reward.report import (
+    COLUMNS,
+    DASH,
+    MAX_BANDS,
+    METRICS,
+    MINUS,
+    _bands,
+    _cells,
+    _path,
+    _picture,
+    _smooth,
+    _tick_digits,
+    _ticks,
+    write_report,
+)
+from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.world import split_pairs
+
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+HOSTILE = (
+    '<script>alert("prompt")</script> </style></title> <img src=x onerror=alert(1)> {{ 7 * 6 }} ${x} '
+    "<|im_start|>system <|vision_pad|> &lt;b&gt; ' \" `"
+)
+RIGHT_TO_LEFT = "دائرتان حمراوان \u202e \U0001f534\U0001f534"
+
+
+class Page(HTMLParser):
+    """Elements, attributes and visible text of a page; fails on a tag that is not closed by its own kind."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.raw = {"style": "", "script": ""}
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"{tag} repeats an attribute: {names}"
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in self.raw:
+            self.raw[self.open[-1]] += data
+        elif data.strip():
+            self.texts.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str, kind: str | None = None) -> list[dict[str, str]]:
+        return [a for t, a in self.elements if t == tag and (kind is None or kind in a.get("class", "").split())]
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def thought(order: str, answer: int | None, listener: float | None, contradicted: bool | None) -> dict[str, Any]:
+    text = f"image 1 : one clean red star . seen {order} ."
+    return {
+        "text": text,
+        "order": order,
+        "answer": answer,
+        "p_first": 0.7,
+        "listener_p_first": listener,
+        "contradicted": contradicted,
+    }
+
+
+def verdict(**changes: Any) -> dict[str, Any]:
+    thoughts = [thought("as given", 1, 0.86, False), thought("swapped", 1, 0.64, False)]
+    return {
+        "p_first": 0.71,
+        "preferred": 1,
+        "thoughts": thoughts,
+        "listener_p_first": 0.75,
+        "contradicted": False,
+        "position_gap": -0.08,
+        "malformed": 0,
+    } | changes
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    tiny = next(split_pairs("id", 1))
+    first, second = draw_pair(tiny)
+    return {
+        "prompt": tiny.wording,
+        "split": "id",
+        "p_first": 0.8,
+        "first_png": encoded(first),
+        "second_png": encoded(second),
+        "model": "listener-shaped GRPO",
+        "verdict": verdict(),
+    } | changes
+
+
+def row(model: str, split: str, accuracy: float | None, **changes: Any) -> dict[str, Any]:
+    spread = None if accuracy is None else (accuracy - 0.04, accuracy + 0.04)
+    return {
+        "model": model,
+        "split": split,
+        "n": 400,
+        "n_ties": 0,
+        "accuracy": accuracy,
+        "accuracy_interval": spread,
+        "contradiction_rate": 0.128,
+        "contradiction_interval": (0.11, 0.15),
+        "malformed_rate": 0.0,
+        "position_gap": 0.051,
+        "ece": 0.043,
+        "brier": 0.2,
+        "nll": 0.55,
+    } | changes
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    curve = {key.key: [0.5 + 0.01 * i for i in range(30)] for key in METRICS} | {"step": list(range(1, 31))}
+    return {
+        "title": "Does a listener keep a judge honest?",
+        "created": "2025-01-15T10:22:31+00:00",
+        "command": "listener-reward demo --steps 30",
+        "versions": {"torch": "2.13.0", "trl": "1.16.0"},
+        "settings": {"steps": 30, "learning_rate": 1e-4, "verdict_masking": None, "splits": ["id", "ood"]},
+        "curves": {"accuracy-only": curve, "listener-shaped": curve},
+        "table": [
+            row("base", "wrong", 0.551),
+            row("base", "id", 0.621),
+            row("SFT", "id", 0.712, malformed_rate=0.01, ece=0.09),
+        ],
+        "pairs": [pair(), pair(split="wrong")],
+        "ranking": {
+            "prompt": "two red stars",
+            "images": [pair()["first_png"], pair()["second_png"], pair()["first_png"]],
+            "order": [1, 0, 2],
+            "scores": [0.25, 1.5, -1.75],
+            "standard_errors": [0.3, 0.41, 0.5],
+            "comparisons": 3,
+        },
+    } | changes
+
+
+def written(folder: Path, **changes: Any) -> tuple[str, Page]:
+    html = write_report(folder / "report.html", results(**changes)).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_returns_the_path_and_makes_folders(tmp_path: Path) -> None:
+    path = write_report(str(tmp_path / "new" / "folder" / "page.html"), results())
+    assert path == tmp_path / "new" / "folder" / "page.html"
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_is_reproducible(tmp_path: Path) -> None:
+    assert written(tmp_path)[0] == written(tmp_path)[0]
+
+
+def test_sections_stand_in_order(tmp_path: Path) -> None:
+    _, page = written(tmp_path)
+    assert [a["id"] for a in page.all("section")] == ["results", "curves", "ranking", "pairs", "settings"]
+    assert len(page.all("h1")) == 1
+    for text in ("Does a listener keep a judge honest?", "½ accuracy", "½ listener", "listener-reward demo --steps 30"):
+        assert text in page.text
+    for text in ("2.13.0", "verdict_masking", '["id", "ood"]', "0.0001", "2025-01-15"):
+        assert text in page.text
+
+
+def test_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    html, page = written(tmp_path)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|@font-face", html.replace(page.raw["script"], ""))
+    assert not page.all("link") and not page.all("iframe") and not page.all("a")
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "background"):
+            if name in attributes:
+                assert tag == "img" and attributes[name].startswith("data:image/png;base64,")
+    assert "//" not in page.raw["script"]
+
+
+def test_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
+    _, page = written(tmp_path, title=HOSTILE, pairs=[pair(prompt=HOSTILE)])
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(page.raw["script"].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert len(page.all("script")) == 1
+
+
+def everywhere(text: str) -> dict[str, Any]:
+    """Results with `text` in every place that takes text."""
+    said = [thought(text, 1, 0.2, True) | {"text": text}] * 3
+    curve = {"step": [1, 2], "reward": [0.1, 0.2]}
+    return {
+        "title": text,
+        "created": text,
+        "command": text,
+        "versions": {text: text},
+        "settings": {text: text, "nested": {"key": [text]}},
+        "curves": {text: curve},
+        "table": [row(text, text, 0.5), row(text + "2", text, 0.6)],
+        "pairs": [
+            pair(prompt=text, split=text, model=text, verdict=verdict(thoughts=said)),
+            pair(first_png=text, second_png=text, p_first=text, verdict=text),
+        ],
+        "ranking": {
+            "prompt": text,
+            "images": [text, pair()["first_png"]],
+            "order": [0, 1],
+            "scores": [text, 1],
+            "standard_errors": [1, text],
+        },
+    }
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    # The same page with a harmless word has the same elements and attributes: nothing hostile became markup.
+    html, page = written(tmp_path, **everywhere(HOSTILE))
+    _, harmless = written(tmp_path, **everywhere("word"))
+    assert [(tag, sorted(a)) for tag, a in page.elements] == [(tag, sorted(a)) for tag, a in harmless.elements]
+    assert page.raw == harmless.raw
+    assert page.text.count("<script>alert(") >= 10, "the text must be shown, not dropped"
+    assert "{{ 7 * 6 }}" in page.text and "<|vision_pad|>" in page.text and "&lt;b&gt;" in page.text
+    assert html.count("<script>") == 1 and html.count("</style>") == 1
+    assert any(HOSTILE in a["alt"] for a in page.all("img"))
+
+
+def test_right_to_left_text_and_emoji_are_kept_and_isolated(tmp_path: Path) -> None:
+    html, _ = written(tmp_path, pairs=[pair(prompt=RIGHT_TO_LEFT, model=RIGHT_TO_LEFT)])
+    assert RIGHT_TO_LEFT in html
+    assert f'<p class="quoted" dir="auto">{RIGHT_TO_LEFT}</p>' in html
+    assert f"<bdi>{RIGHT_TO_LEFT}</bdi>" in html
+
+
+def test_characters_that_a_page_cannot_hold_are_replaced(tmp_path: Path) -> None:
+    html, _ = written(tmp_path, pairs=[pair(prompt="a\x00b\ud800c\x1bd\x85e\tf\ng")])
+    assert "a\ufffdb\ufffdc\ufffdd\ufffde\tf\ng" in html
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", html)
+
+
+@pytest.mark.parametrize("gap", [None, float("nan"), float("inf"), "text", [], {}, b"x", True, 10**400, object()])
+def test_any_value_may_be_missing(tmp_path: Path, gap: Any) -> None:
+    # All that lies at one depth of the results goes missing at once, for every depth.
+    def holes(value: Any, depth: int) -> Any:
+        if depth == 0:
+            return gap
+        if isinstance(value, dict):
+            return {key: holes(item, depth - 1) for key, item in value.items()}
+        return [holes(item, depth - 1) for item in value] if isinstance(value, (list, tuple)) else gap
+
+    for depth in range(1, 7):
+        path = write_report(tmp_path / "report.html", holes(results(), depth))
+        page = Page(path.read_text(encoding="utf-8"))
+        assert len(page.all("section")) == 5
+        if gap is None:
+            assert not re.search(r"\b(None|nan|inf)\b", page.text)
+
+
+def test_an_empty_result_says_so(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path / "report.html", {}).read_text(encoding="utf-8"))
+    assert [a["id"] for a in page.all("section")] == ["results", "curves", "ranking", "pairs", "settings"]
+    assert page.text.count("not recorded") == len(METRICS)
+    for text in ("No results were recorded.", "No ranking was recorded.", "No pairs were recorded."):
+        assert text in page.text
+    assert "None" not in page.text and not page.all("input")
+
+
+def test_table_shows_values_intervals_and_splits_in_order(tmp_path: Path) -> None:
+    html, page = written(tmp_path)
+    assert page.text.index("In distribution") < page.text.index("Wrong-way")
+    assert "falls below 50 %" in page.text and "400 pairs" in page.text
+    assert f"<strong>71.2</strong><small>67.2{DASH}75.2</small>" in html
+    assert f"<td>62.1<small>58.1{DASH}66.1</small></td>" in html
+    assert "Out of distribution" not in page.text, "a split without rows must not be claimed"
+    # Alone in its split: nothing to be better than.
+    assert "<td>55.1<small>" in html
+
+
+def test_best_is_by_what_is_printed() -> None:
+    accuracy = next(column for column in COLUMNS if column.key == "accuracy")
+    ece = next(column for column in COLUMNS if column.key == "ece")
+
+    def best(column: Any, *values: Any) -> list[bool]:
+        return [cell["best"] for cell in _cells(column, [{column.key: value} for value in values])]
+
+    assert best(accuracy, 0.61, 0.72, None) == [False, True, False]
+    assert best(accuracy, 0.72004, 0.61, 0.72001) == [True, False, True]
+    assert best(accuracy, 0.7, 0.7) == [False, False]
+    assert best(ece, 0.04, 0.05, float("nan")) == [True, False, False]
+
+
+def test_curves_have_both_arms_axes_and_hover_titles(tmp_path: Path) -> None:
+    _, page = written(tmp_path)
+    assert len(page.all("path", "smooth")) == len(page.all("path", "raw")) == 2 * len(METRICS)
+    assert {"arm-1", "arm-2"} <= {name for a in page.all("path") for name in a["class"].split()}
+    assert page.text.count("training step") == len(METRICS)
+    assert page.texts.count("accuracy-only") == 1 and page.texts.count("listener-shaped") == 1
+    assert len(page.all("g", "band")) == 30 * len(METRICS)
+    # Smoothed by sigma 1 at the end of a ramp to 79 %: weights 1, .607, .135, .011 put it 0.52 points lower.
+    assert "step 30 accuracy-only: 78.5 %" in page.text
+    for a in page.all("path"):
+        numbers = [float(number) for number in re.findall(r"[ML]([\d.]+) ", a["d"])]
+        assert len(numbers) == 30 and all(36 <= x <= 312 for x in numbers)
+
+
+def test_curve_lists_may_differ_in_length_and_order(tmp_path: Path) -> None:
+    curve = {"step": [30, 10], "reward": [0.3, 0.1, 0.2], "accuracy": [None, None, None]}
+    _, page = written(tmp_path, curves={"arm": curve})
+    assert len(page.all("path", "raw")) == 1
+    assert page.text.count("not recorded") == len(METRICS) - 1
+
+
+def test_smoothing_keeps_gaps_and_constants() -> None:
+    assert _smooth([0.4] * 3 + [None] + [0.4] * 3) == pytest.approx([0.4] * 3 + [None] + [0.4] * 3)
+    # Three points, sigma 1: weights 1, e^-0.5, e^-2 of the distances 0, 1, 2; the middle has 1/(1 + 2 * 0.60653).
+    assert _smooth([0.0, 1.0, 0.0])[1] == pytest.approx(1 / (1 + 2 * 0.60653), abs=1e-5)
+    assert _smooth([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (0.53, 0.91), (-3, 4.2), (0.5, 0.5), (0, 0), (7, 7), (1e-9, 2e-9), (1, 1 + 1e-16), (0, 9e11)],
+)
+def test_ticks_enclose_and_are_few(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
+    assert 2 <= len(ticks) <= 7 and ticks == sorted(set(ticks))
+
+
+def test_ticks_are_round_numbers() -> None:
+    assert _ticks(0.53, 0.91) == [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert _ticks(0, 0) == [0, 0.25, 0.5, 0.75, 1]
+    assert _tick_digits([0.0, 0.25], percent=False) == 2
+    assert _tick_digits([0.0, 0.25], percent=True) == 0
+
+
+def test_path_breaks_at_gaps() -> None:
+    assert _path([(0, 1.0), (1, 2.0), (2, None), (3, 4.5)]) == "M0 1h0L1 2M3 4.5h0"
+    assert _path([(0, None)]) == ""
+
+
+def test_hover_bands_cover_the_plot_without_overlap() -> None:
+    bands = _bands(list(range(1000)), lambda step: 36 + 276 * step / 999)
+    assert len(bands) == MAX_BANDS and bands[0][0] == 0 and bands[-1][0] == 999
+    assert bands[0][1] == 36 and bands[-1][2] == 312
+    assert all(b[2] == pytest.approx(c[1], abs=0.1) for b, c in itertools.pairwise(bands))
+    assert _bands([5], lambda _: 174) == [(5, 36, 312)]
+
+
+def test_ranking_is_best_first_with_errors(tmp_path: Path) -> None:
+    _, page = written(tmp_path)
+    at = [page.text.index(text) for text in ("+1.50 ± 0.41", "+0.25 ± 0.30", f"{MINUS}1.75 ± 0.50")]
+    assert at == sorted(at)
+    assert "Comparisons made: 3." in page.text
+
+
+def test_ranking_ignores_an_order_that_names_no_picture(tmp_path: Path) -> None:
+    ranking = results()["ranking"] | {"order": [7, 2, -1, None], "scores": [0.5]}
+    _, page = written(tmp_path, ranking=ranking, pairs=[])
+    assert len(page.all("img")) == 1
+
+
+def test_pictures_keep_their_pixels_and_only_pictures_pass() -> None:
+    small = _picture(encoded(Image.new("RGB", (96, 64), "red")))
+    assert small is not None and small["pixelated"] and (small["width"], small["height"]) == (96, 64)
+    photo = _picture(encoded(Image.new("RGB", (512, 300)), "JPEG"))
+    assert photo is not None and not photo["pixelated"] and photo["source"].startswith("data:image/jpeg;base64,")
+    svg = base64.b64encode(b"<svg onload='alert(1)'/>").decode()
+    for bad in (None, 3, "", "not base64 !", svg, encoded(Image.new("RGB", (2, 2)), "BMP"), "data:text/html,x"):
+        assert _picture(bad) is None
+
+
+def card(folder: Path, **changes: Any) -> Page:
+    return written(folder, pairs=[pair(**changes)])[1]
+
+
+def test_a_card_shows_votes_judge_listener_and_thoughts(tmp_path: Path) -> None:
+    page = card(tmp_path)
+    assert "people 80 % 20 % judge 71 % 29 % listener 75 % 25 %" in page.text
+    assert {"width: 80.0%", "width: 71.0%", "width: 75.0%", "width: 86.0%"} <= {a["style"] for a in page.all("i")}
+    assert "seen as given" in page.text and "seen swapped" in page.text
+    assert "Shown swapped (its image 1 is picture 2): prefers picture 1" in page.text
+    assert f"Position gap {MINUS}0.08" in page.text
+    assert page.all("span", "right") and not page.all("span", "badge") and not page.all("article", "contradicted")
+
+
+def test_contradictions_are_marked(tmp_path: Path) -> None:
+    page = card(tmp_path, verdict=verdict(contradicted=True, listener_p_first=0.3))
+    assert page.all("article", "contradicted") and len(page.all("span", "badge")) == 1
+    said = [thought("as given", 1, 0.2, True), thought("swapped", 2, 0.1, False)]
+    page = card(tmp_path, verdict=verdict(thoughts=said))
+    assert "contradiction in 1 thought" in page.text and len(page.all("div", "contradicted")) == 1
+    # The listener's bar is its share for the thought's own answer: 0.2 for picture 1, 1 - 0.1 for picture 2.
+    assert {"width: 20.0%", "width: 90.0%"} <= {a["style"] for a in page.all("i")}
+
+
+@pytest.mark.parametrize(
+    ("p_first", "preferred", "mark"),
+    [
+        (0.8, 1, "✓ right"),
+        (0.8, 2, "✗ wrong"),
+        (0.2, 2, "✓ right"),
+        (0.8, None, "✗ wrong: undecided"),
+        (0.5, 1, "people tied"),
+    ],
+)
+def test_right_and_wrong(tmp_path: Path, p_first: float, preferred: int | None, mark: str) -> None:
+    assert mark in card(tmp_path, p_first=p_first, verdict=verdict(preferred=preferred)).text
+
+
+def test_malformed_thoughts_and_many_thoughts(tmp_path: Path) -> None:
+    said = [thought("as given", None, None, None), thought("swapped", 1, 0.9, False)]
+    said += [thought("as given", 1, 0.9, False), thought("swapped", 1, 0.1, True)]
+    page = card(tmp_path, verdict=verdict(thoughts=said))
+    assert "no readable answer" in page.text
+    assert "2 more thoughts, 1 contradicted" in page.text
+
+
+def test_the_page_is_whole_without_its_script(tmp_path: Path) -> None:
+    _, page = written(tmp_path)
+    assert len(page.all("article")) == 2 and not any("hidden" in a for a in page.all("article"))
+    # The filter would do nothing without the script, which is what shows it.
+    assert "hidden" in page.all("form")[0]

@@ -1,0 +1,349 @@
+"""The reward callable: its schemes worked by hand, its contract with trainers, and what it does when a judge breaks."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.reward import INFO, PAPER_CHECKPOINT, ListenerReward, log_odds
+
+
+@pytest.fixture
+def loads(monkeypatch, FakeJudge):
+    """Replaces the judge that a name loads by a fake one; the list holds the arguments of each load."""
+    seen = []
+
+    def from_pretrained(name, **options):
+        time.sleep(0.02)  # long enough for a second thread to come by
+        seen.append((name, options))
+        return FakeJudge(delay=0.002)
+
+    fake_module = SimpleNamespace(Judge=SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, "listener_reward.judge", fake_module)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schemes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_two_worked_by_hand(FakeJudge, shade):
+    # With the prior's variance 4, scores (s, -s) solve p - sigmoid(2s) = s / 4 (see test_ranking).
+    # s = 0.4 needs p = sigmoid(0.8) + 0.1 = 0.78997; the fake judge says so of red 255 against red 0 at slope logit(p).
+    p = 1 / (1 + math.exp(-0.8)) + 0.1
+    reward = ListenerReward(FakeJudge(slope=math.log(p / (1 - p))))
+    scores, info = reward([shade(255), shade(0)], ["a", "a"])
+    assert scores == pytest.approx([0.4, -0.4], abs=1e-6)
+    assert info["comparisons"].tolist() == [1, 1]
+
+
+def test_groups_are_centred_ordered_and_judged_in_one_call(FakeJudge, shade):
+    judge = FakeJudge()
+    reds, prompts = [10, 200, 60, 90, 30], ["a", "b", "a", "b", "a"]
+    scores, info = ListenerReward(judge)([shade(r) for r in reds], prompts)
+    assert scores[[0, 2, 4]].sum() == pytest.approx(0, abs=1e-6) and scores[[1, 3]].sum() == pytest.approx(0, abs=1e-6)
+    assert scores[2] > scores[4] > scores[0] and scores[1] > scores[3]
+    assert judge.calls == [[("a", 10, 60), ("a", 10, 30), ("a", 60, 30), ("b", 200, 90)]]
+    assert info["comparisons"].tolist() == [2, 1, 2, 1, 2]
+
+
+def test_a_large_group_is_thinned_and_keeps_its_order(FakeJudge, shade):
+    judge = FakeJudge(slope=6.0, noise=0.3)
+    reds = list(range(0, 240, 10))
+    scores, info = ListenerReward(judge)([shade(r) for r in reds], ["a"] * 24)
+    assert len(judge.calls[0]) == 24 * 7 / 2
+    assert set(info["comparisons"]) == {7}
+    assert np.corrcoef(scores, reds)[0, 1] > 0.98
+
+
+def test_a_given_reference_gives_log_odds(FakeJudge, shade):
+    # The fake judge's log-odds are slope * (red - red of the reference) / 255.
+    references = {"a": shade(100), "b": shade(0)}
+    reward = ListenerReward(FakeJudge(slope=3.0), scheme="reference", reference=references)
+    scores, info = reward([shade(185), shade(15), shade(51)], ["a", "a", "b"])
+    assert scores == pytest.approx([1.0, -1.0, 0.6], abs=1e-6)
+    # One comparison's information and the prior's: p (1 - p) + 1/4.
+    p = 1 / (1 + math.exp(-1))
+    assert info["standard_error"][:2] == pytest.approx([(p * (1 - p) + 0.25) ** -0.5] * 2)
+
+
+def test_the_reference_may_be_a_function_of_the_prompt(FakeJudge, shade):
+    reward = ListenerReward(FakeJudge(slope=3.0), reference=lambda prompt: shade(int(prompt)))
+    assert reward([shade(85), shade(85)], ["0", "85"])[0] == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+def test_the_first_image_seen_is_kept_and_scores_zero(FakeJudge, shade):
+    judge = FakeJudge(slope=3.0)
+    reward = ListenerReward(judge, scheme="reference")
+    scores, info = reward([shade(85), shade(170)], ["a", "a"])
+    assert scores.tolist() == [0.0, pytest.approx(1.0, abs=1e-6)]
+    assert info["comparisons"].tolist() == [0, 1] and info["standard_error"][0] == 0 and not info["failed"].any()
+    assert reward([shade(0)], ["a"])[0] == pytest.approx([-1.0], abs=1e-6)  # still against the 85 of the first call
+    assert judge.calls == [[("a", 170, 85)], [("a", 0, 85)]]
+
+
+def test_auto_takes_groups_where_it_can_and_a_reference_where_it_must(FakeJudge, shade):
+    judge = FakeJudge()
+    ListenerReward(judge, reference={"b": shade(1)})([shade(10), shade(20), shade(30)], ["a", "b", "a"])
+    assert judge.calls == [[("a", 10, 30), ("b", 20, 1)]]
+
+
+def test_alone_in_the_group_scheme_is_zero_knowing_nothing(FakeJudge, shade):
+    judge = FakeJudge()
+    scores, info = ListenerReward(judge, scheme="group")([shade(10)], ["a"])
+    assert judge.calls == []
+    assert (scores[0], info["standard_error"][0], info["comparisons"][0], info["failed"][0]) == (0, 2, 0, 0)
+
+
+def test_an_image_scores_the_same_wherever_it_stands_in_the_batch(FakeJudge, shade):
+    reds = [10, 60, 30, 200]
+    scores = ListenerReward(FakeJudge())([shade(r) for r in reds], ["a"] * 4)[0]
+    turned = ListenerReward(FakeJudge())([shade(r) for r in reversed(reds)], ["a"] * 4)[0]
+    assert scores == pytest.approx(turned[::-1], abs=1e-6)
+
+
+def test_certainty_has_bounded_log_odds():
+    assert log_odds(1.0)[0] == pytest.approx(math.log(9999)) and log_odds(0.0)[0] == pytest.approx(-math.log(9999))
+    assert log_odds(0.5) == (0.0, pytest.approx(2**0.5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contract
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _batch(reds: list[int]) -> np.ndarray:
+    """(N, 3, H, W) float32 in [0, 1], N plain images."""
+    batch = np.zeros((len(reds), 3, 4, 4), dtype=np.float32)
+    batch[:, 0] = np.array(reds, dtype=np.float32)[:, None, None] / 255
+    return batch
+
+
+def _as_list(batch: np.ndarray) -> list[np.ndarray]:
+    return [np.rint(image.transpose(1, 2, 0) * 255).astype(np.uint8) for image in batch]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda batch: torch.from_numpy(batch),
+        lambda batch: torch.from_numpy(batch).requires_grad_(),
+        lambda batch: torch.from_numpy(batch).half(),
+        lambda batch: torch.from_numpy(batch).bfloat16(),
+        lambda batch: batch,
+        lambda batch: np.stack(_as_list(batch)),
+        _as_list,
+    ],
+    ids=["float32", "with gradient", "float16", "bfloat16", "numpy", "uint8 NHWC", "list"],
+)
+def test_reads_what_trainers_send(FakeJudge, make):
+    scores, info = ListenerReward(FakeJudge())(make(_batch([0, 128, 255])), ("a", "a", "a"), ({}, {}, {}))
+    assert type(scores) is np.ndarray and scores.dtype == np.float32 and scores.shape == (3,)
+    assert scores == pytest.approx(ListenerReward(FakeJudge())(_batch([0, 128, 255]), ["a"] * 3)[0], abs=0.02)
+    assert torch.as_tensor(scores).requires_grad is False
+    assert set(info) == set(INFO)
+    for values in info.values():
+        assert values.dtype == np.float32 and values.shape == (3,)
+        assert torch.cat([torch.as_tensor(values).float()] * 2).shape == (6,)  # what flow_grpo does with each
+
+
+def test_numpy_strings_are_prompts(FakeJudge, shade):
+    scores, _ = ListenerReward(FakeJudge())([shade(0), shade(9)], np.array(["a", "a"]))
+    assert scores[1] > scores[0]
+
+
+def test_an_empty_batch_has_empty_scores(FakeJudge):
+    scores, info = ListenerReward(FakeJudge())([], [])
+    assert scores.shape == (0,) and all(values.shape == (0,) for values in info.values())
+
+
+def test_info_is_told_from_each_image_s_own_side(FakeJudge, shade):
+    # Reds 255, 0, 0: the first meets the others, the listener believes the opposite of the judge, except on the tie.
+    judge = FakeJudge(slope=4.0, listener_slope=-2.0)
+    _, info = ListenerReward(judge)([shade(255), shade(0), shade(0)], ["a"] * 3)
+    believed = 1 / (1 + math.exp(2))  # of the first image, against each other one
+    assert info["listener_p_first"] == pytest.approx([believed, (1 - believed + 0.5) / 2, (1 - believed + 0.5) / 2])
+    assert info["contradicted"].tolist() == [1, 1, 1]  # a tie is no contradiction, and none to average either
+
+
+def test_the_position_gap_is_its_mean_size(FakeJudge, shade):
+    _, info = ListenerReward(FakeJudge(bias=-0.125))([shade(9), shade(9)], ["a", "a"])
+    assert info["position_gap"].tolist() == [0.125, 0.125]
+
+
+def test_what_does_not_apply_is_nan(FakeJudge, shade):
+    _, info = ListenerReward(FakeJudge())([shade(1), shade(2)], ["a", "a"])  # no listener
+    assert np.isnan(info["listener_p_first"]).all() and np.isnan(info["contradicted"]).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [("a red circle", "one string"), (["a"], "1 entries for 2 images"), (["a", 3], r"prompts\[1\] is a int")],
+)
+def test_refuses_prompts_that_do_not_fit(FakeJudge, shade, prompts, words):
+    with pytest.raises(InputError, match=words):
+        ListenerReward(FakeJudge())([shade(1), shade(2)], prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scheme": "best"}, "scheme is 'best'.*'auto', 'group', 'reference'"),
+        ({"on_failure": "zero"}, "on_failure is 'zero'"),
+        ({"scheme": "group", "reference": {}}, "compares no reference"),
+        ({"thoughts": 4}, "thoughts would have no effect"),
+    ],
+)
+def test_refuses_a_configuration_that_makes_no_sense(FakeJudge, options, words):
+    with pytest.raises(InputError, match=words):
+        ListenerReward(FakeJudge(), **options)
+
+
+def test_refuses_what_is_no_judge():
+    with pytest.raises(InputError, match="judge is a int"):
+        ListenerReward(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reference", [{"b": 1}, lambda prompt: None])
+def test_a_prompt_without_its_reference_is_an_error(FakeJudge, shade, reference):
+    with pytest.raises(InputError, match="no image for prompt 'a'"):
+        ListenerReward(FakeJudge(), reference=reference)([shade(1)], ["a"])
+
+
+def test_ranks_and_compares(FakeJudge, shade):
+    reward = ListenerReward(FakeJudge())
+    assert reward.rank("a", [shade(3), shade(90), shade(40)]).order == [1, 2, 0]
+    assert reward.rank("a", torch.from_numpy(_batch([3, 90, 40]))).order == [1, 2, 0]
+    assert reward.compare("a", shade(3), shade(90)).preferred == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading, pickling, threads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_paper_s_checkpoint_and_nothing_is_loaded_before_use(loads):
+    reward = ListenerReward()
+    assert reward.judge == PAPER_CHECKPOINT and PAPER_CHECKPOINT in repr(reward) and loads == []
+    assert reward.__name__ == "listener_reward" and ListenerReward.__name__ == "ListenerReward"
+    assert not isinstance(reward, torch.nn.Module)
+
+
+def test_loads_once_with_its_options(loads, shade, tmp_path):
+    reward = ListenerReward(tmp_path, thoughts=2, device="cpu")
+    reward([shade(1), shade(2)], ["a", "a"])
+    reward.compare("a", shade(1), shade(2))
+    assert loads == [(str(tmp_path), {"thoughts": 2, "device": "cpu"})]
+
+
+def test_pickles_by_its_configuration_without_the_judge(loads, shade):
+    reward = ListenerReward("tiny", scheme="reference", on_failure="nan", thoughts=2)
+    reward([shade(85)], ["a"])
+    copy = pickle.loads(pickle.dumps(reward))
+    assert len(loads) == 1, "unpickling loads nothing"
+    assert len(pickle.dumps(reward)) < 2000
+    # The kept reference came along: the copy's zero is the original's.
+    scores = copy([shade(170)], ["a"])[0]
+    assert scores == pytest.approx(reward([shade(170)], ["a"])[0]) and scores[0] > 1
+    assert loads == [("tiny", {"thoughts": 2})] * 2
+    assert (copy.scheme, copy.on_failure) == ("reference", "nan")
+
+
+def test_eight_threads_share_one_judge(loads, shade):
+    reward = ListenerReward("tiny", reference={"a": shade(0), "b": shade(128)})
+    batches = [([shade(r), shade(2 * r), shade(3 * r)], ["a", "b", "b"]) for r in range(1, 41)]
+    alone = [ListenerReward("tiny", reference=reward.reference)(*batch)[0] for batch in batches]
+    loads.clear()
+    with ThreadPoolExecutor(max_workers=8) as pool:  # the fake judge fails an assertion if two threads meet in it
+        together = [future.result()[0] for future in [pool.submit(reward, *batch) for batch in batches]]
+    assert len(loads) == 1
+    assert np.array_equal(together, alone)
+
+
+def test_importing_loads_no_torch():
+    code = "import sys, listener_reward.reward, listener_reward.evaluate; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "numpy" in modules, "the probe sees nothing"
+    assert not {"torch", "transformers", "datasets", "trl"} & set(modules)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failure: never a zero that means it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _broken_image(FakeJudge, red, **options):
+    return FakeJudge(breaks_on=lambda prompt, first, second: red in (first, second), **options)
+
+
+@pytest.mark.parametrize("answers_nan", [False, True])
+def test_a_broken_judge_raises(FakeJudge, shade, answers_nan):
+    reward = ListenerReward(_broken_image(FakeJudge, 9, answers_nan=answers_nan))
+    with pytest.raises(JudgeError):
+        reward([shade(9), shade(20)], ["a", "a"])
+
+
+def test_a_call_that_raised_keeps_no_reference(FakeJudge, shade):
+    reward = ListenerReward(_broken_image(FakeJudge, 9), scheme="reference")
+    with pytest.raises(JudgeError):
+        reward([shade(50), shade(9)], ["a", "a"])
+    assert reward([shade(60)], ["a"])[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("answers_nan", [False, True])
+def test_nan_masks_the_broken_image_and_no_other(FakeJudge, shade, answers_nan):
+    reward = ListenerReward(_broken_image(FakeJudge, 9, answers_nan=answers_nan), on_failure="nan")
+    reds, prompts = [30, 9, 60, 1, 2], ["a", "a", "a", "b", "b"]
+    scores, info = reward([shade(r) for r in reds], prompts)
+    assert np.isnan(scores).tolist() == [False, True, False, False, False]
+    assert info["failed"].tolist() == [0, 1, 0, 0, 0] and info["comparisons"].tolist() == [1, 0, 1, 1, 1]
+    # What is left of group "a" is scored as a group of two would be.
+    without = ListenerReward(FakeJudge())([shade(30), shade(60)], ["a", "a"])[0]
+    assert scores[[0, 2]] == pytest.approx(without, abs=1e-6)
+
+
+def test_one_broken_pair_is_found_by_halving(FakeJudge, shade):
+    judge = _broken_image(FakeJudge, 9)
+    prompts = [f"prompt {k}" for k in range(64)]
+    reward = ListenerReward(judge, on_failure="nan", reference=lambda prompt: shade(100))
+    scores, _ = reward([shade(9 if k == 40 else 50) for k in range(64)], prompts)
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [40]
+    assert len(judge.calls) == 1 + 2 * 6  # all 64, then two halves of each size from 32 to 1
+
+
+def test_group_mean_gives_the_mean_of_the_prompt_s_other_images(FakeJudge, shade):
+    # Against a reference of red 0 at slope 3: 85 scores 1, 170 scores 2; the broken one gets 1.5. "b" has no other.
+    judge = _broken_image(FakeJudge, 9, slope=3.0)
+    reward = ListenerReward(judge, scheme="reference", reference=lambda prompt: shade(0), on_failure="group-mean")
+    scores, info = reward([shade(85), shade(9), shade(170), shade(9)], ["a", "a", "a", "b"])
+    assert scores[:3] == pytest.approx([1.0, 1.5, 2.0], abs=1e-6) and np.isnan(scores[3])
+    assert info["failed"].tolist() == [0, 1, 0, 1] and np.isnan(info["standard_error"][[1, 3]]).all()
+
+
+def test_only_the_judge_s_own_failures_are_masked(FakeJudge, shade):
+    class Buggy(FakeJudge):
+        def compare_many(self, *args, **kwargs):
+            raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        ListenerReward(Buggy(), on_failure="nan")([shade(1), shade(2)], ["a", "a"])
+
+
+def test_a_judge_that_skips_a_pair_is_broken(FakeJudge, shade):
+    class Short(FakeJudge):
+        def compare_many(self, *args, **kwargs):
+            return super().compare_many(*args, **kwargs)[1:]
+
+    with pytest.raises(JudgeError, match="0 verdicts on 1 pairs"):
+        ListenerReward(Short())([shade(1), shade(2)], ["a", "a"])
