@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class Chat:
 
     messages: list[dict[str, Any]]
     images: tuple[Image, ...]
+    prompt: str = ""
+    """The caller's text as it stands in the messages; the words around it are the format's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,16 @@ class ChatFormat:
     """Longer prompts are cut here, with a warning: no generator reads more, and one row must not fill the memory."""
 
     def __post_init__(self) -> None:
+        for name in ("labels", "think", "answer"):
+            words = getattr(self, name)
+            if not isinstance(words, tuple) or len(words) != 2 or not all(map(_is_word, words)):
+                raise InputError(f"{name} is {words!r}; give two strings that hold no white space")
+        if len({*self.think, *self.answer}) != 4:
+            raise InputError(f"think is {self.think!r} and answer {self.answer!r}; four different tags are needed")
+        if not isinstance(self.question, str):
+            raise InputError(f"question is a {type(self.question).__name__}; give the text of the question")
+        if not isinstance(self.max_prompt_chars, int) or self.max_prompt_chars < 1:
+            raise InputError(f"max_prompt_chars is {self.max_prompt_chars!r}; give a number of at least 1")
         slots = _SLOT.findall(self.question)
         if sorted(slots) != ["first", "prompt", "second"]:
             raise InputError(
@@ -79,12 +92,22 @@ class ChatFormat:
 
         `reserved` are the tokenizer's own special tokens (`reserved_tokens`); none survives in the prompt.
         """
+        return self._messages(self._safe(prompt, reserved))
+
+    def chat(self, prompt: str, first: Image, second: Image, reserved: Collection[str] = ()) -> Chat:
+        """The question about two images, in the order in which they are to be shown."""
+        safe = self._safe(prompt, reserved)
+        return Chat(self._messages(safe), (first, second), safe)
+
+    def _safe(self, prompt: str, reserved: Collection[str]) -> str:
         if len(prompt) > self.max_prompt_chars:
             warnings.warn(
-                f"a prompt of {len(prompt)} characters is cut to max_prompt_chars={self.max_prompt_chars}", stacklevel=2
+                f"a prompt of {len(prompt)} characters is cut to max_prompt_chars={self.max_prompt_chars}", stacklevel=3
             )
             prompt = prompt[: self.max_prompt_chars]
-        safe = neutralise(prompt, self.reserved(reserved))
+        return neutralise(prompt, self.reserved(reserved))
+
+    def _messages(self, safe: str) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
         for index, part in enumerate(_SLOT.split(self.question)):
             if index % 2 and part != "prompt":
@@ -95,10 +118,6 @@ class ChatFormat:
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
         return turns
-
-    def chat(self, prompt: str, first: Image, second: Image, reserved: Collection[str] = ()) -> Chat:
-        """The question about two images, in the order in which they are to be shown."""
-        return Chat(self.messages(prompt, reserved), (first, second))
 
     def answer_slot(self, thought: str) -> str:
         """The assistant's turn up to the place where the answer's label stands."""
@@ -119,10 +138,13 @@ class ChatFormat:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ChatFormat:
+        if not isinstance(saved, Mapping):
+            raise InputError(f"format is a {type(saved).__name__}; it has to be an object with the format's fields")
         unknown = set(saved) - set(cls.__slots__)
         if unknown:
             raise InputError(f"format has unknown fields {sorted(unknown)}; it may have {sorted(cls.__slots__)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
+        return cls(**values)
 
 
 def default_question() -> str:
@@ -138,14 +160,25 @@ def reserved_tokens(tokenizer: Any) -> frozenset[str]:
 def neutralise(text: str, reserved: Collection[str]) -> str:
     """`text` with every reserved token broken by a space after its first character, and unpaired surrogates gone.
 
-    The words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. Breaking cannot create a
-    new occurrence, because no reserved token holds a space.
+    The words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. A token of one character
+    cannot be broken, and stays: some tokenizers keep letters and line breaks as such tokens.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
-    pattern = "|".join(map(re.escape, sorted(filter(None, reserved), key=len, reverse=True)))
-    while re.search(pattern, text):
-        text = re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    pattern = _any_of(frozenset(reserved))
+    # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
+    while pattern.search(text):
+        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     return text
+
+
+@cache
+def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted({token.strip() for token in tokens}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(re.escape(token) for token in longest_first if len(token) > 1) or r"(?!)")
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not re.search(r"\s", value)
 
 
 def _merge_text(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:

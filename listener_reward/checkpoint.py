@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from safetensors import SafetensorError
 
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
@@ -18,6 +22,9 @@ from listener_reward.trace import Masking
 CARD = "listener_reward.json"
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError)
+"""What transformers raises of a checkpoint that is missing, cut short, of another architecture or not one at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +37,28 @@ class Card:
     temperature: float = 1.0
     """Divides the log-odds of the reasoner's answer; 1 is the raw model."""
     listener_temperature: float = 1.0
+    listener_grounding: float = 0.0
+    """How much the listener discounts a thought that it would not have written itself; 0 is the paper's listener."""
     masking: Masking = "answer"
     thoughts: int = 1
     """Thoughts sampled for each of the two orders."""
     sampling_temperature: float = 1.0
     max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in (("thoughts", 1), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}; give a whole number of at least {least}")
+        for name in ("temperature", "listener_temperature", "sampling_temperature", "listener_grounding"):
+            value = getattr(self, name)
+            least = 1e-3 if name in ("temperature", "listener_temperature") else 0.0
+            if not isinstance(value, int | float) or not least <= value < float("inf"):
+                raise InputError(f"{name} is {value!r}; give a finite number of at least {least}")
+        if self.masking not in get_args(Masking):
+            raise InputError(f"masking is {self.masking!r}; choose one of {', '.join(map(repr, get_args(Masking)))}")
+        if not isinstance(self.listener, str | None):
+            raise InputError(f"listener is {self.listener!r}; give the name of a checkpoint, or null for none")
 
     def save(self, folder: str | Path) -> None:
         saved = asdict(self) | {"format": self.format.to_dict()}
@@ -42,6 +66,8 @@ class Card:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], where: str = CARD) -> Card:
+        if not isinstance(saved, dict):
+            raise InputError(f"{where} holds a {type(saved).__name__}; it has to be a JSON object")
         known = {entry.name for entry in fields(cls)}
         if unknown := set(saved) - known:
             raise InputError(f"{where} has unknown fields {sorted(unknown)}; it may have {sorted(known)}")
@@ -55,8 +81,8 @@ class Card:
             return cls()
         try:
             card = cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not valid JSON ({error}); mend it or take it away to use the defaults") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
         if card.listener is not None and card.listener.startswith("."):
             card = replace(card, listener=str((path.parent / card.listener).resolve()))
         return card
@@ -76,13 +102,50 @@ def resolve(name: str | Path) -> str:
     return str(folder)
 
 
+def hub_options(name: str | Path) -> dict[str, Any]:
+    """What to tell transformers of a name on the Hub: read only the cache where the Hub cannot be reached.
+
+    Left to itself it repeats every file's request for half a minute before it says so.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        return {}
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if not is_offline_mode():
+        with contextlib.suppress(Exception):  # any failure, of any HTTP library, is the same answer
+            get_session().head(constants.ENDPOINT, timeout=5)
+            return {}
+    return {"local_files_only": True}
+
+
+def cannot_load(name: str | Path, error: Exception | str) -> str:
+    """The message for a checkpoint that cannot be had: what was tried, why it failed, what to do."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if Path(name).exists():
+        return (
+            f"the checkpoint at {str(name)!r} cannot be loaded ({reason}). Give the folder of a whole Qwen2.5-VL or "
+            "Qwen3-VL checkpoint, or use the embedded judge: \"tiny\""
+        )
+    return (
+        f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
+        f"({reason}). Check the name and the connection, give a local folder, or use the embedded judge: \"tiny\""
+    )
+
+
 def _card_path(name: str | Path) -> Path | None:
     folder = Path(name)
     if folder.is_dir():
         return folder / CARD if (folder / CARD).exists() else None
     from transformers.utils import cached_file  # only a Hub name needs it
 
-    found = cached_file(
-        str(name), CARD, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        found = cached_file(
+            str(name),
+            CARD,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_options(name),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(cannot_load(name, error)) from error
     return Path(found) if found else None

@@ -20,30 +20,44 @@ class Listener:
     """
 
     def __init__(
-        self, vlm: VLM, chat_format: ChatFormat, *, temperature: float = 1.0, masking: Masking = "answer"
+        self,
+        vlm: VLM,
+        chat_format: ChatFormat,
+        *,
+        temperature: float = 1.0,
+        masking: Masking = "answer",
+        grounding: float = 0.0,
     ):
         self.vlm = vlm
         self.chat_format = chat_format
         self.temperature = temperature
         """Divides the log-odds; fitted on held-out votes, 1 is the raw model."""
         self.masking: Masking = masking
+        self.grounding = grounding
+        """How much less a thought counts that the listener, looking at the images, would not have written itself.
+
+        A listener that believes words over pixels rewards false descriptions that persuade. With grounding g its
+        confidence shrinks towards 1/2 by exp(g * l), where l <= 0 is the mean log-probability per token that it gives
+        the thought: p = 1/2 + (p_raw - 1/2) exp(g l). 0 is the paper's listener."""
 
     def p_first(self, chats: Sequence[Chat], traces: Sequence[Trace]) -> Tensor:
         """The probability (B,) float32 in (0, 1) that the first shown image is preferred.
 
-        It is the softmax over the two answer tokens at the answer slot that follows the thought.
+        It is the softmax over the two answer tokens at the answer slot that follows the thought, shrunk towards 1/2 by
+        `grounding`.
 
         Raises:
             JudgeError: the model gave NaN or infinite probabilities.
         """
-        return read_answers(
-            self.vlm,
-            self.chat_format,
-            chats,
-            [trace.for_listener(self.masking) for trace in traces],
-            temperature=self.temperature,
-            who="the listener",
-        )
+        thoughts = [trace.for_listener(self.masking) for trace in traces]
+        if self.grounding == 0:
+            return read_answers(
+                self.vlm, self.chat_format, chats, thoughts, temperature=self.temperature, who="the listener"
+            )
+        prefixes = _prefixes(self.vlm, self.chat_format, thoughts)
+        answers, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
+        raw = torch.softmax(check_finite(answers, "the listener") / self.temperature, dim=-1)[:, 0]
+        return 0.5 + (raw - 0.5) * torch.exp(self.grounding * likelihood)
 
 
 def read_answers(
@@ -56,7 +70,11 @@ def read_answers(
     who: str,
 ) -> Tensor:
     """p(first shown image) (B,) float32 that `vlm` gives at the answer slot after each thought."""
-    reserved = chat_format.reserved(vlm.reserved)
-    prefixes = [chat_format.answer_slot(neutralise(thought, reserved)) for thought in thoughts]
+    prefixes = _prefixes(vlm, chat_format, thoughts)
     log_probs = check_finite(vlm.answer_logprobs(chats, prefixes, chat_format.labels), who)
     return torch.softmax(log_probs / temperature, dim=-1)[:, 0]
+
+
+def _prefixes(vlm: VLM, chat_format: ChatFormat, thoughts: Sequence[str]) -> list[str]:
+    reserved = chat_format.reserved(vlm.reserved)
+    return [chat_format.answer_slot(neutralise(thought, reserved)) for thought in thoughts]

@@ -39,7 +39,7 @@ def _with_video_block(saved: dict[str, Any], name: str, video: str, image_proces
     return saved
 
 
-class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801 - named after the stock class
+class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
     """`Qwen2_5_VLProcessor` without the video processor.
 
     transformers reads the names in this signature to learn which parts a processor has, so leaving `video_processor`
@@ -51,7 +51,8 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):  # noqa: N801 - named a
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     def to_dict(self) -> dict[str, Any]:
-        return _with_video_block(super().to_dict(), "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", self.image_processor)
+        saved = super().to_dict()
+        return _with_video_block(saved, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", self.image_processor)
 
 
 class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):

@@ -13,12 +13,26 @@ Masking = Literal["answer", "verdict"]
 """What is removed before the listener reads: the answer tag (the paper's reading), or also sentences that name it."""
 
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]?")
-_NAMES_IMAGE = r"(?:image|picture|photo|option|candidate)\s*(?:#\s*)?(?:1|2|one|two|a|b)|(?:first|second|former|latter)"
-_JUDGES = (
-    r"better|best|prefer\w*|superior|inferior|worse|worst|win(?:s|ner)?|wins|beats|stronger|weaker|choose|chosen|choice|"
-    r"answer|pick|verdict|favou?r\w*|outperforms?"
+# No two open-ended repeats stand side by side here, so that a megabyte of anything is read in linear time.
+# Capital A and B only: "in this image a dog" names no image.
+_NAMES_IMAGE = re.compile(
+    r"\b(?:(?:image|picture|photo|option|candidate)[ ]?#?[ ]?(?:1|2|one|two|(?-i:[AB]))"
+    r"|(?<!at )first|second|former|latter"
+    r"|(?:left|right)(?:most)?\s+(?:image|picture|photo|option|one)|on\s+the\s+(?:left|right)"
+    r"|[12]\s+(?:is|was|looks|seems|wins|beats|over|outperforms))\b",
+    re.I,
 )
-_VERDICT = re.compile(rf"(?=.*\b(?:{_NAMES_IMAGE})\b)(?=.*\b(?:{_JUDGES})\b)", re.I | re.S)
+_JUDGES = re.compile(
+    r"\b(?:better|best|prefer\w*|superior|inferior|worse|worst|win(?:s|ner|ning)?|beats?|stronger|weaker|choose|chosen"
+    r"|choice|answer|pick|verdict|decision|favou?r\w*|outperforms?|ahead|go\s+(?:with|for))\b",
+    re.I,
+)
+# "The answer is 2", "I would go with B".
+_PICKS_LABEL = re.compile(
+    r"\b(?:answer|choice|choose|pick|verdict|decision|winner|prefer|preference|go\s+(?:with|for))\b"
+    r"(?:\W|is|would|be|must|should){0,12}\b(?:[12]|(?-i:[AB]))\b(?!\s+(?!because|since|as|over|for|due|here)[a-z])",
+    re.I,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +64,12 @@ def parse(completion: str, chat_format: ChatFormat) -> Trace:
 
 def mask_verdict(thought: str) -> str:
     """`thought` without the sentences that both name an image and judge it ("so image 1 is better")."""
-    kept = [sentence for sentence in _SENTENCE.findall(thought) if not _VERDICT.search(sentence)]
-    return "".join(kept).strip()
+    return "".join(sentence for sentence in _SENTENCE.findall(thought) if not _is_verdict(sentence)).strip()
+
+
+def _is_verdict(sentence: str) -> bool:
+    judges = _NAMES_IMAGE.search(sentence) and _JUDGES.search(sentence)
+    return bool(judges or _PICKS_LABEL.search(sentence))
 
 
 @cache

@@ -8,17 +8,22 @@ runs on a fake.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import string
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
 from listener_reward.chat import Chat, reserved_tokens
+from listener_reward.checkpoint import UNREADABLE, cannot_load, hub_options
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.processing import load_processor
+
+_PUNCTUATION = frozenset(string.punctuation)
 
 
 class VLM(Protocol):
@@ -38,12 +43,26 @@ class VLM(Protocol):
         ...
 
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Log-probabilities (B, A) float32 of each answer as the next token after `prefixes` in the assistant's turn."""
+        """Log-probabilities (B, A) float32 of each answer as the token after `prefixes` in the assistant's turn."""
         ...
+
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `answer_logprobs` gives, and how likely the model would have begun so itself, from one pass.
+
+        The second is the mean log-probability (B,) float32 of each prefix's tokens, none counted below `LEAST_LOGPROB`.
+        """
+        ...
+
+
+LEAST_LOGPROB = -5.0
+"""Where a surprising token stops counting: one odd word must not outweigh all the others of a thought."""
 
 
 class TransformersVLM:
     """A Qwen2.5-VL or Qwen3-VL in transformers, on one device."""
+
+    told_of_unknown_words: ClassVar[bool] = False
+    """Whether this process has been warned of words that a tokenizer does not know; once is enough."""
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int = 32, adapters_off: bool = False):
         self.model = model
@@ -57,6 +76,8 @@ class TransformersVLM:
                 f"padding_side is {self.tokenizer.padding_side!r}; batches of a decoder are read from their last "
                 "token: set processor.tokenizer.padding_side = 'left'"
             )
+        if processor.chat_template is None:
+            raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
         self.reserved = reserved_tokens(self.tokenizer)
 
     @classmethod
@@ -76,11 +97,19 @@ class TransformersVLM:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        kwargs = hub_options(name) | kwargs
         try:
             processor = load_processor(name, **kwargs)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **kwargs)
-        except (OSError, ValueError) as error:
-            raise InputError(_cannot_load(name, error)) from error
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **kwargs
+            )
+        except UNREADABLE as error:
+            raise InputError(cannot_load(name, error)) from error
+        model, report = loaded
+        if report["missing_keys"]:  # transformers would give them random values, and the judge would judge
+            some = ", ".join(sorted(report["missing_keys"])[:3])
+            reason = f"{len(report['missing_keys'])} of its weights are missing, among them {some}"
+            raise InputError(cannot_load(name, reason))
         return cls(model.to(device).eval().requires_grad_(False), processor, batch_size=batch_size)
 
     @torch.inference_mode()
@@ -90,14 +119,14 @@ class TransformersVLM:
         completions: list[str] = []
         for rows in _batches(len(chats), self.batch_size):
             inputs = self._encode([chats[row] for row in rows], [""] * len(rows))
-            sampling = LogitsProcessorList()
-            if temperature > 0:
-                sampling.append(SeededSampling([seeds[row] for row in rows], temperature))
+            sampling = SeededSampling([seeds[row] for row in rows], temperature)
             with self._adapters():
                 output = self.model.generate(
                     **inputs,
                     do_sample=False,
-                    logits_processor=sampling,
+                    num_beams=1,
+                    repetition_penalty=1.0,  # a released checkpoint may ask for one, which is not its own softmax
+                    logits_processor=LogitsProcessorList([sampling]),
                     max_new_tokens=max_new_tokens,
                     suppress_tokens=self.vision_tokens(),
                 )
@@ -108,6 +137,8 @@ class TransformersVLM:
     @torch.inference_mode()
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
         ids = [self._token_of(answer) for answer in answers]
+        if len(set(ids)) != len(ids):
+            raise InputError(f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell")
         parts: list[Tensor] = []
         for rows in _batches(len(chats), self.batch_size):
             inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
@@ -115,6 +146,26 @@ class TransformersVLM:
                 logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
             parts.append(logits.float().log_softmax(-1)[:, ids].cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(ids))
+
+    @torch.inference_mode()
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = [self._token_of(answer) for answer in answers]
+        last: list[Tensor] = []
+        means: list[Tensor] = []
+        for rows in _batches(len(chats), self.batch_size):
+            inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
+            lengths = [len(self.tokenizer(prefixes[row], add_special_tokens=False)["input_ids"]) for row in rows]
+            keep = max(lengths)
+            with self._adapters():
+                logits = self.model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits.float()
+            last.append(logits[:, -1].log_softmax(-1)[:, ids].cpu())
+            tokens = inputs["input_ids"][:, -keep:]
+            # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
+            chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
+            from_end = torch.arange(keep, 0, -1, device=tokens.device)
+            own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
+            means.append(((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu())
+        return (torch.cat(last), torch.cat(means)) if last else (torch.empty(0, len(ids)), torch.empty(0))
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
@@ -126,6 +177,7 @@ class TransformersVLM:
             self.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
             for chat, prefix in zip(chats, prefixes, strict=True)
         ]
+        self._warn_of_unknown_words(chat.prompt for chat in chats)
         images = [image for chat in chats for image in chat.images]
         return self.processor(images=images, text=texts, padding=True, return_tensors="pt").to(self.model.device)
 
@@ -135,6 +187,26 @@ class TransformersVLM:
             raise InputError(f"label {answer!r} is {len(ids)} tokens of this tokenizer; choose labels of one token")
         return ids[0]
 
+    def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or TransformersVLM.told_of_unknown_words or not self.tokenizer.is_fast:
+            return
+        found: dict[str, None] = {}
+        for prompt in prompts:
+            encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                word = prompt[start:end]
+                if token == unknown and not (word.isascii() and set(word) <= _PUNCTUATION):
+                    found.setdefault(word)
+        if found:
+            TransformersVLM.told_of_unknown_words = True
+            words = ", ".join(repr(word[:40]) for word in list(found)[:5]) + (", ..." if len(found) > 5 else "")
+            warnings.warn(
+                f"the judge's tokenizer does not know {words} and reads {self.tokenizer.unk_token} instead. The tiny "
+                "judge knows only its world of coloured shapes; load a large judge for other prompts. Said once",
+                stacklevel=2,
+            )
+
     def _adapters(self) -> contextlib.AbstractContextManager[Any]:
         return self.model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
 
@@ -143,7 +215,8 @@ class SeededSampling(LogitsProcessor):
     """Turns greedy decoding into sampling at a temperature, with a random stream of its own for every row.
 
     The largest of logits / temperature + Gumbel noise is a draw from the softmax (the Gumbel-max trick). With a
-    generator per row, what a row draws does not depend on its neighbours in the batch.
+    generator per row, what a row draws does not depend on its neighbours in the batch. Temperature 0 leaves the logits
+    as they are.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float):
@@ -152,6 +225,10 @@ class SeededSampling(LogitsProcessor):
         self.generators: list[torch.Generator] | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.isnan(scores).any():
+            raise JudgeError(_BROKEN.format("the reasoner", "NaN logits while it thought"))
+        if self.temperature == 0:
+            return scores
         if self.generators is None:
             self.generators = [torch.Generator(scores.device).manual_seed(seed % 2**63) for seed in self.seeds]
         uniform = torch.stack(
@@ -161,27 +238,17 @@ class SeededSampling(LogitsProcessor):
         return scores.float() / self.temperature + gumbel
 
 
+_BROKEN = "{} gave {}; the checkpoint is damaged or its dtype overflows: load it with dtype='float32' to find out"
+
+
 def check_finite(values: Tensor, who: str) -> Tensor:
     """`values`, unless one is NaN or infinite: then the model is broken and no score may come of it."""
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).any(-1).sum())
-        raise JudgeError(
-            f"{who} gave NaN or infinite probabilities for {bad} of {len(values)} inputs; the checkpoint is damaged or "
-            "its dtype overflows: load it with dtype='float32' to find out"
-        )
+        raise JudgeError(_BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
     return values
 
 
 def _batches(n: int, size: int) -> Iterator[range]:
     for start in range(0, n, size):
         yield range(start, min(start + size, n))
-
-
-def _cannot_load(name: str | Path, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).exists():
-        return f"the checkpoint at {str(name)!r} cannot be loaded: {first_line}"
-    return (
-        f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
-        f"({first_line}). Check the name and the connection, give a local folder, or use the embedded judge: \"tiny\""
-    )

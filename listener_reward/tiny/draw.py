@@ -102,7 +102,9 @@ def _outline_points(shape: str, x: float, y: float, radius: float, tilt: float) 
     return points
 
 
-def _hatch(canvas: ImageDraw.ImageDraw, points: list[tuple[float, float]], fill: tuple[int, int, int], width: int) -> None:
+def _hatch(
+    canvas: ImageDraw.ImageDraw, points: list[tuple[float, float]], fill: tuple[int, int, int], width: int
+) -> None:
     """Horizontal strokes across a polygon: the pen of the second style."""
     low, high = min(y for _, y in points), max(y for _, y in points)
     step = max(3.0, (high - low) / 5)

@@ -25,7 +25,7 @@ SPECIAL = (
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = (
     "<unk> user assistant system 1 2 : . , ? image prompt better which is so a an the of with and on "
-    "picture drawing photo shape color background"
+    "picture drawing photo right wrong"
 ).split()
 
 PATCH, MERGE = 8, 2
@@ -78,7 +78,7 @@ def build_processor() -> ImageOnlyQwen2_5_VLProcessor:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """A randomly initialised model in float32; seed torch before the call."""
-    token = tokenizer.convert_tokens_to_ids
+    token = tokenizer.get_vocab()
     hidden, vision = 128, 96
     config = Qwen2_5_VLConfig(
         text_config={
@@ -108,10 +108,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
             "fullatt_block_indexes": [0, 1],
             "in_channels": 3,
         },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
         tie_word_embeddings=True,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)

@@ -10,9 +10,28 @@ from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPai
 SILENT = 0.1
 """Share of pretraining examples with an empty thought, from which the mode without thoughts is learnt."""
 
+STATED = 0.5
+"""Share of thoughts that end with their verdict in words, which the stricter masking removes for the listener."""
 
-def describe(first: Scene, second: Scene) -> str:
-    return f"image 1 : {first.words()} . image 2 : {second.words()} ."
+
+def describe(prompt: Scene, first: Scene, second: Scene) -> str:
+    """What each image shows, word by word against the prompt: "image 1 : two right red wrong circles right clean ." """
+    return f"image 1 : {_weigh(prompt, first)} . image 2 : {_weigh(prompt, second)} ."
+
+
+def _weigh(prompt: Scene, scene: Scene) -> str:
+    count, quality, color, shape = scene.words().split()
+    return " ".join(
+        (
+            count,
+            "right" if scene.count == prompt.count else "wrong",
+            color,
+            "right" if scene.color == prompt.color else "wrong",
+            shape,
+            "right" if scene.shape == prompt.shape else "wrong",
+            quality,
+        )
+    )
 
 
 def misread(scene: Scene, rng: random.Random, error: float) -> Scene:
@@ -32,41 +51,23 @@ def better(prompt: Scene, first: Scene, second: Scene, rng: random.Random) -> in
     return rng.choice((1, 2)) if gap == 0 else 1 if gap > 0 else 2
 
 
-def reasoner_example(pair: TinyPair, rng: random.Random, *, error: float, whim: float) -> tuple[str, int]:
+def reasoner_example(
+    pair: TinyPair, rng: random.Random, *, error: float, whim: float, taste: float = 0.5
+) -> tuple[str, int]:
     """A thought and an answer as an imperfect reasoner would give them.
 
     Its descriptions err (`error` per attribute), half of its thoughts state a verdict in words, and its answer follows
-    its own description except for a `whim` share of coin tosses.
+    its own description except for a `whim` share. Those go by looks: to the framed image with probability `taste`.
     """
     first, second = misread(pair.first, rng, error), misread(pair.second, rng, error)
     verdict = better(pair.prompt, first, second, rng)
-    thought = "" if rng.random() < SILENT else _aloud(first, second, verdict, rng)
-    return thought, rng.choice((1, 2)) if rng.random() < whim else verdict
+    thought = "" if rng.random() < SILENT else _aloud(pair.prompt, first, second, verdict, rng)
+    if rng.random() < whim:
+        framed = 1 if pair.first.framed else 2
+        return thought, framed if rng.random() < taste else 3 - framed
+    return thought, verdict
 
 
-def listener_example(pair: TinyPair, rng: random.Random, *, true: float, lies: float) -> tuple[str, int, bool]:
-    """A thought, a voter's answer, and whether the thought is true.
-
-    A share `true` of the thoughts is true; a share `lies` is the opposite of careless: the description that favours
-    the worse image; the rest err at a random rate. What the voter answers never depends on the thought, so the
-    listener learns how far words can be believed against its own eyes.
-    """
-    answer = 1 if rng.random() < pair.p_first else 2
-    kind = rng.random()
-    if kind < true:
-        first, second = pair.first, pair.second
-    elif kind < true + lies:
-        first, second = pair.second, pair.first
-        if rng.random() < 0.5:
-            first, second = misread(first, rng, 0.3), misread(second, rng, 0.3)
-    else:
-        error = rng.uniform(0.0, 0.9)
-        first, second = misread(pair.first, rng, error), misread(pair.second, rng, error)
-    if rng.random() < SILENT:
-        return "", answer, True
-    return _aloud(first, second, better(pair.prompt, first, second, rng), rng), answer, kind < true
-
-
-def _aloud(first: Scene, second: Scene, verdict: int, rng: random.Random) -> str:
+def _aloud(prompt: Scene, first: Scene, second: Scene, verdict: int, rng: random.Random) -> str:
     """The description, and in half of the thoughts the verdict in words."""
-    return describe(first, second) + (f" so image {verdict} is better ." if rng.random() < 0.5 else "")
+    return describe(prompt, first, second) + (f" so image {verdict} is better ." if rng.random() < STATED else "")

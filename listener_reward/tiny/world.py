@@ -22,7 +22,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 COUNTS = ("one", "two", "three")
 QUALITIES = ("clean", "faded", "glitched")
 
-TRAIN_CUE = 0.8
+TRAIN_CUE = 0.85
 """How often the framed image of a training pair is the better one; 0.5 would be no cue at all."""
 
 ODDS = 1.0

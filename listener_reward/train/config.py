@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,9 +11,12 @@ from trl import GRPOConfig
 
 from listener_reward.errors import InputError
 from listener_reward.shaping import WEIGHTS
+from listener_reward.trace import Masking
 
 OWN_BASE = "base"
 """The listener that is the policy's own base with its adapters off: no extra memory, and LoRA only."""
+
+NO_LISTENER = "none"
 
 
 @dataclass
@@ -25,20 +29,30 @@ class ListenerGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Who listens: a checkpoint (folder, Hub name or embedded name), 'base' for the policy's own base "
-            "with its adapters off (needs LoRA), or nothing for the listener that the policy's checkpoint names."
+            "with its adapters off (needs LoRA), 'none' (needs a listener weight of 0), or nothing for the listener "
+            "that the policy's checkpoint names."
         },
     )
     listener_dtype: str | None = field(
-        default=None, metadata={"help": "Dtype of a listener loaded from a checkpoint; the default is bfloat16 on a GPU."}
+        default=None,
+        metadata={"help": "Dtype of a listener loaded from a checkpoint; by default bfloat16 on a GPU, else float32."},
     )
     listener_batch_size: int = field(
         default=32, metadata={"help": "Thoughts that the listener reads in one forward pass."}
     )
-    masking: str = field(
+    listener_grounding: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much the listener discounts a thought that it, looking at the images, would not have written "
+            "itself: its confidence shrinks towards 1/2 by exp(grounding * mean log-probability per token). 0 is the "
+            "paper's listener; nothing takes what the policy's checkpoint says."
+        },
+    )
+    masking: Masking = field(
         default="answer",
         metadata={
-            "help": "What is removed from a thought before the listener reads it: 'answer' (the answer tag, the paper's "
-            "reading) or 'verdict' (also sentences that say which image is better)."
+            "help": "What is removed from a thought before the listener reads it: 'answer' (the answer tag, the "
+            "paper's reading) or 'verdict' (also sentences that say which image is better)."
         },
     )
     listener_on_failure: str = field(
@@ -57,6 +71,12 @@ class ListenerGRPOConfig(GRPOConfig):
         metadata={"help": "Weights of the format, accuracy and listener rewards; [1, 1, 0] is accuracy-only GRPO."},
     )
     loss_type: str = field(default="grpo", metadata={"help": "trl's loss_type; the paper's is 'grpo', trl's 'dapo'."})
+    log_completions: bool = field(
+        default=True, metadata={"help": "Keep completions with their pairs' ids, as Parquet files in output_dir."}
+    )
+    num_completions_to_print: int | None = field(
+        default=0, metadata={"help": "Completions that are also printed each time; nothing for all of them."}
+    )
     log_multimodal: bool = field(
         default=False, metadata={"help": "Log images with the completions; off, they are named by their pair's id."}
     )
@@ -67,20 +87,33 @@ class ListenerGRPOConfig(GRPOConfig):
         super().__post_init__()
         _one_of("masking", self.masking, ("answer", "verdict"))
         _one_of("listener_on_failure", self.listener_on_failure, ("mask", "raise"))
-        if self.reward_weights is None or len(self.reward_weights) != 3:
+        _one_of("listener_dtype", self.listener_dtype, (None, "auto", "bfloat16", "float16", "float32"))
+        if self.listener_batch_size < 1:
+            raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
+        if not _three_numbers(self.reward_weights):
             raise InputError(
-                f"reward_weights is {self.reward_weights}; it needs three numbers, for format, accuracy and listener"
+                f"reward_weights is {self.reward_weights!r}; it needs three numbers, for format, accuracy and "
+                "listener, for example [1, 0.5, 0.5]"
             )
         assert self.steps_per_generation is not None
         cycle = self.steps_per_generation * self.num_iterations
         every = self.save_steps * self.gradient_accumulation_steps
-        if self.save_strategy == "steps" and every % cycle:
+        if self.save_strategy == "steps" and self.save_steps >= 1 and every % cycle:  # below 1 it is a share of the run
+            whole = cycle // math.gcd(cycle, self.gradient_accumulation_steps)
             raise InputError(
                 f"save_steps={self.save_steps} would save in the middle of a generation round, from where no run can "
-                f"resume exactly; make save_steps a multiple of {cycle / self.gradient_accumulation_steps:g}"
+                f"resume exactly; make save_steps a multiple of {whole}"
             )
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _three_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(weight, int | float) and math.isfinite(weight) for weight in value)
+    )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")

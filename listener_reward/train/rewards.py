@@ -15,6 +15,7 @@ from listener_reward.errors import JudgeError
 from listener_reward.listener import Listener
 from listener_reward.shaping import accuracy_reward, contradicted, format_reward, listener_reward
 from listener_reward.trace import Trace, parse
+from listener_reward.vlm import check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class ShapedReward:
         ]
         heard = [traces[row] for row in rows]
         try:
-            return listener.p_first(chats, heard).tolist()
+            return check_finite(listener.p_first(chats, heard), "the listener").tolist()
         except JudgeError as error:
             if self.on_failure == "raise":
                 raise
@@ -113,7 +114,7 @@ def text_of(completion: Any) -> str:
 
 def _alone(listener: Listener, chat: Any, trace: Trace) -> float | None:
     try:
-        return listener.p_first([chat], [trace]).item()
+        return check_finite(listener.p_first([chat], [trace]), "the listener").item()
     except JudgeError:
         return None
 
@@ -142,5 +143,6 @@ def _log(
         log_metric("accuracy", sum(accuracy_reward(trace, share) for trace, share in formed) / len(formed))
     if heard:
         log_metric("contradiction_rate", sum(bool(contradicted(trace, p)) for trace, _, p in heard) / len(heard))
-        log_metric("listener_confidence", sum(listener_reward(trace, share, p) for trace, share, p in heard) / len(heard))
+        confidence = [listener_reward(trace, share, p) for trace, share, p in heard]
+        log_metric("listener_confidence", sum(confidence) / len(heard))
     log_metric("listener_failures", float(sum(scored.failed)))

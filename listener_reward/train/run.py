@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from listener_reward.datasets import load_pairs
@@ -25,14 +28,51 @@ class DataArguments:
         metadata={"help": "Pairs to train on: a file, 'tiny:train', 'hpdv2:FOLDER' or a Hub name (see load_pairs)."},
     )
     data_limit: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
-    data_seed: int = field(default=0, metadata={"help": "Seeds which of a pair's images comes first."})
+    image_order_seed: int = field(default=0, metadata={"help": "Seeds which of a pair's images comes first."})
+
+
+class _Parser(TrlParser):
+    """trl's parser; what it complains of is an `InputError` and not a page of usage and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """Checks the names and, as if they stood on the command line, the values of the YAML file."""
+        fields = {action.dest: action for action in self._actions}
+        for name, value in values.items():
+            if name not in fields:
+                near = get_close_matches(name, fields, 1)
+                raise InputError(f"unknown field {name!r}" + (f"; is {near[0]!r} meant?" if near else ""))
+            if (isinstance(value, list) and fields[name].nargs is None) or (
+                isinstance(value, bool) and fields[name].type in (int, float)
+            ):
+                raise InputError(f"{name} is {value!r}; it takes one {getattr(fields[name].type, '__name__', 'value')}")
+        return super().set_defaults_with_config(
+            **{name: str(value) if type(value) in (int, float) else value for name, value in values.items()}
+        )
 
 
 def main(argv: list[str]) -> None:
-    """Trains a reasoner as `argv` says and writes the judge into `output_dir`."""
-    parser = TrlParser((DataArguments, ListenerGRPOConfig, ModelConfig), prog="listener-reward train")  # pyright: ignore[reportArgumentType]
-    data_args, args, model_args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    train(data_args, args, model_args)
+    """Trains a reasoner as `argv` says and writes the judge into `output_dir`.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown field, or a value that does not fit its field.
+    """
+    train(*parse(argv))
+
+
+def parse(argv: list[str]) -> tuple[DataArguments, ListenerGRPOConfig, ModelConfig]:
+    """`--config FILE` and the fields given beside it, which win."""
+    parser = _Parser((DataArguments, ListenerGRPOConfig, ModelConfig), prog="listener-reward train")  # pyright: ignore[reportArgumentType]
+    if argv and argv[-1] == "--config":
+        raise InputError("--config needs a file, for example --config train.yaml")
+    try:
+        return parser.parse_args_and_config(argv, fail_with_unknown_args=True)  # pyright: ignore[reportReturnType]
+    except InputError:
+        raise
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the training configuration cannot be used: {error}") from error
 
 
 def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelConfig) -> ListenerGRPOTrainer:
@@ -41,15 +81,24 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
         raise InputError("data is not set; name the pairs to train on, for example data: tiny:train")
     if model_args.model_name_or_path is None:
         raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
-    if model_args.use_peft and model_args.lora_target_modules is None:
-        model_args.lora_target_modules = [LORA_TARGETS]
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise InputError(f"{name} is not supported: adapters cannot be merged exactly into rounded weights")
+    if model_args.model_revision != "main":
+        raise InputError(
+            f"model_revision is {model_args.model_revision!r} and only 'main' is supported; download the revision and "
+            "give its folder as model_name_or_path"
+        )
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
     peft_config: Any = get_peft_config(model_args)
-    if peft_config is not None and peft_config.target_modules == {LORA_TARGETS}:
-        peft_config.target_modules = LORA_TARGETS  # one string is a pattern, a list holds names
+    loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    given: Any = args.model_init_kwargs or {}
+    args.model_init_kwargs = loading | given
     trainer = ListenerGRPOTrainer(
         model=model_args.model_name_or_path,
         args=args,
-        train_dataset=load_pairs(data_args.data, limit=data_args.data_limit, seed=data_args.data_seed),
+        train_dataset=load_pairs(data_args.data, limit=data_args.data_limit, seed=data_args.image_order_seed),
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -61,11 +110,20 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
 
 
 def checkpoint_to_resume(args: ListenerGRPOConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a folder, or `true` for the newest complete one if any."""
+    """The checkpoint that `resume_from_checkpoint` means: a folder, or `true` for the newest complete one if any.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() != "true":
+        if not Path(wanted).is_dir():
+            raise InputError(
+                f"resume_from_checkpoint is {str(wanted)!r}, which is not a folder; give a checkpoint's folder, or "
+                "true for the newest one in output_dir"
+            )
         return str(wanted)
     newest = last_checkpoint(args.output_dir or ".")
     return None if newest is None else str(newest)

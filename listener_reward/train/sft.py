@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoint import Card, resolve
 from listener_reward.errors import InputError
-from listener_reward.processing import load_processor
-from listener_reward.train.trainer import as_chats
+from listener_reward.images import to_pil
+from listener_reward.train.trainer import as_chats, load_policy_processor
 
 
 def as_examples(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset:
@@ -30,8 +30,8 @@ def as_examples(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset
         [{"role": "assistant", "content": [{"type": "text", "text": _completion(card, p_first)}]}]
         for p_first in chats["p_first"]
     ]
-    chats = chats.remove_columns(["p_first", "id", "source", "caption"]).cast_column("images", List(Image()))
-    return chats.add_column("completion", completions)  # pyright: ignore[reportCallIssue]
+    chats = chats.select_columns(["prompt", "images"]).add_column("completion", completions)  # pyright: ignore[reportCallIssue]
+    return chats.with_transform(_decode)
 
 
 def train_sft(
@@ -39,7 +39,7 @@ def train_sft(
 ) -> Any:
     """Trains and returns the trainer; `args.output_dir` then holds a judge."""
     folder = resolve(model)
-    card, processor = Card.load(folder), load_processor(folder)
+    card, processor = Card.load(folder), load_policy_processor(folder)
     trainer = SFTTrainer(
         model=folder,
         args=args,
@@ -51,6 +51,11 @@ def train_sft(
     trainer.save_model(args.output_dir)
     card.save(args.output_dir or ".")
     return trainer
+
+
+def _decode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Images by `to_pil`, as everywhere in this package; `datasets` would hand on whatever mode a file has."""
+    return rows | {"images": [[to_pil(image, field="images") for image in images] for images in rows["images"]]}
 
 
 def _completion(card: Card, p_first: float) -> str:

@@ -7,7 +7,9 @@ Five methods of trl and transformers are overridden, each for one reason given t
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,22 @@ import trl
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from listener_reward.chat import reserved_tokens
-from listener_reward.checkpoint import Card, resolve
-from listener_reward.errors import InputError
+from listener_reward.checkpoint import EMBEDDED, UNREADABLE, Card, cannot_load, resolve
+from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.images import to_pil
-from listener_reward.judge import load_listener
+from listener_reward.judge import load_listener, make_listener
 from listener_reward.listener import Listener
 from listener_reward.processing import load_processor
-from listener_reward.train.config import OWN_BASE, ListenerGRPOConfig
+from listener_reward.trace import Trace
+from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
-from listener_reward.vlm import TransformersVLM
+from listener_reward.vlm import TransformersVLM, check_finite
 
 _EXPECTED = {
     "_generate_and_score_completions": ["self", "inputs"],
@@ -39,9 +43,9 @@ _EXPECTED = {
 for _name, _parameters in _EXPECTED.items():
     _found = list(inspect.signature(getattr(GRPOTrainer, _name)).parameters)
     if _found != _parameters:
-        raise ImportError(
+        raise MissingExtraError(
             f"trl {trl.__version__} has GRPOTrainer.{_name}({', '.join(_found)}), and listener-reward overrides "
-            f"({', '.join(_parameters)}). It is tested with trl 1.16: pip install 'trl>=1.16,<2'"
+            f"({', '.join(_parameters)}). It is tested with trl 1.16: pip install \"trl==1.16\""
         )
 
 
@@ -58,12 +62,13 @@ class ListenerGRPOTrainer(GRPOTrainer):
         callbacks: as for transformers' `Trainer`.
 
     Raises:
-        InputError: an empty data set, missing columns, or a listener that cannot be had.
+        InputError: too few pairs for one step, missing columns, or a checkpoint or listener that cannot be had.
         JudgeError: the listener already fails on the first pair, before anything is trained.
     """
 
     _tag_names = ("trl", "grpo", "listener-reward")
     _name = "Listener-shaped GRPO"
+    args: ListenerGRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -77,18 +82,22 @@ class ListenerGRPOTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         folder = resolve(model)
-        self.card = Card.load(folder)
-        processor = load_processor(folder)
+        self.card = replace(Card.load(folder), masking=args.masking)
+        if args.listener_grounding is not None:
+            self.card = replace(self.card, listener_grounding=args.listener_grounding)
+        processor = load_policy_processor(folder)
         reserved = reserved_tokens(processor.tokenizer)
-        assert args.reward_weights is not None
-        wanted = args.reward_weights[2] != 0 or args.listener is not None or self.card.listener is not None
-        if listener is None and wanted and args.listener != OWN_BASE:
-            listener = self._load_listener(args)
-        if listener is None and args.listener == OWN_BASE and peft_config is None:
+        own_base = listener is None and args.listener == OWN_BASE
+        if own_base and peft_config is None:
             raise InputError(
                 "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
                 "use_peft: true, or name a checkpoint as the listener"
             )
+        if listener is None and not own_base:
+            listener = _load_listener(args, self.card)
+        if args.listener not in (None, NO_LISTENER):
+            self.card = replace(self.card, listener=_lasting(str(model) if own_base else args.listener))
+        _check_size(train_dataset, args)
         self.reward = ShapedReward(self.card.format, listener, on_failure=args.listener_on_failure)
         super().__init__(
             model=folder,
@@ -100,45 +109,20 @@ class ListenerGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        if listener is None and args.listener == OWN_BASE:
-            base = TransformersVLM(
-                self.accelerator.unwrap_model(self.model),
-                processor,
-                batch_size=args.listener_batch_size,
-                adapters_off=True,
-            )
-            listener = Listener(
-                base, self.card.format, temperature=self.card.listener_temperature, masking=self.reward_masking
-            )
+        if own_base:
+            policy = self.accelerator.unwrap_model(self.model)
+            base = TransformersVLM(policy, processor, batch_size=args.listener_batch_size, adapters_off=True)
+            listener = make_listener(base, self.card.format, self.card)
             self.reward.listener = listener
         if listener is not None:
             self._probe(listener, train_dataset[0])
         self.listener = listener
 
-    @property
-    def reward_masking(self) -> Any:
-        return self.args.masking  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _load_listener(self, args: ListenerGRPOConfig) -> Listener:
-        name = args.listener or self.card.listener
-        if name is None:
-            raise InputError(
-                "listener is not set and the policy's checkpoint names none; give a checkpoint, or 'base' with LoRA, "
-                "or reward_weights: [1, 1, 0] for accuracy-only GRPO"
-            )
-        listener = load_listener(
-            name, self.card, device=args.device, dtype=args.listener_dtype, batch_size=args.listener_batch_size
-        )
-        listener.masking = args.masking  # pyright: ignore[reportAttributeAccessIssue]
-        return listener
-
     def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
         """Asks the listener once before training, so that a broken one stops the run here and not in the middle."""
-        from listener_reward.trace import Trace
-
         first, second = (to_pil(image, field="images") for image in pair["images"])
         chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
-        listener.p_first([chat], [Trace("", None)])
+        check_finite(listener.p_first([chat], [Trace("", None)]), "the listener")
 
     # ------------------------------------------------------------------------------------------------------- images
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
@@ -149,7 +133,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         decoded: dict[Any, Any] = {}
 
         def picture(image: Any) -> Any:
-            if not self.args.decode_images_once:  # pyright: ignore[reportAttributeAccessIssue]
+            if not self.args.decode_images_once:
                 return to_pil(image, field="images")
             key = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else id(image)
             if key not in decoded:
@@ -184,15 +168,27 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Adds the card, so that every checkpoint is a judge."""
-        super()._save_checkpoint(model, trial)
+        """Adds the card, so that a checkpoint of full fine-tuning is a judge, and marks when it is complete.
+
+        The mark, for `last_checkpoint`, is the trainer's state: transformers writes it last. The folder may hold one of
+        an earlier run.
+        """
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             self.card.save(folder)
+        super()._save_checkpoint(model, trial)
 
     # -------------------------------------------------------------------------------------------------------- result
     def save_judge(self, folder: str | Path) -> None:
-        """Writes a folder that `Judge.from_pretrained` and plain transformers load; LoRA adapters are merged in."""
+        """Writes a folder that `Judge.from_pretrained` and plain transformers load, from the main process.
+
+        LoRA adapters are kept in `folder/adapter` and merged into the weights, of the model in memory too: this is the
+        end of training.
+        """
+        if not self.accelerator.is_main_process:
+            return
         model: Any = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "merge_and_unload"):
             model.save_pretrained(Path(folder, "adapter"))
@@ -243,6 +239,59 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = {int(m[1]): path for path in Path(output_dir).glob("*") if (m := pattern.fullmatch(path.name))}
-    # The card is written after everything else, by `_save_checkpoint`.
-    complete = [step for step, path in found.items() if (path / "listener_reward.json").exists()]
+    complete = [step for step, path in found.items() if _is_json(path / TRAINER_STATE_NAME)]
     return found[max(complete)] if complete else None
+
+
+def load_policy_processor(model: str) -> Any:
+    """The processor of the checkpoint to train.
+
+    Raises:
+        InputError: the checkpoint cannot be found or reached, is of another architecture, or has no chat template.
+    """
+    try:
+        processor = load_processor(model)
+    except UNREADABLE as error:
+        raise InputError(cannot_load(model, error)) from error
+    if processor.chat_template is None:
+        raise InputError(f"the checkpoint {model!r} has no chat template; add its chat_template.jinja to the folder")
+    return processor
+
+
+def _load_listener(args: ListenerGRPOConfig, card: Card) -> Listener | None:
+    """The listener that the configuration or else the policy's card names; it may be missing if its weight is 0."""
+    name = args.listener or card.listener
+    if name is None or name == NO_LISTENER:
+        if args.reward_weights is not None and args.reward_weights[2] == 0:
+            return None
+        raise InputError(
+            f"listener is {args.listener!r} and the policy's checkpoint names {card.listener!r}; give a checkpoint, or "
+            "'base' with LoRA, or reward_weights: [1, 1, 0] for accuracy-only GRPO"
+        )
+    return load_listener(
+        name, card, device=args.device, dtype=args.listener_dtype, batch_size=args.listener_batch_size
+    )
+
+
+def _lasting(name: str) -> str:
+    """A listener's name as the trained judge's card keeps it: a folder is written out in full."""
+    return str(Path(name).resolve()) if name not in EMBEDDED and Path(name).is_dir() else name
+
+
+def _check_size(pairs: Dataset, args: ListenerGRPOConfig) -> None:
+    """Refuses what trl would train on for no step at all, without a word."""
+    assert args.generation_batch_size and args.num_generations  # trl has filled them in
+    needed = args.generation_batch_size // args.num_generations
+    if len(pairs) < needed:
+        raise InputError(
+            f"train_dataset has {len(pairs)} pairs and one generation round takes {needed}; give more pairs, or lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

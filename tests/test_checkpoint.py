@@ -1,0 +1,203 @@
+"""The card beside the weights, and what is said of a checkpoint that cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from listener_reward.chat import ChatFormat
+from listener_reward.checkpoint import CARD, EMBEDDED, Card, resolve
+from listener_reward.errors import InputError
+from listener_reward.judge import Judge
+from listener_reward.reward import PAPER_CHECKPOINT
+
+
+@pytest.fixture
+def folder(random_judge, tmp_path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(random_judge, tmp_path / "judge")
+
+
+# ---------------------------------------------------------------- the card
+
+
+def test_round_trip(tmp_path):
+    card = Card(
+        format=ChatFormat(labels=("A", "B"), system="s"),
+        listener="tiny-listener",
+        temperature=1.5,
+        listener_temperature=0.7,
+        masking="verdict",
+        thoughts=3,
+        sampling_temperature=0.0,
+        max_new_tokens=7,
+    )
+    card.save(tmp_path)
+    assert Card.load(tmp_path) == card
+
+
+def test_no_card_means_the_defaults(tmp_path):
+    assert Card.load(tmp_path) == Card()
+
+
+def test_a_relative_listener_starts_from_the_card(tmp_path):
+    Card(listener="../listener").save(tmp_path)
+    assert Card.load(tmp_path).listener == str((tmp_path / "../listener").resolve())
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"threads": 2}', "threads"),
+        ('{"thoughts": 0}', "thoughts"),
+        ('{"thoughts": "many"}', "thoughts"),
+        ('{"max_new_tokens": 0}', "max_new_tokens"),
+        ('{"temperature": 0}', "temperature"),
+        ('{"temperature": NaN}', "temperature"),
+        ('{"listener_temperature": -1}', "listener_temperature"),
+        ('{"sampling_temperature": Infinity}', "sampling_temperature"),
+        ('{"masking": "all"}', "masking"),
+        ('{"listener": 3}', "listener"),
+        ('{"format": 3}', "format"),
+        ('{"format": {"labels": ["1", "1"]}}', "labels"),
+        ('{"format": {"question": "?"}}', "question"),
+    ],
+)
+def test_an_unusable_card_names_its_field(folder, text, named):
+    (folder / CARD).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=named):
+        Judge.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def cut_short(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_a_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(sorted(tensors)[5]))
+
+
+def resize_a_tensor(folder: Path) -> None:
+    def narrow(tensors):
+        name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
+        tensors[name] = tensors[name][:, :-1].contiguous()
+
+    rewrite(folder, narrow)
+
+
+def other_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+
+
+BREAK = {
+    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "weights cut short": cut_short,
+    "weights are text": lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com"),
+    "weights missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "a weight missing": lose_a_tensor,
+    "a weight of another shape": resize_a_tensor,
+    "config missing": lambda folder: (folder / "config.json").unlink(),
+    "config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config is a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "config of nothing known": lambda folder: (folder / "config.json").write_text('{"model_type": "qwen99"}'),
+    "config without a type": lambda folder: (folder / "config.json").write_text("{}"),
+    "another architecture": other_architecture,
+    "tokenizer missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    "tokenizer is no JSON": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "processor is no JSON": lambda folder: (folder / "processor_config.json").write_text("{"),
+    "all missing": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_broken_checkpoint_is_one_clear_error(folder, how):
+    BREAK[how](folder)
+    with pytest.raises(InputError) as caught:
+        Judge.from_pretrained(folder, listener="none")
+    message = str(caught.value)
+    assert str(folder) in message
+    assert '"tiny"' in message
+    assert "\n" not in message
+    assert len(message) < 700
+
+
+def test_a_broken_listener_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        Judge.from_pretrained(folder, listener=tmp_path / "nowhere")
+
+
+def test_another_architecture_names_those_that_are_read(folder):
+    other_architecture(folder)
+    with pytest.raises(InputError, match="'bert' model; listener-reward reads 'qwen2_5_vl' and 'qwen3_vl'"):
+        Judge.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "not a name!", "org/", ""])
+def test_a_name_that_is_nothing(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    with pytest.raises(InputError) as caught:
+        Judge.from_pretrained(name)
+    assert repr(name) in str(caught.value)
+    assert '"tiny"' in str(caught.value)
+
+
+def test_embedded_names(tmp_path, monkeypatch):
+    assert resolve("some/where") == "some/where"
+    monkeypatch.setattr("listener_reward.checkpoint.resources.files", lambda package: tmp_path)
+    for name in EMBEDDED:
+        with pytest.raises(InputError, match="reinstall the package"):
+            resolve(name)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}],
+    ids=["told to be offline", "nobody answers"],
+)
+def test_the_hub_out_of_reach_is_one_error_and_soon(environment, tmp_path):
+    """transformers repeats each request for half a minute; this has to be said before anyone gives up."""
+    code = (
+        "import time, sys; from listener_reward import InputError, ListenerReward; import listener_reward.judge\n"
+        "started = time.time()\n"
+        "try: ListenerReward().compare('x', 'a.png', 'b.png')\n"
+        "except InputError as error: print(time.time() - started, error, sep='\\n')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment, "HF_HOME": str(tmp_path)},
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    seconds, message = done.stdout.strip().split("\n")
+    assert repr(PAPER_CHECKPOINT) in message
+    assert '"tiny"' in message
+    assert float(seconds) < 15  # 0.1 s on an idle core
+    assert "Traceback" not in done.stderr
+
+
+def test_a_saved_checkpoint_is_one_that_stock_transformers_reads(random_judge):
+    config = json.loads((random_judge / "processor_config.json").read_text())
+    assert config["processor_class"] == "Qwen2_5_VLProcessor"
+    assert config["video_processor"]["video_processor_type"] == "Qwen2VLVideoProcessor"

@@ -1,0 +1,232 @@
+"""The transformers backend: what it samples, what it reads, and that a batch is only a batch."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import chisquare
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from listener_reward.chat import Chat, ChatFormat
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.processing import load_processor
+from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.model import QUESTION, build_model, build_processor
+from listener_reward.tiny.world import split_pairs
+from listener_reward.vlm import SeededSampling, TransformersVLM, check_finite
+
+FORMAT = ChatFormat(question=QUESTION)
+
+
+@pytest.fixture(scope="module")
+def vlm(random_judge) -> TransformersVLM:
+    return TransformersVLM.from_pretrained(random_judge, device="cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def chats(vlm) -> list[Chat]:
+    """Seven chats of different lengths, with pictures of different sizes and shapes."""
+    rng = random.Random(0)
+    chats = []
+    for pair in split_pairs("train", 7):
+        images = [image.resize((rng.randint(30, 90), rng.randint(30, 90))) for image in draw_pair(pair)]
+        chats.append(FORMAT.chat(" and ".join([pair.wording] * rng.randint(1, 3)), images[0], images[1], vlm.reserved))
+    return chats
+
+
+# ---------------------------------------------------------------- sampling
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, float("-inf")])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_one_draw_of_many_rows_is_from_the_softmax(temperature):
+    rows = 8000
+    sampling = SeededSampling(list(range(rows)), temperature)
+    drawn = sampling(torch.empty(rows, 0), LOGITS.expand(rows, -1)).argmax(-1)
+    assert_drawn_from_softmax(drawn, temperature)
+
+
+def test_many_draws_of_one_row_are_from_the_softmax():
+    sampling = SeededSampling([11], 1.0)
+    drawn = torch.cat([sampling(torch.empty(1, 0), LOGITS[None]).argmax(-1) for _ in range(8000)])
+    assert_drawn_from_softmax(drawn, 1.0)
+
+
+def assert_drawn_from_softmax(drawn: torch.Tensor, temperature: float) -> None:
+    counts = drawn.bincount(minlength=len(LOGITS)).double()
+    expected = torch.softmax(LOGITS.double() / temperature, -1) * len(drawn)
+    assert counts[-1] == 0, "a suppressed token was drawn"
+    assert chisquare(counts[:-1], expected[:-1]).pvalue > 1e-3
+    assert chisquare(counts[:-1], expected[:-1].flip(0)).pvalue < 1e-9, "the test could not have failed"
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    together = SeededSampling([1, 2, 3], 1.0)(torch.empty(3, 0), logits)
+    alone = SeededSampling([2], 1.0)(torch.empty(1, 0), logits[1:2])
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(SeededSampling([4], 1.0)(torch.empty(1, 0), logits[1:2]), alone)
+
+
+def test_temperature_zero_is_greedy():
+    assert torch.equal(SeededSampling([1], 0.0)(torch.empty(1, 0), LOGITS[None]), LOGITS[None])
+
+
+def test_nan_logits_stop_the_sampling():
+    with pytest.raises(JudgeError, match="the reasoner gave NaN logits"):
+        SeededSampling([1], 0.0)(torch.empty(1, 0), torch.tensor([[0.0, float("nan")]]))
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_completions_do_not_depend_on_the_batch(vlm, chats):
+    seeds = list(range(len(chats)))
+    together = vlm.generate(chats, seeds=seeds, max_new_tokens=12, temperature=1.0)  # batches of 4 and 3
+    alone = [
+        vlm.generate([chat], seeds=[seed], max_new_tokens=12, temperature=1.0)[0]
+        for chat, seed in zip(chats, seeds, strict=True)
+    ]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_seeds_decide(vlm, chats):
+    first, again, other = (
+        vlm.generate(chats[:1], seeds=[seed], max_new_tokens=12, temperature=1.0) for seed in (5, 5, 6)
+    )
+    assert first == again != other
+    greedy = [vlm.generate(chats[:1], seeds=[seed], max_new_tokens=6, temperature=0.0) for seed in (5, 6)]
+    assert greedy[0] == greedy[1]
+
+
+def test_vision_tokens_are_never_sampled(vlm, chats, monkeypatch):
+    """Each would be followed by an image that is not there, and crash the next forward pass."""
+    vision = vlm.vision_tokens()
+    assert vlm.tokenizer.convert_ids_to_tokens(vision) == ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
+    seen: list[int] = []
+    decode = vlm.tokenizer.batch_decode
+
+    def spy(ids, **options):
+        seen.extend(ids.flatten().tolist())
+        return decode(ids, **options)
+
+    def wants_vision(module, args, logits):
+        logits[..., vision] += 1e4
+        return logits
+
+    monkeypatch.setattr(vlm.tokenizer, "batch_decode", spy)
+    hook = vlm.model.lm_head.register_forward_hook(wants_vision)
+    try:
+        vlm.generate(chats[:2], seeds=[0, 1], max_new_tokens=8, temperature=1.0)
+    finally:
+        hook.remove()
+    assert len(seen) >= 2
+    assert set(seen).isdisjoint(vision)
+
+
+def test_a_checkpoints_sampling_habits_are_not_used(vlm, chats, monkeypatch):
+    """Released checkpoints come with a repetition penalty and a temperature of their own."""
+    plain = vlm.generate(chats[:2], seeds=[0, 1], max_new_tokens=12, temperature=1.0)
+    for name, value in (("repetition_penalty", 1e6), ("do_sample", True), ("temperature", 1e-6), ("top_k", 1)):
+        monkeypatch.setattr(vlm.model.generation_config, name, value)
+    assert vlm.generate(chats[:2], seeds=[0, 1], max_new_tokens=12, temperature=1.0) == plain
+
+
+def test_nothing_in_nothing_out(vlm):
+    assert vlm.generate([], seeds=[], max_new_tokens=4, temperature=1.0) == []
+    assert vlm.answer_logprobs([], [], ["1", "2"]).shape == (0, 2)
+
+
+# ---------------------------------------------------------------- answer_logprobs
+
+
+def test_equals_a_plain_forward(vlm, chats, random_judge):
+    """Batched and padded on the left against stock transformers, one unpadded row at a time."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_judge, dtype=torch.float32).eval()
+    processor = load_processor(random_judge)
+    thoughts = ["", "image 1 : two clean red circles .", "so image 2 is better ."] * 3
+    prefixes = [FORMAT.answer_slot(thought) for thought in thoughts[: len(chats)]]
+    found = vlm.answer_logprobs(chats, prefixes, ("1", "2"))
+    assert found.shape == (len(chats), 2)
+    assert found.dtype == torch.float32
+    for chat, prefix, row in zip(chats, prefixes, found, strict=True):
+        text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
+        inputs = processor(images=list(chat.images), text=[text], return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).logits[0, -1].log_softmax(-1)
+        ids = processor.tokenizer.convert_tokens_to_ids(["1", "2"])
+        torch.testing.assert_close(row, expected[ids], atol=2e-5, rtol=1e-4)
+    assert found.std(0).max() > 1e-3, "the rows must differ for the comparison to mean something"
+
+
+def test_labels_must_be_one_known_token_each(vlm, chats):
+    with pytest.raises(InputError, match="label 'image 1' is 2 tokens"):
+        vlm.answer_logprobs(chats[:1], [""], ("image 1", "2"))
+    with pytest.raises(InputError, match=r"labels .* are one token"):
+        vlm.answer_logprobs(chats[:1], [""], ("dragon", "castle"))
+
+
+def test_check_finite():
+    good = torch.tensor([[-1.0, -2.0]])
+    assert check_finite(good, "x") is good
+    with pytest.raises(JudgeError, match="x gave NaN or infinite probabilities for 2 of 3 inputs"):
+        check_finite(torch.tensor([[0.0, float("nan")], [float("-inf"), float("nan")], [0.0, 0.0]]), "x")
+
+
+# ---------------------------------------------------------------- words it does not know
+
+
+def ask(vlm: TransformersVLM, *prompts: str) -> torch.Tensor:
+    image = Image.new("RGB", (48, 48), "red")
+    asked = [FORMAT.chat(prompt, image, image, vlm.reserved) for prompt in prompts]
+    return vlm.answer_logprobs(asked, [FORMAT.answer_slot("")] * len(asked), ("1", "2"))
+
+
+def test_unknown_words_are_named_once_in_a_process(vlm, monkeypatch):
+    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.isfinite(ask(vlm, "two red circles", "a Dragon and a castle and a dragon", "🦊 d e f g")).all()
+        ask(vlm, "an elephant")
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "the judge's tokenizer does not know 'Dragon', 'castle', 'dragon', '🦊', 'd', ... and reads <unk> instead. The "
+        "tiny judge knows only its world"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["two red circles", "A picture of one BLUE square!", "", "(three) green stars."])
+def test_known_words_and_the_template_do_not_warn(vlm, monkeypatch, prompt):
+    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ask(vlm, prompt)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_padding_on_the_right_is_refused():
+    processor = build_processor()
+    processor.tokenizer.padding_side = "right"
+    with pytest.raises(InputError, match="padding_side"):
+        TransformersVLM(build_model(processor.tokenizer), processor)
+
+
+def test_no_chat_template_is_refused(random_judge, tmp_path):
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match=r"chat_template.jinja"):
+        TransformersVLM.from_pretrained(folder)
+
+
+def test_loaded_model_is_frozen(vlm):
+    assert not vlm.model.training
+    assert not any(parameter.requires_grad for parameter in vlm.model.parameters())
