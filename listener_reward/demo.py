@@ -24,6 +24,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.images import to_pil
 from listener_reward.report import write_report
 from listener_reward.tiny.workers import Report, run_side_by_side
+from listener_reward.trace import Masking
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
 ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: (1.0, 0.5, 0.5)}
@@ -47,7 +48,7 @@ CURVES = {
 class Recipe:
     """How the demo trains. The embedded judge is made by the same recipe."""
 
-    steps: int = 120
+    steps: int = 160
     pairs: int = 1000
     groups: int = 12
     """Prompts in a step; each is answered by a group of `generations`."""
@@ -59,7 +60,7 @@ class Recipe:
     base: str = "tiny-base"
     listener: str = "tiny-listener"
     grounding: float = 2.0
-    masking: str = "answer"
+    masking: Masking = "answer"
 
 
 def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe) -> dict[str, list[Any]]:
@@ -222,7 +223,7 @@ def look(report: Report, models: Mapping[str, str], out: str, each: int = 2) -> 
     judges = {name: Judge.from_pretrained(folder, listener="tiny-listener") for name, folder in models.items()}
     pairs = []
     for split in SPLITS:
-        rows = load_pairs(f"tiny:{split}", limit=each)
+        rows = load_pairs(f"tiny:{split}", limit=each).to_list()
         for name, judge in judges.items():
             for row in rows:
                 first, second = (to_pil(image) for image in row["images"])

@@ -56,7 +56,8 @@ class Listener:
             )
         prefixes = _prefixes(self.vlm, self.chat_format, thoughts)
         answers, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
-        raw = torch.softmax(check_finite(answers, "the listener") / self.temperature, dim=-1)[:, 0]
+        check_finite(torch.cat([answers, likelihood[:, None]], dim=-1), "the listener")
+        raw = torch.softmax(answers / self.temperature, dim=-1)[:, 0]
         return 0.5 + (raw - 0.5) * torch.exp(self.grounding * likelihood)
 
 

@@ -136,9 +136,7 @@ class TransformersVLM:
 
     @torch.inference_mode()
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
-        ids = [self._token_of(answer) for answer in answers]
-        if len(set(ids)) != len(ids):
-            raise InputError(f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell")
+        ids = self._tokens_of(answers)
         parts: list[Tensor] = []
         for rows in _batches(len(chats), self.batch_size):
             inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
@@ -149,7 +147,7 @@ class TransformersVLM:
 
     @torch.inference_mode()
     def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = [self._token_of(answer) for answer in answers]
+        ids = self._tokens_of(answers)
         last: list[Tensor] = []
         means: list[Tensor] = []
         for rows in _batches(len(chats), self.batch_size):
@@ -181,11 +179,16 @@ class TransformersVLM:
         images = [image for chat in chats for image in chat.images]
         return self.processor(images=images, text=texts, padding=True, return_tensors="pt").to(self.model.device)
 
-    def _token_of(self, answer: str) -> int:
-        ids = self.tokenizer.encode(answer, add_special_tokens=False)
-        if len(ids) != 1:
-            raise InputError(f"label {answer!r} is {len(ids)} tokens of this tokenizer; choose labels of one token")
-        return ids[0]
+    def _tokens_of(self, answers: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        for answer in answers:
+            pieces = self.tokenizer.encode(answer, add_special_tokens=False)
+            if len(pieces) != 1:
+                raise InputError(f"label {answer!r} is {len(pieces)} tokens of this tokenizer; choose labels of one")
+            ids += pieces
+        if len(set(ids)) != len(ids):
+            raise InputError(f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell")
+        return ids
 
     def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
         unknown = self.tokenizer.unk_token_id

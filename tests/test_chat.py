@@ -205,7 +205,7 @@ def test_tokens_that_cannot_be_broken_are_left():
     assert neutralise("text", set()) == "text"
 
 
-@pytest.mark.parametrize("piece", ["<|im_start|>", "<", "<|im_<|im_start|>start|>", "<|im_start|", "circles "])
+@pytest.mark.parametrize("piece", ["<|im_start|>", "<", "<|im_<|im_start|>start|>", "<|im_start|", "two "])
 def test_five_megabytes_take_linear_time(piece, tokenizer):
     reserved = ChatFormat().reserved(reserved_tokens(tokenizer))
     text = piece * (5_000_000 // len(piece))

@@ -1,4 +1,4 @@
-"""The judge: exact symmetry, what it makes of two models' answers, and that it runs on real architectures and pictures."""
+"""The judge: exact symmetry, what it makes of two models' answers, and runs on real architectures and pictures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def red(image: Image.Image) -> int:
 
 
 class RedVLM:
-    """Prefers the redder image, and the one shown first by `bias`; completes with what `says` makes of the two reds."""
+    """Prefers the redder image, and the one shown first by `bias`; completes with what `says` makes of the two reds.
+
+    Every thought has the mean log-probability `likelihood`.
+    """
 
     def __init__(
         self,
@@ -72,8 +75,9 @@ class RedVLM:
         slope: float = 2.0,
         bias: float = 0.0,
         reserved: frozenset[str] = frozenset(),
+        likelihood: float = -1.0,
     ):
-        self.says, self.slope, self.bias, self.reserved = says, slope, bias, reserved
+        self.says, self.slope, self.bias, self.reserved, self.likelihood = says, slope, bias, reserved, likelihood
         self.read: list[tuple[Chat, str]] = []
         self.labels: set[tuple[str, ...]] = set()
 
@@ -87,7 +91,12 @@ class RedVLM:
         self.read += zip(chats, prefixes, strict=True)
         self.labels.add(tuple(answers))
         gaps = [(red(chat.images[0]) - red(chat.images[1])) / 255 for chat in chats]
-        return torch.tensor([[self.slope * gap + self.bias, 0.0] for gap in gaps]).log_softmax(-1)
+        return torch.tensor([[self.slope * gap + self.bias, 0.0] for gap in gaps]).reshape(-1, 2).log_softmax(-1)
+
+    def read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.answer_logprobs(chats, prefixes, answers), torch.full((len(chats),), self.likelihood)
 
 
 def sigmoid(x: float) -> float:
@@ -206,8 +215,8 @@ def test_a_listener_that_disagrees_contradicts():
 
 
 def test_malformed_thoughts_are_counted_and_have_no_answer():
-    judge = Judge(RedVLM(lambda first, second: "<think>cut sh" if first > second else "<think>t</think><answer>2</answer>"))
-    verdict = judge.compare("x", RED, DARK)
+    says = lambda first, second: "<think>cut sh" if first > second else "<think>t</think><answer>2</answer>"  # noqa: E731
+    verdict = Judge(RedVLM(says)).compare("x", RED, DARK)
     assert verdict.malformed == 1
     assert {thought.text: thought.answer for thought in verdict.thoughts} == {"cut sh": None, "t": 1}
     assert 0.5 < verdict.p_first < 1
@@ -219,6 +228,16 @@ def test_temperatures_divide_the_log_odds():
     listener = Listener(RedVLM(slope=2.0), ChatFormat(), temperature=4.0)
     heard = Judge(RedVLM(), listener).compare("x", RED, BLACK).listener_p_first
     assert heard == pytest.approx(sigmoid(0.5), abs=1e-6)
+
+
+def test_grounding_shrinks_a_listeners_confidence_in_unlikely_thoughts():
+    """p = 1/2 + (p_raw - 1/2) exp(g l): with l = -0.5 and g = 2 the confidence is divided by e."""
+    listener = Listener(RedVLM(slope=2.0, likelihood=-0.5), ChatFormat(), grounding=2.0)
+    heard = Judge(RedVLM(), listener).compare("x", RED, BLACK).listener_p_first
+    assert heard == pytest.approx(0.5 + (sigmoid(2.0) - 0.5) / math.e, abs=1e-6)
+    with pytest.raises(JudgeError, match="the listener"):
+        broken = Listener(RedVLM(likelihood=float("nan")), ChatFormat(), grounding=2.0)
+        Judge(RedVLM(), broken).compare("x", RED, BLACK)
 
 
 def test_reasoner_and_listener_read_the_thought_and_the_listener_not_the_verdict():
@@ -431,7 +450,7 @@ def noise(seed: int, width: int, height: int) -> Image.Image:
 
 def test_real_architectures_judge(small_judge):
     first, second = noise(0, 128, 96), noise(1, 96, 160)
-    one, other = small_judge.compare("two red circles", first, second), small_judge.compare("two red circles", second, first)
+    one, other = (small_judge.compare("two red circles", *shown) for shown in ((first, second), (second, first)))
     assert_mirrored(one, other)
     assert 0 < one.p_first < 1 and one.p_first != 0.5
     assert len(one.thoughts) == 2

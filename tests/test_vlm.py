@@ -166,6 +166,25 @@ def test_equals_a_plain_forward(vlm, chats, random_judge):
     assert found.std(0).max() > 1e-3, "the rows must differ for the comparison to mean something"
 
 
+def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):
+    """Against stock transformers again; the long and short prefixes of a batch must not run into one another."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_judge, dtype=torch.float32).eval()
+    processor = load_processor(random_judge)
+    prefixes = [FORMAT.answer_slot(thought) for thought in ("", "image 1 : two clean red circles .", "so")]
+    answers, means = vlm.read(chats[:3], prefixes, ("1", "2"))
+    torch.testing.assert_close(answers, vlm.answer_logprobs(chats[:3], prefixes, ("1", "2")), atol=2e-5, rtol=1e-4)
+    for chat, prefix, mean in zip(chats[:3], prefixes, means, strict=True):
+        text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
+        inputs = processor(images=list(chat.images), text=[text], return_tensors="pt")
+        written = len(processor.tokenizer(prefix, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logprobs = model(**inputs).logits[0].log_softmax(-1)
+        tokens = inputs["input_ids"][0, -written:]
+        expected = logprobs[-written - 1 : -1].gather(-1, tokens[:, None]).mean()
+        torch.testing.assert_close(mean, expected, atol=2e-5, rtol=1e-4)
+    assert vlm.read([], [], ("1", "2"))[0].shape == (0, 2)
+
+
 def test_labels_must_be_one_known_token_each(vlm, chats):
     with pytest.raises(InputError, match="label 'image 1' is 2 tokens"):
         vlm.answer_logprobs(chats[:1], [""], ("image 1", "2"))

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from queue import Empty
 from typing import Any
@@ -35,6 +36,7 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
     waiting = list(jobs.items())
     running: dict[str, Any] = {}
     results: dict[str, Any] = {}
+    told: dict[str, int] = {}
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
@@ -61,6 +63,9 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
                 if kind == "report":
                     done, total, note = content
                     progress.update(bars[name], completed=done, total=total, note=note)
+                    if not progress.console.is_terminal and done * 10 // total > told.get(name, 0):
+                        told[name] = done * 10 // total  # a log file gets a line for every tenth instead of bars
+                        progress.console.print(f"{name}: {done}/{total} {note}", highlight=False)
                 elif kind == "result":
                     results[name] = content
                     running.pop(name).join()
@@ -73,12 +78,15 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
 
 
 def _work(messages: Any, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    import datasets
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     def report(done: int, total: int, note: str = "") -> None:
         messages.put(("report", name, (done, total, note)))

@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("arms"))
     parser.add_argument("--only", choices=("main", "ablations"))
+    parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     parser.add_argument("--table", action="store_true", help="print the tables and train nothing")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def main() -> None:
                     jobs[f"{name} {seed}"] = (run_one, {"name": name, "seed": seed, "out": str(out)})
         if not (args.out / "base.json").exists():
             jobs["base"] = (run_base, {"out": str(args.out / "base.json")})
-        run_side_by_side(jobs)
+        run_side_by_side(jobs, at_once=args.at_once)
     print(table(args.out))
 
 

@@ -1,0 +1,46 @@
+"""The demo as a user runs it, with a few steps, and the workers that it runs on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from listener_reward.demo import ARMS, SPLITS, run_demo
+from listener_reward.tiny.workers import Report, run_side_by_side
+
+
+def count_to(report: Report, n: int) -> int:
+    for i in range(n):
+        report(i + 1, n, "counting")
+    return n
+
+
+def break_down(report: Report) -> None:
+    raise ValueError("the tower leans")
+
+
+def test_jobs_run_side_by_side_and_come_back_in_order() -> None:
+    jobs = {name: (count_to, {"n": n}) for name, n in (("long", 30), ("short", 2), ("none", 0))}
+    assert run_side_by_side(jobs) == {"long": 30, "short": 2, "none": 0}  # pyright: ignore[reportArgumentType]
+
+
+def test_a_job_that_fails_is_named_with_its_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"leaning failed:(?s:.*)the tower leans"):
+        run_side_by_side({"leaning": (break_down, {}), "fine": (count_to, {"n": 1})})
+
+
+def test_the_demo_writes_results_and_a_report(tmp_path: Path) -> None:
+    results = run_demo(tmp_path, quick=True)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert set(results["curves"]) == set(ARMS)
+    for curve in results["curves"].values():
+        assert curve["step"] == [1, 2, 3]
+        assert all(len(values) == 3 for values in curve.values())
+    rows = {(row["model"], row["split"]) for row in results["table"]}
+    assert rows == {(model, split) for model in ("base", "SFT", *ARMS) for split in SPLITS}
+    assert len(results["pairs"]) == 12
+    assert sorted(results["ranking"]["order"]) == list(range(6))
+    page = (tmp_path / "report.html").read_text()
+    assert "listener-shaped GRPO" in page and "http://" not in page.replace("http://www.w3.org", "")
