@@ -376,3 +376,7 @@ def _cell(value: Any) -> str:
 def _plain(text: str) -> str:
     """`text` without control characters: a model's words and a file's name must not drive the terminal."""
     return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+if __name__ == "__main__":
+    main()

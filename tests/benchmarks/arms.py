@@ -38,6 +38,8 @@ METRICS = ("accuracy", "contradiction_rate", "malformed_rate", "ece")
 
 def run_one(report: Report, name: str, seed: int, out: str) -> None:
     """Trains and measures one configuration with one seed, and keeps the result."""
+    if Path(out).exists():  # another call of this script was faster
+        return
     weights, recipe = {**MAIN, **ABLATIONS}[name]
     with tempfile.TemporaryDirectory() as folder:
         if weights is None:
