@@ -100,7 +100,8 @@ def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, rec
                 curves["step"].append(state.global_step)
                 for name, key in CURVES.items():
                     curves[name].append(logs.get(key))
-                report(state.global_step, recipe.steps, f"reward {logs['reward']:.2f}")
+                reward = logs["reward"]  # None where the listener failed on the whole batch
+                report(state.global_step, recipe.steps, "no reward" if reward is None else f"reward {reward:.2f}")
 
     trainer = ListenerGRPOTrainer(recipe.base, args, load_pairs("tiny:train", limit=recipe.pairs), callbacks=[Curves()])
     trainer.train()

@@ -66,6 +66,10 @@ class ListenerGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Decode each image once per generation round; off decodes it once for every completion."},
     )
+    exact_resume: bool = field(
+        default=True,
+        metadata={"help": "Resume with the saved weights and the data order of the run; off does what stock trl does."},
+    )
     reward_weights: list[float] | None = field(
         default_factory=lambda: list(WEIGHTS),
         metadata={"help": "Weights of the format, accuracy and listener rewards; [1, 1, 0] is accuracy-only GRPO."},

@@ -152,7 +152,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         resumed in its second epoch sees the first epoch's order.
         """
         sampler = super()._get_train_sampler(dataset)
-        return EpochSampler(sampler) if isinstance(sampler, RepeatSampler) else sampler
+        return EpochSampler(sampler) if self.args.exact_resume and isinstance(sampler, RepeatSampler) else sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads full fine-tuned weights through `from_pretrained`, which knows the names they were saved under.
@@ -161,7 +161,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         those that `save_pretrained` wrote: all but the head silently keep their initial weights.
         """
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config")
+        if elsewhere or not self.args.exact_resume:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict(), strict=True)
