@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from listener_reward import __version__
 from listener_reward.datasets import load_pairs
 from listener_reward.images import to_pil
 from listener_reward.report import write_report
@@ -32,7 +33,7 @@ ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: (1.0, 0.5, 0.5)}
 
 SPLITS = ("id", "ood", "wrong")
 
-VERSIONS = ("listener-reward", "torch", "transformers", "trl")
+VERSIONS = ("torch", "transformers", "trl")
 
 CURVES = {
     "reward": "reward",
@@ -165,6 +166,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         recipe = replace(recipe, steps=steps)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    versions = {"listener-reward": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS}}
     console = Console(stderr=True)
     console.print(f"[bold]1/4[/] Training {recipe.steps} steps of GRPO twice, and the supervised baseline")
     folders = {name: str(out / name.replace(" ", "-")) for name in (*ARMS, "SFT")}
@@ -205,7 +207,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         "title": "listener-reward demo",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "listener-reward demo" + (" --quick" if quick else "") + f" --steps {recipe.steps} --seed {seed}",
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions,
         "settings": {**asdict(recipe), "seed": seed, "arms": {name: list(weights) for name, weights in ARMS.items()}},
         "curves": {arm: trained[arm] for arm in ARMS},
         "table": table,

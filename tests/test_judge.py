@@ -78,7 +78,7 @@ class RedVLM:
         likelihood: float = -1.0,
     ):
         self.says, self.slope, self.bias, self.reserved, self.likelihood = says, slope, bias, reserved, likelihood
-        self.read: list[tuple[Chat, str]] = []
+        self.asked: list[tuple[Chat, str]] = []
         self.labels: set[tuple[str, ...]] = set()
 
     def generate(
@@ -88,7 +88,7 @@ class RedVLM:
         return [self.says(*map(red, chat.images)) for chat in chats]
 
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
-        self.read += zip(chats, prefixes, strict=True)
+        self.asked += zip(chats, prefixes, strict=True)
         self.labels.add(tuple(answers))
         gaps = [(red(chat.images[0]) - red(chat.images[1])) / 255 for chat in chats]
         return torch.tensor([[self.slope * gap + self.bias, 0.0] for gap in gaps]).reshape(-1, 2).log_softmax(-1)
@@ -244,8 +244,8 @@ def test_reasoner_and_listener_read_the_thought_and_the_listener_not_the_verdict
     told = "Image 1 is red. So image 1 is better."
     reasoner, hears = RedVLM(lambda first, second: f"<think>{told}</think><answer>1</answer>"), RedVLM()
     Judge(reasoner, Listener(hears, ChatFormat(), masking="verdict")).compare("x", RED, DARK)
-    assert {prefix for _, prefix in reasoner.read} == {f"<think>{told}</think><answer>"}
-    assert {prefix for _, prefix in hears.read} == {"<think>Image 1 is red.</think><answer>"}
+    assert {prefix for _, prefix in reasoner.asked} == {f"<think>{told}</think><answer>"}
+    assert {prefix for _, prefix in hears.asked} == {"<think>Image 1 is red.</think><answer>"}
 
 
 def test_a_listener_is_asked_in_its_own_words():
@@ -254,11 +254,11 @@ def test_a_listener_is_asked_in_its_own_words():
     hears = RedVLM(reserved=frozenset({"[CLS]"}))
     reasoner = RedVLM(lambda first, second: "<think>a [CLS] thought</think><answer>1</answer>")
     Judge(reasoner, Listener(hears, own)).compare("a [CLS] fox", RED, DARK)
-    chat, prefix = hears.read[0]
+    chat, prefix = hears.asked[0]
     assert chat.messages[0]["content"][0]["text"] == "a [ CLS] fox: "
     assert prefix == "[t]a [ CLS] thought[/t]<answer>"
     assert hears.labels == {("A", "B")}
-    assert reasoner.read[0][0].prompt == "a [CLS] fox"
+    assert reasoner.asked[0][0].prompt == "a [CLS] fox"
 
 
 def test_pairs_are_judged_in_one_batch():
@@ -266,7 +266,7 @@ def test_pairs_are_judged_in_one_batch():
     prompts = ["x", "y", "z"]
     verdicts = Judge(vlm).compare_many(prompts, [RED, DARK, BLACK], [DARK, RED, BLACK])
     assert [verdict.preferred for verdict in verdicts] == [1, 2, None]
-    assert len(vlm.read) == 5  # both orders, and the pair of equal pictures once
+    assert len(vlm.asked) == 5  # both orders, and the pair of equal pictures once
     assert Judge(vlm).compare_many([], [], []) == []
 
 

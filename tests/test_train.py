@@ -112,7 +112,7 @@ def test_the_saved_folder_is_a_judge_and_plain_transformers_loads_it(full_run: L
 
 
 def test_with_the_overrides_off_it_is_stock_trl(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config):
-    ours = ListenerGRPOTrainer(formed_judge, grpo_config(decode_images_once=False), tiny_pairs)
+    ours = ListenerGRPOTrainer(formed_judge, grpo_config(decode_images_once=False, exact_resume=False), tiny_pairs)
     ours.train()
     card, processor = Card.load(formed_judge), load_processor(formed_judge)
     assert card.listener is not None
@@ -138,7 +138,7 @@ def test_decoding_images_once_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ):
     decoded = count_decoding(monkeypatch)
-    again = ListenerGRPOTrainer(formed_judge, grpo_config(decode_images_once=False), tiny_pairs)
+    again = ListenerGRPOTrainer(formed_judge, grpo_config(decode_images_once=False, exact_resume=False), tiny_pairs)
     again.train()
     assert decoded == [2 + 2 * 8 * 2]  # the first pair for the listener's probe, then two steps of eight rows
     assert equal(weights(again), weights(full_run))
