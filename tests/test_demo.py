@@ -11,6 +11,12 @@ from listener_reward.demo import ARMS, SPLITS, run_demo
 from listener_reward.tiny.workers import Report, run_side_by_side
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a spawned process import this file by the name that pytest gave it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+
+
 def count_to(report: Report, n: int) -> int:
     for i in range(n):
         report(i + 1, n, "counting")
