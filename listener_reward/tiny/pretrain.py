@@ -1,6 +1,6 @@
 """Makes the embedded weights: `python -m listener_reward.tiny.pretrain`.
 
-Three models of one architecture, at most half an hour on two cores, the same on every run:
+Three models of one architecture, seeded, in about twenty minutes on two cores:
 
 - `base`: the reasoner that GRPO starts from. Imperfect on purpose, as an instruction-tuned VLM is: its descriptions
   err, and its answer follows its own description only most of the time.
@@ -275,7 +275,7 @@ three flat coloured shapes). Made, and this card written, by
 python -m listener_reward.tiny.pretrain
 ```
 
-which takes less than half an hour on two cores and gives the same weights on every run on one machine.
+which is seeded and takes about twenty minutes on two cores.
 
 - `base`: an imperfect reasoner; what GRPO starts from (`"tiny-base"`).
 - `listener`: another seed, honest and right (`"tiny-listener"`).
