@@ -2,7 +2,7 @@
 
 From one base, with the same pairs, seed and steps, it trains a reasoner by accuracy-only GRPO and one by
 listener-shaped GRPO, measures both beside the base and a supervised baseline on every split, ranks pictures from disk
-with the listener-shaped judge, and writes `results.json` and `report.html`.
+with the better of the two, and writes `results.json` and `report.html`.
 """
 
 from __future__ import annotations
@@ -198,8 +198,10 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
     table = [{**measured[name][split], "model": name, "split": split} for split in SPLITS for name in models]
 
     console.print("[bold]3/4[/] Ranking pictures from disk, and picking pairs to look at")
+    winner = max(ARMS, key=lambda arm: sum(measured[arm][split]["accuracy"] for split in SPLITS))
+    models = {arm: folders[arm] for arm in ARMS}
     shown = run_side_by_side(
-        {"pictures": (look, {"models": {arm: folders[arm] for arm in ARMS}, "out": str(out)})}, console=console
+        {"pictures": (look, {"models": models, "winner": winner, "out": str(out)})}, console=console
     )["pictures"]
 
     console.print("[bold]4/4[/] Writing the report")
@@ -219,8 +221,8 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
     return results
 
 
-def look(report: Report, models: Mapping[str, str], out: str, each: int = 2) -> dict[str, Any]:
-    """A dozen judged pairs, `each` of every arm and split, and one ranking of picture files."""
+def look(report: Report, models: Mapping[str, str], winner: str, out: str, each: int = 2) -> dict[str, Any]:
+    """A dozen judged pairs, `each` of every arm and split, and the winner's ranking of picture files."""
     from listener_reward.judge import Judge
 
     judges = {name: Judge.from_pretrained(folder, listener="tiny-listener") for name, folder in models.items()}
@@ -243,9 +245,9 @@ def look(report: Report, models: Mapping[str, str], out: str, each: int = 2) -> 
                 )
                 report(len(pairs), each * len(SPLITS) * len(judges), split)
     prompt, files = draw_files(Path(out, "pictures"))
-    ranking = judges[list(judges)[-1]].rank(prompt, files)
+    ranking = judges[winner].rank(prompt, files)
     images = [_png(to_pil(file)) for file in files]
-    return {"pairs": pairs, "ranking": {"prompt": prompt, "images": images, **ranking.to_dict()}}
+    return {"pairs": pairs, "ranking": {"judge": winner, "prompt": prompt, "images": images, **ranking.to_dict()}}
 
 
 def draw_files(folder: Path, seed: int = 0) -> tuple[str, list[Path]]:
