@@ -24,11 +24,12 @@ from listener_reward import __version__
 from listener_reward.datasets import load_pairs
 from listener_reward.images import to_pil
 from listener_reward.report import write_report
+from listener_reward.shaping import WEIGHTS
 from listener_reward.tiny.workers import Report, run_side_by_side
 from listener_reward.trace import Masking
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
-ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: (1.0, 0.5, 0.5)}
+ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: WEIGHTS}
 """Weights of format, accuracy and listener. Both arms can earn at most 2."""
 
 SPLITS = ("id", "ood", "wrong")
