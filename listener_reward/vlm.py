@@ -8,6 +8,7 @@ runs on a fake.
 from __future__ import annotations
 
 import contextlib
+import logging
 import string
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,21 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.checkpoint import UNREADABLE, cannot_load, hub_options
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.prefix import (
+    IGNORED,
+    Prompt,
+    base_model,
+    budgeted,
+    check_used,
+    pack,
+    prompt_positions,
+    unsupported,
+)
 from listener_reward.processing import load_processor
+from listener_reward.rollout import prefill, sample
+from listener_reward.vision import Encoded, ImageFeatures, as_encoder_output
+
+logger = logging.getLogger(__name__)
 
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -59,17 +74,39 @@ LEAST_LOGPROB = -5.0
 
 
 class TransformersVLM:
-    """A Qwen2.5-VL or Qwen3-VL in transformers, on one device."""
+    """A Qwen2.5-VL or Qwen3-VL in transformers, on one device.
+
+    Chats that are equal (several thoughts about one question) share their prompt's computation, and each image goes
+    through the vision tower once, however many chats it is in: see `prefix` and `vision`.
+    """
 
     told_of_unknown_words: ClassVar[bool] = False
     """Whether this process has been warned of words that a tokenizer does not know; once is enough."""
 
-    def __init__(self, model: Any, processor: Any, *, batch_size: int = 32, adapters_off: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        batch_size: int = 32,
+        adapters_off: bool = False,
+        shared_prefix: bool = True,
+        token_budget: int = 16384,
+    ):
+        """
+        Args:
+            model: a frozen transformers model, inside PEFT's wrapper or not.
+            processor: its processor, as `load_processor` gives it.
+            batch_size: completions sampled, or thoughts read, in one forward pass.
+            adapters_off: whether a PEFT model's adapters are off while this VLM runs: the base as its own listener.
+            shared_prefix: off runs every chat for itself, as plain transformers does.
+            token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
+        """
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
         self.adapters_off = adapters_off
-        """Whether a PEFT model's adapters are switched off while this VLM runs: the base as its own listener."""
+        self.token_budget = token_budget
         self.tokenizer = processor.tokenizer
         if self.tokenizer.padding_side != "left":
             raise InputError(
@@ -79,6 +116,11 @@ class TransformersVLM:
         if processor.chat_template is None:
             raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
         self.reserved = reserved_tokens(self.tokenizer)
+        self.shared_prefix = shared_prefix
+        if shared_prefix and (reason := unsupported(model)):
+            self.shared_prefix = False
+            logger.warning("every chat pays for its own prompt, because %s", reason)
+        self.features = ImageFeatures(base_model(model).model, processor.image_processor)
 
     @classmethod
     def from_pretrained(
@@ -116,68 +158,144 @@ class TransformersVLM:
     def generate(
         self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        completions: list[str] = []
-        for rows in _batches(len(chats), self.batch_size):
-            inputs = self._encode([chats[row] for row in rows], [""] * len(rows))
-            sampling = SeededSampling([seeds[row] for row in rows], temperature)
+        texts = self._texts(chats)
+        order = self._order(chats, texts)
+        completions = [""] * len(chats)
+        for batch in _batches(len(chats), self.batch_size):
+            rows = [order[place] for place in batch]
+            options = {
+                "do_sample": False,
+                "num_beams": 1,
+                "repetition_penalty": 1.0,  # a released checkpoint may ask for one, which is not its own softmax
+                "logits_processor": LogitsProcessorList([SeededSampling([seeds[row] for row in rows], temperature)]),
+                "max_new_tokens": max_new_tokens,
+                "suppress_tokens": self.vision_tokens(),
+            }
             with self._adapters():
-                output = self.model.generate(
-                    **inputs,
-                    do_sample=False,
-                    num_beams=1,
-                    repetition_penalty=1.0,  # a released checkpoint may ask for one, which is not its own softmax
-                    logits_processor=LogitsProcessorList([sampling]),
-                    max_new_tokens=max_new_tokens,
-                    suppress_tokens=self.vision_tokens(),
-                )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            completions += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                if self.shared_prefix:
+                    new = self._sample([chats[row] for row in rows], [texts[row] for row in rows], options)
+                else:
+                    inputs = self._encode([chats[row] for row in rows], [texts[row] for row in rows])
+                    new = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                completions[row] = text
         return completions
 
-    @torch.inference_mode()
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
-        ids = self._tokens_of(answers)
-        parts: list[Tensor] = []
-        for rows in _batches(len(chats), self.batch_size):
-            inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
-            with self._adapters():
-                logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-            parts.append(logits.float().log_softmax(-1)[:, ids].cpu())
-        return torch.cat(parts) if parts else torch.empty(0, len(ids))
+        return self._read(chats, prefixes, answers, likelihood=False)[0]
+
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._read(chats, prefixes, answers, likelihood=True)
 
     @torch.inference_mode()
-    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str], *, likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
         ids = self._tokens_of(answers)
-        last: list[Tensor] = []
-        means: list[Tensor] = []
-        for rows in _batches(len(chats), self.batch_size):
-            inputs = self._encode([chats[row] for row in rows], [prefixes[row] for row in rows])
-            lengths = [len(self.tokenizer(prefixes[row], add_special_tokens=False)["input_ids"]) for row in rows]
-            keep = max(lengths)
+        texts = self._texts(chats)
+        order = self._order(chats, texts)
+        last, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        read = self._read_groups if self.shared_prefix else self._read_copies
+        for batch in _batches(len(chats), self.batch_size):
+            rows = [order[place] for place in batch]
+            some = [[values[row] for row in rows] for values in (chats, texts, prefixes)]
             with self._adapters():
-                logits = self.model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits.float()
-            last.append(logits[:, -1].log_softmax(-1)[:, ids].cpu())
-            tokens = inputs["input_ids"][:, -keep:]
-            # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
-            chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
-            from_end = torch.arange(keep, 0, -1, device=tokens.device)
-            own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
-            means.append(((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu())
-        return (torch.cat(last), torch.cat(means)) if last else (torch.empty(0, len(ids)), torch.empty(0))
+                last[rows], means[rows] = read(*some, ids, likelihood)  # pyright: ignore[reportArgumentType]
+        return last, means
+
+    # ------------------------------------------------------------------------------------------- with a shared prefix
+    def _sample(self, chats: list[Chat], texts: list[str], options: dict[str, Any]) -> Tensor:
+        """Token ids (B, longest completion) of one completion per chat; equal chats stand next to one another."""
+        prompts, groups = self._prompts(chats, texts)
+        kept = prefill(self.model, prompts, as_encoder_output(image for p in prompts for image in p.images))
+        width = max(len(prompt.ids) for prompt in prompts)
+        sizes = [len(group) for group in groups]
+        pad_id = self.tokenizer.pad_token_id
+        return sample(self.model, prompts, sizes, kept, pad_token_id=pad_id, **options)[:, width:]
+
+    def _read_groups(
+        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        prompts, groups = self._prompts(chats, texts)
+        encoded = self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]
+        tokens = [torch.tensor(part, dtype=torch.long, device=self.model.device) for part in encoded]
+        lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
+        answers, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        core = base_model(self.model)
+        for row in budgeted(lengths, self.token_budget):
+            shown = [prompts[group] for group, _ in row]
+            members = [[groups[group][member] for member in some] for group, some in row]
+            packed = pack(shown, [[tokens[m] for m in some] for some in members], open_end=True)
+            images = as_encoder_output(image for prompt in shown for image in prompt.images)
+            hidden = core.model(**packed.inputs, **images, use_cache=False).last_hidden_state[0]
+            check_used(packed.inputs["shared_prefix"], core)
+            flat = [m for some in members for m in some]
+            answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
+            if likelihood:
+                own = packed.labels[0] != IGNORED
+                chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
+                means[flat] = torch.stack([part.mean() for part in chosen.split([len(tokens[m]) for m in flat])]).cpu()
+        return answers, means
+
+    def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
+        """The distinct prompts of `chats`, and which rows ask each."""
+        images = iter(self.features([image for chat in chats for image in chat.images]))
+        shown = [[next(images) for _ in chat.images] for chat in chats]
+        groups: dict[Any, list[int]] = {}
+        for row, (text, encoded) in enumerate(zip(texts, shown, strict=True)):
+            groups.setdefault((text, *map(id, encoded)), []).append(row)
+        self._warn_of_unknown_words(chats[rows[0]].prompt for rows in groups.values())
+        return [self._prompt(texts[rows[0]], shown[rows[0]]) for rows in groups.values()], list(groups.values())
+
+    def _prompt(self, text: str, images: list[Encoded]) -> Prompt:
+        placeholder = self.processor.image_token
+        parts = text.split(placeholder)
+        written = parts[0] + "".join(
+            placeholder * len(image.features) + part for image, part in zip(images, parts[1:], strict=True)
+        )
+        ids = torch.tensor(self.tokenizer(written)["input_ids"], device=self.model.device)
+        grids = torch.stack([image.grid for image in images]).to(ids.device) if images else None
+        return Prompt(ids, prompt_positions(self.model, ids, grids), images)
+
+    def _texts(self, chats: Sequence[Chat]) -> list[str]:
+        template = self.processor.apply_chat_template
+        return [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+    def _order(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[int]:
+        """The chats' places, those of equal chats next to one another, else as they come."""
+        first: dict[Any, int] = {}
+        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            first.setdefault((text, *map(id, chat.images)), row)
+        return sorted(range(len(chats)), key=lambda row: first[(texts[row], *map(id, chats[row].images))])
+
+    # ------------------------------------------------------------------------------------------------ plain batches
+    def _read_copies(
+        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self._encode(chats, [text + prefix for text, prefix in zip(texts, prefixes, strict=True)])
+        lengths = [len(part) for part in self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]]
+        keep = max(lengths) if likelihood else 0
+        logits = self.model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits.float()
+        answers = logits[:, -1].log_softmax(-1)[:, ids].cpu()
+        if not likelihood:
+            return answers, torch.zeros(len(chats))
+        tokens = inputs["input_ids"][:, -keep:]
+        # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
+        chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
+        from_end = torch.arange(keep, 0, -1, device=tokens.device)
+        own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
+        return answers, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
+
+    def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
+        self._warn_of_unknown_words(chat.prompt for chat in chats)
+        images = [image for chat in chats for image in chat.images]
+        return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
         ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
         return [token for token in ids if token is not None]
-
-    def _encode(self, chats: Sequence[Chat], prefixes: Sequence[str]) -> Any:
-        texts = [
-            self.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
-            for chat, prefix in zip(chats, prefixes, strict=True)
-        ]
-        self._warn_of_unknown_words(chat.prompt for chat in chats)
-        images = [image for chat in chats for image in chat.images]
-        return self.processor(images=images, text=texts, padding=True, return_tensors="pt").to(self.model.device)
 
     def _tokens_of(self, answers: Sequence[str]) -> list[int]:
         ids: list[int] = []
@@ -250,6 +368,15 @@ def check_finite(values: Tensor, who: str) -> Tensor:
         bad = int((~torch.isfinite(values)).any(-1).sum())
         raise JudgeError(_BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
     return values
+
+
+def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
+    """Log-probability (n,) float32 of each token, a chunk at a time: the logits of all would be gigabytes."""
+    parts = []
+    for states, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+        logits = head(states).float()
+        parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
 
 
 def _batches(n: int, size: int) -> Iterator[range]:

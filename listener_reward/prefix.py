@@ -1,0 +1,400 @@
+"""The shared-prefix engine: images and prompt once per group, then G continuations, exactly.
+
+A group is one prompt (a chat with its images, tokenised) and G continuations of it. Stock code runs G copies of the
+prompt; here a forward pass sees one row
+
+    prompt 1 | prompt 2 | ... | continuation 1.1 | continuation 1.2 | ... | continuation 2.1 | ...
+
+in which every token-wise layer does each prompt once, and attention is done in two parts: prompts attend causally to
+themselves, continuations to their own prompt and to themselves. Positions are the ones that each continuation would
+have alone (M-RoPE), so the results are those of the G copies up to rounding, with gradients or without. Memory and work
+grow with prompt + G * continuation; no mask of the whole row is ever made.
+
+The attention is put in through transformers' public `AttentionInterface`: its "sdpa" entry is wrapped, and does what it
+always did unless a forward pass is given the keyword `shared_prefix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+"""Architectures whose positions and attention this engine is tested with, token by token."""
+
+IGNORED = -100
+"""Label of a position that predicts nothing."""
+
+
+class Prompt(NamedTuple):
+    """A tokenised chat with its images, which the continuations of a group share."""
+
+    ids: Tensor
+    """Token ids (P,) int64, image placeholders expanded. P is at least 2."""
+    positions: Tensor
+    """M-RoPE positions (3, P) int64."""
+    images: Any = None
+    """Whatever names the prompt's images to the caller; the engine does not look at it."""
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the engine cannot run `model`, in words that can follow "because"; None if it can."""
+    config = base_model(model).config
+    text = config.get_text_config()
+    if config.model_type not in MODEL_TYPES:
+        return f"{config.model_type!r} is not one of the architectures {', '.join(MODEL_TYPES)}"
+    if text._attn_implementation != "sdpa":
+        return f"the model was loaded with attn_implementation={text._attn_implementation!r}; it has to be 'sdpa'"
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        return "the model uses sliding-window attention"
+    if getattr(text, "attention_dropout", 0.0):
+        return f"the model has attention_dropout={text.attention_dropout}, which copies of a prompt draw differently"
+    return None
+
+
+def prompt_positions(model: Any, ids: Tensor, grids: Tensor | None) -> Tensor:
+    """M-RoPE positions (3, P) int64 of one prompt `ids` (P,), whose images have patch grids `grids` (n, 3)."""
+    core, config = base_model(model).model, base_model(model).config
+    kinds = (ids == config.image_token_id).int()
+    positions, _ = core.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grids)
+    return positions[:, 0]
+
+
+class Row(NamedTuple):
+    """Groups packed for one forward pass: `model(**row.inputs, ...)`."""
+
+    inputs: dict[str, Any]
+    """`input_ids` (1, S), `position_ids` (3, 1, S), the layout and a mask that keeps transformers from making one."""
+    ends: Tensor
+    """Where in the row each continuation's last token stands, (N,) int64."""
+    labels: Tensor
+    """The token that each position predicts, (1, S) int64; `IGNORED` in prompts and after a continuation's end."""
+
+
+def pack(prompts: Sequence[Prompt], continuations: Sequence[Sequence[Tensor]], *, open_end: bool) -> Row:
+    """One row of several groups; `continuations[i]` are the token ids (C,) that follow `prompts[i]`.
+
+    A prompt's last token opens each of its continuations, so that every prediction of a continuation is made inside its
+    own segment. With `open_end` the row also holds each continuation's last token, which predicts what comes next;
+    without, that token is only a label.
+    """
+    segments = [(prompt, c) for prompt, group in zip(prompts, continuations, strict=True) for c in group]
+    ids = [prompt.ids[:-1] for prompt in prompts]
+    positions = [prompt.positions[:, :-1] for prompt in prompts]
+    labels = [torch.full_like(part, IGNORED) for part in ids]
+    lengths = []
+    for prompt, tokens in segments:
+        shown = torch.cat([prompt.ids[-1:], tokens if open_end else tokens[:-1]])
+        ids.append(shown)
+        positions.append(prompt.positions[:, -1:] + torch.arange(len(shown), device=shown.device))
+        labels.append(pad(tokens, (0, len(shown) - len(tokens)), value=IGNORED))
+        lengths.append(len(shown))
+    row = torch.cat(ids)[None]
+    prefixes, groups = [len(prompt.ids) - 1 for prompt in prompts], [len(group) for group in continuations]
+    layout = Layout(prefixes, lengths, groups, row.device)
+    inputs = {"input_ids": row, "position_ids": torch.cat(positions, dim=1)[:, None], **attention_inputs(layout, row)}
+    ends = sum(layout.prefixes) + torch.tensor(lengths, dtype=torch.long, device=row.device).cumsum(0) - 1
+    return Row(inputs, ends, torch.cat(labels)[None])
+
+
+def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Splits groups into rows of at most `budget` tokens.
+
+    `lengths[i]` is the length of prompt i and those of its continuations. A row is a list of (group, its members). A
+    group that alone exceeds the budget is spread over several rows, each with the prompt again; one prompt with one
+    continuation is never split.
+    """
+    row: list[tuple[int, list[int]]] = []
+    used = 0
+    for group, (prompt, continuations) in enumerate(lengths):
+        members: list[int] = []
+        for member, length in enumerate(continuations):
+            extra = length + (0 if members else prompt)
+            if used + extra > budget and (row or members):
+                yield [*row, (group, members)] if members else row
+                row, used, members, extra = [], 0, [], length + prompt
+            members.append(member)
+            used += extra
+        if members:
+            row.append((group, members))
+    if row:
+        yield row
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+class Layout:
+    """Which tokens of a row belong to which prompt and continuation, and the attention among them.
+
+    A plain object, not a dict or a dataclass: wrappers of distributed training rebuild those on the way in.
+    """
+
+    def __init__(
+        self, prefixes: Sequence[int], segments: Sequence[int], groups: Sequence[int], device: torch.device | str
+    ):
+        """
+        Args:
+            prefixes: tokens of each prompt, (B).
+            segments: tokens of each continuation, (N), in the order of their prompts.
+            groups: continuations of each prompt, (B), N in all.
+            device: where the row is.
+        """
+        self.device = device
+        self.prefixes = list(prefixes)
+        self.segments = list(segments)
+        self.groups = list(groups)
+        self.seen = 0
+        """Attention layers that have used this layout. A model that drops the keyword must not go unnoticed."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
+        """If a dict, each layer's keys and values of the prompts are put into it, (B, heads, longest prompt, dim)."""
+        self._masks: dict[torch.dtype, Tensor] = {}
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest prompt and of the longest continuation."""
+        return max(self.prefixes), max(self.segments, default=0)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The prompt of each continuation, (N,) int64."""
+        return torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.groups)).to(self.device)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of one layer: `query` (1, H, S, D), `key` and `value` (1, Hkv, S, D) give (1, S, H, D)."""
+        self.seen += 1
+        long, short = self.longest
+        slots = len(self.prefixes) * long
+        query, key, value = (self._spread(x[0].transpose(0, 1)) for x in (query, key, value))
+
+        def part(x: Tensor, start: int, stop: int | None, width: int) -> Tensor:
+            return x[start:stop].unflatten(0, (-1, width)).transpose(1, 2)
+
+        prefix_key, prefix_value = part(key, 0, slots, long), part(value, 0, slots, long)
+        if self.kept is not None:
+            self.kept[module.layer_idx] = prefix_key, prefix_value
+        first = scaled_dot_product_attention(
+            part(query, 0, slots, long), prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        parts = [first.transpose(1, 2).flatten(0, 1)]
+        if short:
+            own = part(query, slots, None, short)
+            second = scaled_dot_product_attention(
+                own,
+                torch.cat([prefix_key[self.owner], part(key, slots, None, short)], dim=2),
+                torch.cat([prefix_value[self.owner], part(value, slots, None, short)], dim=2),
+                attn_mask=self._mask(query.dtype),
+                scale=scaling,
+                enable_gqa=True,
+            )
+            parts.append(second.transpose(1, 2).flatten(0, 1))
+        return self._gather(torch.cat(parts))[None]
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor] | None:
+        """For each padded slot its token (or S), and for each token its slot; None where nothing is padded."""
+        widths = [self.longest[0]] * len(self.prefixes) + [self.longest[1]] * len(self.segments)
+        lengths = self.prefixes + self.segments
+        if lengths == widths:
+            return None
+        total = sum(lengths)
+        tokens = torch.full((sum(widths),), total)
+        slots = torch.empty(total, dtype=torch.long)
+        token = slot = 0
+        for length, width in zip(lengths, widths, strict=True):
+            tokens[slot : slot + length] = torch.arange(token, token + length)
+            slots[token : token + length] = torch.arange(slot, slot + length)
+            token, slot = token + length, slot + width
+        return tokens.to(self.device), slots.to(self.device)
+
+    def _spread(self, tokens: Tensor) -> Tensor:
+        """(S, ...) tokens to (slots, ...); padding holds whatever."""
+        return tokens if self._index is None else _Place.apply(tokens, *self._index)  # pyright: ignore
+
+    def _gather(self, slots: Tensor) -> Tensor:
+        """(slots, ...) to (S, ...) tokens."""
+        return slots if self._index is None else _Pick.apply(slots, *self._index)  # pyright: ignore
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """What continuations may see of [prompt | themselves]: additive, (N or 1, 1, C, P + C)."""
+        if dtype not in self._masks:
+            long, short = self.longest
+            own = torch.ones(short, short, dtype=torch.bool, device=self.device).tril()
+            seen = torch.ones(1, short, long, dtype=torch.bool, device=self.device)
+            if min(self.prefixes) < long:
+                lengths = torch.tensor(self.prefixes, device=self.device)[self.owner]
+                seen = (torch.arange(long, device=self.device) < lengths[:, None, None]).expand(-1, short, -1)
+            allowed = torch.cat([seen, own.expand(len(seen), -1, -1)], dim=-1)[:, None]
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
+            self._masks[dtype] = mask.masked_fill_(~allowed, float("-inf"))
+        return self._masks[dtype]
+
+
+class _Place(torch.autograd.Function):
+    """Tokens (S, ...) to padded slots; plain indexing would do, but its backward pass adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x[tokens.clamp(max=len(x) - 1)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][ctx.saved_tensors[0]], None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Padded slots to tokens (S, ...); the padding's gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return x[slots]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return pad(grads[0], (0, 0) * (grads[0].ndim - 1) + (0, 1))[ctx.saved_tensors[0]], None, None
+
+
+class Decoding:
+    """The keys and values of a rollout: each prompt's once, and one growing stretch for every row of its group.
+
+    One decoding step is a row of one token for each row still going; `attend` scores it against its prompt, all rows of
+    a group in one matrix product, and against its own past.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[int],
+        kept: dict[int, tuple[Tensor, Tensor]],
+        groups: Sequence[int],
+        device: torch.device | str,
+    ):
+        """
+        Args:
+            prefixes: tokens of each prompt that `kept` holds, (B).
+            kept: each layer's keys and values of the prompts, (B, heads, longest prompt, dim), as `Layout.kept`.
+            groups: rows of each prompt, (B), in the order of the prompts.
+            device: where the rows are.
+        """
+        self.kept = kept
+        self.device = device
+        self.lengths = torch.tensor(prefixes)
+        self.owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        """Each layer's keys and values of what the rows have written, (rows, heads, room, dim)."""
+        self.step = 0
+        self.seen = 0
+        self._arrange()
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with `rows` (a bool for each) alone."""
+        self.owner = self.owner[rows.cpu()]
+        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        counts = self.owner.bincount(minlength=len(self.lengths))
+        self.width = int(counts.max()) if len(self.owner) else 0
+        self.uniform = bool((counts == self.width).all())
+        start = counts.cumsum(0) - counts
+        slots = self.owner * self.width + torch.arange(len(self.owner)) - start[self.owner]
+        self.slots = slots.to(self.device)
+        longest = int(self.lengths.max())
+        self.hidden = None
+        if int(self.lengths.min()) < longest:
+            hidden = torch.arange(longest) >= self.lengths[:, None]
+            self.hidden = hidden[:, None, None].to(self.device)  # (B, 1, 1, P)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """`query` (1, H, n, D) and `key`, `value` (1, Hkv, n, D) of one token per row give (1, n, H, D)."""
+        self.seen += 1
+        past, own = self.kept[module.layer_idx], self._append(module.layer_idx, key[0], value[0])
+        heads, n, dim = query.shape[1:]
+        kv = key.shape[1]
+        rows = query[0].transpose(0, 1).unflatten(1, (kv, heads // kv))  # (n, Hkv, H / Hkv, D)
+        scores = torch.cat([self._prompt_scores(rows, past[0]), rows @ own[0].transpose(-1, -2)], dim=-1)
+        weights = (scores.float() * scaling).softmax(-1).to(query.dtype)
+        long = past[0].shape[2]
+        seen = self._grouped(weights[..., :long]) @ past[1]
+        out = self._ungrouped(seen, heads // kv) + weights[..., long:] @ own[1]
+        return out.reshape(1, n, heads, dim)
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes this step's (Hkv, n, D) and gives all steps' (n, Hkv, step + 1, D); room doubles when it runs out."""
+        new = key.transpose(0, 1), value.transpose(0, 1)
+        if layer not in self.own:
+            self.own[layer] = tuple(x.new_zeros(*x.shape[:2], 32, x.shape[2]) for x in new)  # pyright: ignore
+        if self.step == self.own[layer][0].shape[2]:
+            self.own[layer] = tuple(pad(x, (0, 0, 0, self.step)) for x in self.own[layer])  # pyright: ignore
+        for buffer, x in zip(self.own[layer], new, strict=True):
+            buffer[:, :, self.step] = x
+        keys, values = self.own[layer]
+        return keys[:, :, : self.step + 1], values[:, :, : self.step + 1]
+
+    def _prompt_scores(self, rows: Tensor, keys: Tensor) -> Tensor:
+        scores = self._grouped(rows) @ keys.transpose(-1, -2)
+        if self.hidden is not None:
+            scores = scores.masked_fill(self.hidden, float("-inf"))
+        return self._ungrouped(scores, rows.shape[2])
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        """(n, Hkv, r, ...) to (B, Hkv, rows of the group * r, ...), padded."""
+        if not self.uniform:
+            room = rows.new_zeros(len(self.lengths) * self.width, *rows.shape[1:])
+            rows = room.index_copy(0, self.slots, rows)
+        return rows.unflatten(0, (len(self.lengths), self.width)).transpose(1, 2).flatten(2, 3)
+
+    def _ungrouped(self, grouped: Tensor, per_row: int) -> Tensor:
+        rows = grouped.unflatten(2, (self.width, per_row)).transpose(1, 2).flatten(0, 1)
+        return rows if self.uniform else rows[self.slots]
+
+
+def attention_inputs(layout: Layout | Decoding, like: Tensor) -> dict[str, Any]:
+    """The arguments of a forward pass that put `layout` in place of causal attention.
+
+    A mask of four dimensions is what transformers takes for finished, so it makes none of its own.
+    """
+    _install()
+    return {"shared_prefix": layout, "attention_mask": like.new_zeros(1, 1, 1, 1)}
+
+
+def check_used(layout: Layout | Decoding, model: Any) -> None:
+    """Raises RuntimeError unless every attention layer of `model` has used `layout`: then the result is not to be had.
+
+    It cannot happen with the architectures in `MODEL_TYPES`; a subclass that drops keywords would read nonsense.
+    """
+    layers = base_model(model).config.get_text_config().num_hidden_layers
+    if layout.seen < layers:
+        raise RuntimeError(
+            f"{type(base_model(model)).__name__} hands `shared_prefix` to {layout.seen} of its {layers} attention "
+            "layers; turn the shared prefix off (shared_prefix=False)"
+        )
+
+
+def _install() -> None:
+    if AttentionInterface()["sdpa"] is sdpa_attention_forward:
+        AttentionInterface.register("sdpa", _sdpa)
+
+
+def _sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    layout = kwargs.pop("shared_prefix", None)
+    if layout is None or getattr(module, "layer_idx", None) is None:  # the vision tower's layers have no index
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # pyright: ignore
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module, query, key, value, scaling), None
+
+
+def base_model(model: Any) -> Any:
+    """The plain transformers model inside wrappers of PEFT and of distributed training."""
+    while not hasattr(model, "lm_head") and hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

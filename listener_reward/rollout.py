@@ -1,0 +1,128 @@
+"""Sampling a group: the prompt is prefilled once, its G completions are drawn from it, finished ones stop costing.
+
+The tokens are those that transformers' own `generate` draws with the same seed: it prepares everything as always, and
+only its loop over tokens is replaced, through its public argument `custom_generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from listener_reward.prefix import Decoding, Layout, Prompt, attention_inputs, check_used, pack
+
+COMPACT_BELOW = 0.75
+"""Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""
+
+logger = logging.getLogger(__name__)
+
+
+def prefill(model: Any, prompts: Sequence[Prompt], vision: dict[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Each layer's keys and values of all but the last token of each prompt, (B, heads, longest, dim).
+
+    `vision` are the arguments that give the images of all prompts, in order, to the model's forward pass.
+    """
+    row = pack(prompts, [[] for _ in prompts], open_end=True)
+    layout: Layout = row.inputs["shared_prefix"]
+    layout.kept = {}
+    model(**row.inputs, **vision, logits_to_keep=1, use_cache=False)
+    check_used(layout, model)
+    return layout.kept
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Prompt],
+    groups: Sequence[int],
+    kept: dict[int, tuple[Tensor, Tensor]],
+    *,
+    pad_token_id: int,
+    **options: Any,
+) -> Tensor:
+    """`groups[i]` completions of each prompt, by `model.generate`.
+
+    Args:
+        model: a model that `prefix.unsupported` has nothing against, inside PEFT's wrapper or not.
+        prompts: the prompts, and `kept` what `prefill` gave for them.
+        groups: completions of each, (B), N in all.
+        pad_token_id: what stands before shorter prompts and after shorter completions.
+        options: for `generate`: a generation_config, logits processors, max_new_tokens, ...
+
+    Returns:
+        Token ids (N, longest prompt + longest completion) int64, prompts padded on the left, as `generate` gives them.
+    """
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups)).tolist()
+    device = prompts[0].ids.device
+    width = max(len(prompt.ids) for prompt in prompts)
+    padded = [pad(prompt.ids, (width - len(prompt.ids), 0), value=pad_token_id) for prompt in prompts]
+    seen = [pad(torch.ones_like(prompt.ids), (width - len(prompt.ids), 0)) for prompt in prompts]
+    last = torch.stack([prompt.positions[0, -1] for prompt in prompts])[owner]
+    cache = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, groups, device)
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # of all rows
+        rows = torch.arange(len(input_ids), device=device)  # those that are still computed
+        position = last.to(device)
+        scores: Tensor | None = None
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        while _any_going(going, synced_gpus):
+            step = {
+                "input_ids": input_ids[rows, -1][None],
+                "position_ids": (position[rows] + cache.step)[None, None].expand(3, 1, -1),
+            }
+            logits = model(**step, **attention_inputs(cache, step["input_ids"]), use_cache=False).logits[0].float()
+            if cache.step == 0:
+                check_used(cache, model)
+            cache.step += 1
+            if scores is None:
+                scores = logits.new_zeros(len(input_ids), logits.shape[-1])
+            # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
+            # that it gets in `generate`.
+            scores[rows] = logits
+            warped = logits_processor(input_ids, scores.clone())
+            if generation_config.do_sample:
+                token = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]
+            else:
+                token = warped.argmax(-1)
+            if ends:
+                token = token.where(going, pad_token_id)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+            going = going & ~stopping_criteria(input_ids, None)
+            alive = going[rows]
+            count = int(alive.sum())
+            if 0 < count <= COMPACT_BELOW * len(rows):
+                rows = rows[alive]
+                cache.keep(alive)
+        return input_ids
+
+    return model.generate(
+        input_ids=torch.stack(padded)[owner],
+        attention_mask=torch.stack(seen)[owner],
+        custom_generate=loop,
+        pad_token_id=pad_token_id,
+        **options,
+    )
+
+
+def _any_going(going: Tensor, synced: bool) -> bool:
+    """Whether any row is unfinished; with sharded weights on any process, since all must run the same passes."""
+    alive = going.any()
+    if synced:
+        alive = alive.int()
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+    return bool(alive)

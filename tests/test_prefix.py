@@ -1,0 +1,301 @@
+"""The shared-prefix engine against one forward pass for every continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from listener_reward.prefix import (
+    IGNORED,
+    Layout,
+    Prompt,
+    attention_inputs,
+    budgeted,
+    check_used,
+    pack,
+    prompt_positions,
+    unsupported,
+)
+from listener_reward.rollout import prefill, sample
+
+IMAGE = 10
+LENGTHS = ((5, 9, 3), (4, 4, 8, 1))
+EQUAL = ((6, 6), (6, 6))
+
+
+def build(kind: str, **text_options: Any) -> Any:
+    """A small model with grouped heads and random weights."""
+    text = {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+    }
+    ids = {"image_token_id": IMAGE, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13}
+    torch.manual_seed(0)
+    if kind == "qwen2_5_vl":
+        text |= {"rope_parameters": rope} | text_options
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        model: Any = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    else:
+        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}} | text_options
+        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    model.generation_config.eos_token_id = [1, *range(30, 36)]
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@dataclass
+class Case:
+    model: Any
+    prompts: list[Prompt]
+    pixels: list[Tensor]
+    grids: list[Tensor]
+
+    @property
+    def vision(self) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat(self.pixels), "image_grid_thw": torch.cat(self.grids)}
+
+    def alone(self, group: int, tokens: Tensor) -> Tensor:
+        """Logits (C + 1, V) of one continuation, by plain transformers."""
+        ids = torch.cat([self.prompts[group].ids, tokens])[None]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == IMAGE).int(),
+            pixel_values=self.pixels[group],
+            image_grid_thw=self.grids[group],
+        )
+        return output.logits[0, len(self.prompts[group].ids) - 1 :]
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def case(request) -> Case:
+    return make_case(build(request.param))
+
+
+def make_case(model: Any, same_prompts: bool = False) -> Case:
+    """Two prompts with two images each, of different lengths and image shapes unless `same_prompts`."""
+    generator = torch.Generator().manual_seed(1)
+    prompts, pixels, grids = [], [], []
+    for words, (height, width) in [(7, (8, 8)), (7, (8, 8)) if same_prompts else (12, (6, 10))]:
+        grid = torch.tensor([[1, height, width], [1, width, height]])
+        placeholders = [12, *[IMAGE] * (height * width // 4), 13]
+        ids = torch.tensor([5, 6, *placeholders, 7, *placeholders, *range(40, 40 + words)])
+        prompts.append(Prompt(ids, prompt_positions(model, ids, grid)))
+        pixels.append(torch.randn(2 * height * width, 3 * 2 * 14 * 14, generator=generator))
+        grids.append(grid)
+    return Case(model, prompts, pixels, grids)
+
+
+def continuations(lengths) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [[torch.randint(40, 200, (n,), generator=generator) for n in group] for group in lengths]
+
+
+def packed_logprobs(case: Case, groups: list[list[Tensor]], prompts=None, vision=None) -> Tensor:
+    row = pack(prompts or case.prompts, groups, open_end=False)
+    logits = case.model(**row.inputs, **(vision or case.vision), use_cache=False).logits[0]
+    check_used(row.inputs["shared_prefix"], case.model)
+    wanted = row.labels[0] != IGNORED
+    return logits[wanted].log_softmax(-1).gather(-1, row.labels[0, wanted][:, None])[:, 0]
+
+
+def plain_logprobs(case: Case, groups: list[list[Tensor]]) -> Tensor:
+    parts = []
+    for number, group in enumerate(groups):
+        for tokens in group:
+            logits = case.alone(number, tokens)[:-1]
+            parts.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
+    assert ours.keys() == stock.keys()
+    scale = max(grad.norm() for grad in stock.values())
+    for name, grad in stock.items():
+        assert (ours[name] - grad).norm() <= 1e-5 * max(grad.norm(), 1e-3 * scale), name
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, EQUAL])
+def test_log_probabilities_and_gradients_are_those_of_single_passes(case, lengths):
+    case = make_case(case.model, same_prompts=lengths is EQUAL)
+    groups = continuations(lengths)
+    weights = torch.randn(sum(map(sum, lengths)), generator=torch.Generator().manual_seed(3))
+    stock = plain_logprobs(case, groups)
+    expected = gradients(case.model, (stock * weights).sum())
+    ours = packed_logprobs(case, groups)
+    assert (ours - stock).abs().max() < 1e-5
+    assert_same_gradients(gradients(case.model, (ours * weights).sum()), expected)
+
+
+@torch.no_grad()
+def test_an_open_end_predicts_what_comes_next(case):
+    groups = continuations(LENGTHS)
+    row = pack(case.prompts, groups, open_end=True)
+    logits = case.model(**row.inputs, **case.vision, logits_to_keep=row.ends, use_cache=False).logits[0]
+    expected = [case.alone(number, tokens)[-1] for number, group in enumerate(groups) for tokens in group]
+    torch.testing.assert_close(logits, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_empty_continuation_is_the_bare_prompt(case):
+    groups = [[torch.tensor([], dtype=torch.long), torch.tensor([50, 51])], [torch.tensor([], dtype=torch.long)]]
+    row = pack(case.prompts, groups, open_end=True)
+    logits = case.model(**row.inputs, **case.vision, logits_to_keep=row.ends, use_cache=False).logits[0]
+    torch.testing.assert_close(logits[0], case.alone(0, groups[0][0])[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[2], case.alone(1, groups[1][0])[-1], atol=1e-5, rtol=1e-5)
+    assert packed_logprobs(case, groups).shape == (2,), "labels of the one continuation that has tokens"
+
+
+def test_lora_with_gradient_checkpointing(case):
+    groups = continuations(LENGTHS)
+    config = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", r=4, init_lora_weights=False)
+    case.model = get_peft_model(case.model, config)
+    assert unsupported(case.model) is None
+    expected = gradients(case.model, plain_logprobs(case, groups).sum())
+    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    case.model.enable_input_require_grads()
+    case.model.train()
+    assert_same_gradients(gradients(case.model, packed_logprobs(case, groups).sum()), expected)
+    assert len(expected) == 3 * 3 * 2, "and only the adapters"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [1, 60, 100, 10_000])
+def test_rows_cut_to_a_budget_give_the_same(case, budget):
+    groups = continuations(LENGTHS)
+    whole = packed_logprobs(case, groups)
+    lengths = [(len(p.ids), [len(c) for c in group]) for p, group in zip(case.prompts, groups, strict=True)]
+    parts = []
+    for row in budgeted(lengths, budget):
+        used = sum(lengths[group][0] + sum(lengths[group][1][m] for m in members) for group, members in row)
+        assert used <= budget or [len(members) for _, members in row] == [1]
+        some = [[groups[group][m] for m in members] for group, members in row]
+        vision = {
+            "pixel_values": torch.cat([case.pixels[group] for group, _ in row]),
+            "image_grid_thw": torch.cat([case.grids[group] for group, _ in row]),
+        }
+        parts.append(packed_logprobs(case, some, [case.prompts[group] for group, _ in row], vision))
+    assert (torch.cat(parts) - whole).abs().max() < 1e-5
+    assert len(parts) == {1: 7, 60: 4, 100: 2, 10_000: 1}[budget]
+
+
+def test_memory_of_the_attention_does_not_grow_with_the_square_of_the_row():
+    prompt, groups, length = 400, 8, 50
+    layout = Layout([prompt], [length] * groups, [groups], "cpu")
+    assert layout._mask(torch.float32).numel() == length * (prompt + length)
+
+
+def test_other_models_are_turned_down_in_words():
+    assert unsupported(build("qwen2_5_vl")) is None
+    eager = build("qwen2_5_vl")
+    eager.set_attn_implementation("eager")
+    assert "attn_implementation='eager'" in str(unsupported(eager))
+    assert "attention_dropout=0.1" in str(unsupported(build("qwen2_5_vl", attention_dropout=0.1)))
+
+
+def test_a_model_that_drops_the_keyword_does_not_go_unnoticed():
+    model = build("qwen2_5_vl")
+    layout = Layout([4], [2], [1], "cpu")
+    assert attention_inputs(layout, torch.zeros(1, 6))["shared_prefix"] is layout
+    with pytest.raises(RuntimeError, match="shared_prefix` to 0 of its 3 attention layers"):
+        check_used(layout, model)
+
+
+@torch.no_grad()
+def test_other_passes_of_a_model_are_untouched(case):
+    tokens = torch.tensor([50, 60, 70])
+    before = case.alone(0, tokens)
+    packed_logprobs(case, continuations(LENGTHS))
+    assert torch.equal(case.alone(0, tokens), before)
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def stock_sample(case: Case, size: int, **options: Any) -> Tensor:
+    """What transformers samples for `size` copies of every prompt."""
+    width = max(len(prompt.ids) for prompt in case.prompts)
+    ids = torch.stack([torch.nn.functional.pad(p.ids, (width - len(p.ids), 0)) for p in case.prompts])
+    ids = ids.repeat_interleave(size, 0)
+    return case.model.generate(
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        mm_token_type_ids=(ids == IMAGE).int(),
+        pixel_values=torch.cat([p for p in case.pixels for _ in range(size)]),
+        image_grid_thw=torch.cat([g for g in case.grids for _ in range(size)]),
+        **options,
+    )
+
+
+SAMPLING = {
+    "plain": {"do_sample": True, "top_k": 0},
+    "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2},
+    "greedy": {"do_sample": False},
+}
+
+
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+def test_rollouts_are_the_tokens_of_transformers(case, options):
+    case.model.eval()
+    options = options | {"max_new_tokens": 40, "suppress_tokens": [IMAGE]}
+    torch.manual_seed(7)
+    expected = stock_sample(case, 6, **options)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        kept = prefill(case.model, case.prompts, case.vision)
+    found = sample(case.model, case.prompts, [6, 6], kept, pad_token_id=0, **options)
+    assert torch.equal(found, expected)
+    if options["do_sample"]:
+        width = max(len(prompt.ids) for prompt in case.prompts)
+        assert len({int((row != 0).sum()) for row in expected[:, width:]}) > 1, "rows end at different steps"
+
+
+def test_finished_rows_cost_nothing(case):
+    case.model.eval()
+    widths = []
+    hook = case.model.lm_head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        kept = prefill(case.model, case.prompts, case.vision)
+    widths.clear()
+    sample(case.model, case.prompts, [6, 6], kept, pad_token_id=0, do_sample=True, top_k=0, max_new_tokens=40)
+    hook.remove()
+    assert widths[0] == 12
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < 12

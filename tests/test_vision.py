@@ -1,0 +1,83 @@
+"""Vision features: once for each picture, and those of the model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from listener_reward.vision import ImageFeatures, as_encoder_output, digest
+from listener_reward.vlm import TransformersVLM
+
+
+@pytest.fixture(scope="module")
+def vlm(random_judge) -> TransformersVLM:
+    return TransformersVLM.from_pretrained(random_judge, device="cpu")
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Image.Image:
+    rng = random.Random(seed)
+    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
+
+
+def store(vlm: TransformersVLM, **options) -> ImageFeatures:
+    return ImageFeatures(vlm.model.model, vlm.processor.image_processor, **options)
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_model(vlm):
+    images = [picture(0), picture(1, (64, 32)), picture(2)]
+    batch = vlm.processor.image_processor(images=images, return_tensors="pt")
+    expected = vlm.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+    for entry, features, grid in zip(store(vlm)(images), expected, batch["image_grid_thw"], strict=True):
+        torch.testing.assert_close(entry.features, features, atol=1e-6, rtol=1e-5)
+        assert torch.equal(entry.grid, grid)
+
+
+@torch.no_grad()
+def test_equal_pictures_are_encoded_once_whatever_object_holds_them(vlm):
+    features = store(vlm)
+    entries = features([picture(0), picture(1), picture(0)])
+    assert features.encoded == 2
+    assert entries[0] is entries[2]
+    features([picture(1), picture(3)])
+    assert features.encoded == 3
+    features.clear()
+    features([picture(1)])
+    assert features.encoded == 4
+
+
+@torch.no_grad()
+def test_what_is_kept_is_bounded_and_the_oldest_goes_first(vlm):
+    one = store(vlm)([picture(0)])[0].nbytes
+    features = store(vlm, max_bytes=2 * one)
+    features([picture(0), picture(1)])
+    features([picture(0)])  # now picture 1 is the oldest
+    features([picture(2)])
+    features([picture(0)])
+    assert features.encoded == 3
+    features([picture(1)])
+    assert features.encoded == 4
+    nothing = store(vlm, max_bytes=0)
+    assert len(nothing([picture(0), picture(1), picture(0)])) == 3, "a call larger than the store is answered whole"
+
+
+@torch.no_grad()
+def test_many_patches_go_through_in_several_passes(vlm, monkeypatch):
+    images = [picture(seed) for seed in range(5)]
+    whole = store(vlm)(images)
+    monkeypatch.setattr("listener_reward.vision.MAX_PATCHES", 80)  # 36 patches an image
+    for entry, expected in zip(store(vlm)(images), whole, strict=True):
+        torch.testing.assert_close(entry.features, expected.features, atol=1e-6, rtol=1e-5)
+
+
+def test_a_digest_tells_size_from_content():
+    assert digest(picture(0)) == digest(picture(0).copy())
+    assert digest(picture(0)) != digest(picture(1))
+    assert digest(Image.new("RGB", (4, 8))) != digest(Image.new("RGB", (8, 4)))
+
+
+def test_nothing_becomes_an_empty_argument():
+    assert as_encoder_output([])["mm_encoder_outputs"]["image"].pooler_output == []
