@@ -272,20 +272,20 @@ class Decoding:
         self,
         prefixes: Sequence[int],
         kept: dict[int, tuple[Tensor, Tensor]],
-        groups: Sequence[int],
+        owner: Sequence[int],
         device: torch.device | str,
     ):
         """
         Args:
             prefixes: tokens of each prompt that `kept` holds, (B).
             kept: each layer's keys and values of the prompts, (B, heads, longest prompt, dim), as `Layout.kept`.
-            groups: rows of each prompt, (B), in the order of the prompts.
+            owner: the prompt of each row, (rows).
             device: where the rows are.
         """
         self.kept = kept
         self.device = device
         self.lengths = torch.tensor(prefixes)
-        self.owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+        self.owner = torch.tensor(owner)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         """Each layer's keys and values of what the rows have written, (rows, heads, room, dim)."""
         self.step = 0
@@ -301,9 +301,10 @@ class Decoding:
     def _arrange(self) -> None:
         counts = self.owner.bincount(minlength=len(self.lengths))
         self.width = int(counts.max()) if len(self.owner) else 0
-        self.uniform = bool((counts == self.width).all())
-        start = counts.cumsum(0) - counts
-        slots = self.owner * self.width + torch.arange(len(self.owner)) - start[self.owner]
+        place = torch.empty_like(self.owner)  # of each row among those of its prompt
+        place[self.owner.argsort(stable=True)] = torch.cat([torch.arange(int(count)) for count in counts])
+        slots = self.owner * self.width + place
+        self.uniform = torch.equal(slots, torch.arange(len(self.lengths) * self.width))
         self.slots = slots.to(self.device)
         longest = int(self.lengths.max())
         self.hidden = None

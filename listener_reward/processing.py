@@ -7,10 +7,15 @@ that a checkpoint saved here loads with stock transformers elsewhere.
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers.image_utils import make_flat_list_of_images
 
 
 def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
@@ -39,7 +44,33 @@ def _with_video_block(saved: dict[str, Any], name: str, video: str, image_proces
     return saved
 
 
-class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
+class _EachImageOnce:
+    """Preprocesses an image that stands in several chats of a batch once.
+
+    It goes by the object, so that a look at pixels costs nothing; a group's rows share theirs where images are decoded
+    once. Overrides a step of transformers' own `__call__`, and hands on exactly what that would have made.
+    """
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        stock = super()._process_images  # pyright: ignore[reportAttributeAccessIssue]
+        flat = make_flat_list_of_images(images)
+        place: dict[int, int] = {}
+        order = [place.setdefault(id(image), len(place)) for image in flat]
+        if len(place) == len(flat):
+            return stock(images, **kwargs)
+        distinct: list[Any] = [None] * len(place)
+        for image, index in zip(flat, order, strict=True):
+            distinct[index] = image
+        processed, written = stock(distinct, **kwargs)
+        grids, pixels = processed["image_grid_thw"], processed["pixel_values"]
+        ends = [0, *accumulate(int(math.prod(map(int, grid))) for grid in grids)]
+        rows = [pixels[ends[index] : ends[index + 1]] for index in order]
+        processed["pixel_values"] = torch.cat(rows) if isinstance(pixels, torch.Tensor) else np.concatenate(rows)
+        processed["image_grid_thw"] = grids[order]
+        return processed, [written[index] for index in order]
+
+
+class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
     """`Qwen2_5_VLProcessor` without the video processor.
 
     transformers reads the names in this signature to learn which parts a processor has, so leaving `video_processor`
@@ -55,7 +86,7 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
         return _with_video_block(saved, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", self.image_processor)
 
 
-class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
     """`Qwen3VLProcessor` without the video processor."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):

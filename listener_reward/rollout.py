@@ -6,8 +6,7 @@ only its loop over tokens is replaced, through its public argument `custom_gener
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,56 +14,73 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from listener_reward.prefix import Decoding, Layout, Prompt, attention_inputs, check_used, pack
+from listener_reward.prefix import Decoding, Layout, Prompt, attention_inputs, base_model, budgeted, check_used, pack
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""
 
-logger = logging.getLogger(__name__)
+
+Kept = dict[int, tuple[Tensor, Tensor]]
+"""Each layer's keys and values of B prompts, (B, heads, longest prompt but one token, dim)."""
 
 
-def prefill(model: Any, prompts: Sequence[Prompt], vision: dict[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Each layer's keys and values of all but the last token of each prompt, (B, heads, longest, dim).
+@torch.no_grad()
+def prefill(
+    model: Any,
+    prompts: Sequence[Prompt],
+    vision: Callable[[Sequence[Prompt]], dict[str, Any]],
+    *,
+    token_budget: int | None = None,
+) -> Kept:
+    """Reads all but the last token of each prompt, in passes of at most `token_budget` tokens.
 
-    `vision` are the arguments that give the images of all prompts, in order, to the model's forward pass.
+    `vision` gives, for some of the prompts, the arguments that put their images into the model's forward pass. A
+    prompt that alone exceeds the budget has a pass of its own.
     """
-    row = pack(prompts, [[] for _ in prompts], open_end=True)
-    layout: Layout = row.inputs["shared_prefix"]
-    layout.kept = {}
-    model(**row.inputs, **vision, logits_to_keep=1, use_cache=False)
-    check_used(layout, model)
-    return layout.kept
+    passes: list[Kept] = []
+    lengths = [(len(prompt.ids), [0]) for prompt in prompts]
+    for batch in budgeted(lengths, token_budget or sum(length for length, _ in lengths)):
+        some = [prompts[number] for number, _ in batch]
+        row = pack(some, [[] for _ in some], open_end=True)
+        layout: Layout = row.inputs["shared_prefix"]
+        layout.kept = {}
+        model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
+        check_used(layout, model)
+        passes.append(layout.kept)
+    if len(passes) == 1:
+        return passes[0]
+    width = max(len(prompt.ids) for prompt in prompts) - 1
+
+    def join(layer: int, which: int) -> Tensor:
+        parts = [kept[layer][which] for kept in passes]
+        return torch.cat([pad(part, (0, 0, 0, width - part.shape[2])) for part in parts])
+
+    return {layer: (join(layer, 0), join(layer, 1)) for layer in passes[0]}
 
 
 @torch.no_grad()
 def sample(
-    model: Any,
-    prompts: Sequence[Prompt],
-    groups: Sequence[int],
-    kept: dict[int, tuple[Tensor, Tensor]],
-    *,
-    pad_token_id: int,
-    **options: Any,
+    model: Any, prompts: Sequence[Prompt], owner: Sequence[int], kept: Kept, *, pad_token_id: int, **options: Any
 ) -> Tensor:
-    """`groups[i]` completions of each prompt, by `model.generate`.
+    """One completion for each row, by `model.generate`.
 
     Args:
         model: a model that `prefix.unsupported` has nothing against, inside PEFT's wrapper or not.
         prompts: the prompts, and `kept` what `prefill` gave for them.
-        groups: completions of each, (B), N in all.
+        owner: the prompt of each of N rows.
         pad_token_id: what stands before shorter prompts and after shorter completions.
         options: for `generate`: a generation_config, logits processors, max_new_tokens, ...
 
     Returns:
         Token ids (N, longest prompt + longest completion) int64, prompts padded on the left, as `generate` gives them.
     """
-    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups)).tolist()
+    owner = list(owner)
     device = prompts[0].ids.device
     width = max(len(prompt.ids) for prompt in prompts)
     padded = [pad(prompt.ids, (width - len(prompt.ids), 0), value=pad_token_id) for prompt in prompts]
     seen = [pad(torch.ones_like(prompt.ids), (width - len(prompt.ids), 0)) for prompt in prompts]
     last = torch.stack([prompt.positions[0, -1] for prompt in prompts])[owner]
-    cache = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, groups, device)
+    cache = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, owner, device)
 
     def loop(
         model: Any,
@@ -110,7 +126,9 @@ def sample(
                 cache.keep(alive)
         return input_ids
 
-    return model.generate(
+    base = base_model(model)
+    return type(base).generate(  # the class's own, for an instance may have been given another
+        base,
         input_ids=torch.stack(padded)[owner],
         attention_mask=torch.stack(seen)[owner],
         custom_generate=loop,

@@ -130,6 +130,8 @@ class TransformersVLM:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int = 32,
+        shared_prefix: bool = True,
+        token_budget: int = 16384,
         **kwargs: Any,
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
@@ -152,7 +154,13 @@ class TransformersVLM:
             some = ", ".join(sorted(report["missing_keys"])[:3])
             reason = f"{len(report['missing_keys'])} of its weights are missing, among them {some}"
             raise InputError(cannot_load(name, reason))
-        return cls(model.to(device).eval().requires_grad_(False), processor, batch_size=batch_size)
+        return cls(
+            model.to(device).eval().requires_grad_(False),
+            processor,
+            batch_size=batch_size,
+            shared_prefix=shared_prefix,
+            token_budget=token_budget,
+        )
 
     @torch.inference_mode()
     def generate(
@@ -206,13 +214,16 @@ class TransformersVLM:
 
     # ------------------------------------------------------------------------------------------- with a shared prefix
     def _sample(self, chats: list[Chat], texts: list[str], options: dict[str, Any]) -> Tensor:
-        """Token ids (B, longest completion) of one completion per chat; equal chats stand next to one another."""
+        """Token ids (B, longest completion) of one completion per chat."""
         prompts, groups = self._prompts(chats, texts)
-        kept = prefill(self.model, prompts, as_encoder_output(image for p in prompts for image in p.images))
+        kept = prefill(self.model, prompts, _images, token_budget=self.token_budget)
         width = max(len(prompt.ids) for prompt in prompts)
-        sizes = [len(group) for group in groups]
+        owner = [0] * len(chats)
+        for number, rows in enumerate(groups):
+            for row in rows:
+                owner[row] = number
         pad_id = self.tokenizer.pad_token_id
-        return sample(self.model, prompts, sizes, kept, pad_token_id=pad_id, **options)[:, width:]
+        return sample(self.model, prompts, owner, kept, pad_token_id=pad_id, **options)[:, width:]
 
     def _read_groups(
         self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
@@ -227,8 +238,7 @@ class TransformersVLM:
             shown = [prompts[group] for group, _ in row]
             members = [[groups[group][member] for member in some] for group, some in row]
             packed = pack(shown, [[tokens[m] for m in some] for some in members], open_end=True)
-            images = as_encoder_output(image for prompt in shown for image in prompt.images)
-            hidden = core.model(**packed.inputs, **images, use_cache=False).last_hidden_state[0]
+            hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]
             answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
@@ -368,6 +378,10 @@ def check_finite(values: Tensor, who: str) -> Tensor:
         bad = int((~torch.isfinite(values)).any(-1).sum())
         raise JudgeError(_BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
     return values
+
+
+def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    return as_encoder_output(image for prompt in prompts for image in prompt.images)
 
 
 def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:

@@ -277,13 +277,35 @@ def test_rollouts_are_the_tokens_of_transformers(case, options):
     torch.manual_seed(7)
     expected = stock_sample(case, 6, **options)
     torch.manual_seed(7)
-    with torch.no_grad():
-        kept = prefill(case.model, case.prompts, case.vision)
-    found = sample(case.model, case.prompts, [6, 6], kept, pad_token_id=0, **options)
+    kept = prefill(case.model, case.prompts, lambda _: case.vision)
+    found = sample(case.model, case.prompts, [0] * 6 + [1] * 6, kept, pad_token_id=0, **options)
     assert torch.equal(found, expected)
     if options["do_sample"]:
         width = max(len(prompt.ids) for prompt in case.prompts)
         assert len({int((row != 0).sum()) for row in expected[:, width:]}) > 1, "rows end at different steps"
+
+
+def test_rows_may_come_in_any_order_and_prefills_in_several_passes(case):
+    case.model.eval()
+    owner = [1, 0, 0, 1, 1]
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+
+    def vision(prompts):
+        shown = [next(i for i, p in enumerate(case.prompts) if p is prompt) for prompt in prompts]
+        return {
+            "pixel_values": torch.cat([case.pixels[i] for i in shown]),
+            "image_grid_thw": torch.cat([case.grids[i] for i in shown]),
+        }
+
+    whole = prefill(case.model, case.prompts, vision)
+    parts = prefill(case.model, case.prompts, vision, token_budget=1)
+    assert all(
+        torch.allclose(whole[0][k][b, :, :45], parts[0][k][b, :, :45], atol=1e-6) for k in (0, 1) for b in (0, 1)
+    )
+    grouped = sample(case.model, case.prompts, [0, 1], whole, **options)
+    mixed = sample(case.model, case.prompts, owner, parts, **options)
+    for row, prompt in zip(mixed, owner, strict=True):
+        assert torch.equal(row, grouped[prompt])
 
 
 def test_finished_rows_cost_nothing(case):
@@ -291,10 +313,11 @@ def test_finished_rows_cost_nothing(case):
     widths = []
     hook = case.model.lm_head.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     torch.manual_seed(7)
-    with torch.no_grad():
-        kept = prefill(case.model, case.prompts, case.vision)
+    kept = prefill(case.model, case.prompts, lambda _: case.vision)
     widths.clear()
-    sample(case.model, case.prompts, [6, 6], kept, pad_token_id=0, do_sample=True, top_k=0, max_new_tokens=40)
+    sample(
+        case.model, case.prompts, [0] * 6 + [1] * 6, kept, pad_token_id=0, do_sample=True, top_k=0, max_new_tokens=40
+    )
     hook.remove()
     assert widths[0] == 12
     assert widths == sorted(widths, reverse=True)

@@ -29,7 +29,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge, load_listener
 from listener_reward.processing import load_processor
-from listener_reward.train.config import ListenerGRPOConfig
+from listener_reward.train.config import ALL_OFF, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.run import LORA_TARGETS, main, parse
 from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
@@ -112,11 +112,11 @@ def test_the_saved_folder_is_a_judge_and_plain_transformers_loads_it(full_run: L
 
 
 def test_with_the_overrides_off_it_is_stock_trl(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config):
-    ours = ListenerGRPOTrainer(formed_judge, grpo_config(decode_images_once=False, exact_resume=False), tiny_pairs)
+    ours = ListenerGRPOTrainer(formed_judge, grpo_config(**ALL_OFF), tiny_pairs)
     ours.train()
     card, processor = Card.load(formed_judge), load_processor(formed_judge)
     assert card.listener is not None
-    rewards = ShapedReward(card.format, load_listener(card.listener, card, device="cpu"))
+    rewards = ShapedReward(card.format, load_listener(card.listener, card, device="cpu", shared_prefix=False))
     chats = as_chats(tiny_pairs, card, reserved_tokens(processor.tokenizer)).cast_column("images", List(Image()))
     stock = GRPOTrainer(
         str(formed_judge),

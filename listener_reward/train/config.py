@@ -18,6 +18,17 @@ OWN_BASE = "base"
 
 NO_LISTENER = "none"
 
+ALL_OFF = {
+    "decode_images_once": False,
+    "share_rollout": False,
+    "share_logprobs": False,
+    "share_listener": False,
+    "share_groups": False,
+    "gather_images": True,
+    "exact_resume": False,
+}
+"""The switches as stock trl has it: what there is to compare with, and where to go if one of them is in the way."""
+
 
 @dataclass
 class ListenerGRPOConfig(GRPOConfig):
@@ -64,7 +75,44 @@ class ListenerGRPOConfig(GRPOConfig):
     )
     decode_images_once: bool = field(
         default=True,
-        metadata={"help": "Decode each image once per generation round; off decodes it once for every completion."},
+        metadata={
+            "help": "Decode and preprocess each image once per generation round; off does it for every completion."
+        },
+    )
+    share_rollout: bool = field(
+        default=True,
+        metadata={
+            "help": "Prefill each prompt once for its group's completions, and stop paying for finished ones; the "
+            "tokens are the same."
+        },
+    )
+    share_logprobs: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute log-probabilities (policy, old, reference) and the loss with each group's images and "
+            "prompt once; equal up to rounding."
+        },
+    )
+    share_listener: bool = field(
+        default=True,
+        metadata={"help": "Let the listener read a group's thoughts after one prompt and its images once."},
+    )
+    share_groups: bool = field(
+        default=True,
+        metadata={
+            "help": "Shuffle a generation round by whole groups, so that micro-batches hold them; off shuffles rows."
+        },
+    )
+    token_budget: int = field(
+        default=16384,
+        metadata={
+            "help": "Tokens of the language model in one forward pass of the rollout's prefill and of the listener; "
+            "groups that do not fit are spread over several. In the loss, per_device_train_batch_size is the limit."
+        },
+    )
+    gather_images: bool = field(
+        default=False,
+        metadata={"help": "Send every prompt's images to every process for the completions table, as stock trl does."},
     )
     exact_resume: bool = field(
         default=True,
@@ -94,6 +142,8 @@ class ListenerGRPOConfig(GRPOConfig):
         _one_of("listener_dtype", self.listener_dtype, (None, "auto", "bfloat16", "float16", "float32"))
         if self.listener_batch_size < 1:
             raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
+        if self.token_budget < 1:
+            raise InputError(f"token_budget is {self.token_budget}; it must be at least 1, and a prompt is hundreds")
         if not _three_numbers(self.reward_weights):
             raise InputError(
                 f"reward_weights is {self.reward_weights!r}; it needs three numbers, for format, accuracy and "

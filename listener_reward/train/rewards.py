@@ -55,9 +55,7 @@ class ShapedReward:
             _log(scored, **columns)
         return self._last[1]
 
-    def _read(
-        self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any
-    ) -> Scored:
+    def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
         traces = [parse(text_of(completion), self.chat_format) for completion in completions]
         heard: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)

@@ -1,13 +1,17 @@
-"""`ListenerGRPOTrainer`: trl's GRPO with the listener's reward, robust images, and a resume that is exact.
+"""`ListenerGRPOTrainer`: trl's GRPO with the listener's reward, shared prefixes, and a resume that is exact.
 
-Five methods of trl and transformers are overridden, each for one reason given there:
-`_get_train_sampler`, `_generate_and_score_completions`, `_load_from_checkpoint`, `_save_checkpoint`, `__init__`.
+These methods of trl and transformers are overridden, each for one reason given there and each with a switch in
+`ListenerGRPOConfig` that leaves it to trl: `_generate_and_score_completions`, `_generate_single_turn`,
+`_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`,
+`_save_checkpoint`; and `__init__`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
 from listener_reward.chat import reserved_tokens
@@ -29,14 +34,38 @@ from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.images import to_pil
 from listener_reward.judge import load_listener, make_listener
 from listener_reward.listener import Listener
+from listener_reward.prefix import unsupported
 from listener_reward.processing import load_processor
 from listener_reward.trace import Trace
 from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
+from listener_reward.train.sharing import (
+    micro_batches,
+    replaced,
+    shared_logprobs,
+    shared_rollouts,
+    shuffle_groups,
+    unsharded,
+    without_images,
+)
 from listener_reward.vlm import TransformersVLM, check_finite
 
 _EXPECTED = {
     "_generate_and_score_completions": ["self", "inputs"],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_get_per_token_logps_and_entropies": [
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
+        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+    ],
     "_get_train_sampler": ["self", "dataset"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
@@ -45,8 +74,16 @@ for _name, _parameters in _EXPECTED.items():
     if _found != _parameters:
         raise MissingExtraError(
             f"trl {trl.__version__} has GRPOTrainer.{_name}({', '.join(_found)}), and listener-reward overrides "
-            f"({', '.join(_parameters)}). It is tested with trl 1.16: pip install \"trl==1.16\""
+            f'({", ".join(_parameters)}). It is tested with trl 1.16: pip install "trl==1.16"'
         )
+for _name in ("gather_object", "shuffle_sequence_dict"):
+    if not hasattr(grpo_trainer, _name):
+        raise MissingExtraError(
+            f"trl {trl.__version__} has no trl.trainer.grpo_trainer.{_name}, which listener-reward replaces. It is "
+            'tested with trl 1.16: pip install "trl==1.16"'
+        )
+
+logger = logging.getLogger(__name__)
 
 
 class ListenerGRPOTrainer(GRPOTrainer):
@@ -110,13 +147,31 @@ class ListenerGRPOTrainer(GRPOTrainer):
             callbacks=callbacks,
         )
         if own_base:
+            self._refuse_sharded_base()
             policy = self.accelerator.unwrap_model(self.model)
-            base = TransformersVLM(policy, processor, batch_size=args.listener_batch_size, adapters_off=True)
+            base = TransformersVLM(
+                policy,
+                processor,
+                batch_size=args.listener_batch_size,
+                adapters_off=True,
+                shared_prefix=args.share_listener,
+                token_budget=args.token_budget,
+            )
             listener = make_listener(base, self.card.format, self.card)
             self.reward.listener = listener
         if listener is not None:
             self._probe(listener, train_dataset[0])
         self.listener = listener
+        self.sharing = self._what_is_shared()
+
+    def _refuse_sharded_base(self) -> None:
+        """A listener's passes differ in number between processes; sharded weights have to be gathered together."""
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
+            raise InputError(
+                "listener is 'base', the policy's own weights, and this launch shards them (FSDP or ZeRO-3); name a "
+                "checkpoint as the listener, which every process then holds whole, or launch with DDP or ZeRO-2"
+            )
 
     def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
         """Asks the listener once before training, so that a broken one stops the run here and not in the middle."""
@@ -140,9 +195,76 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 decoded[key] = to_pil(image, field="images")
             return decoded[key]
 
-        return super()._generate_and_score_completions(
-            [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
-        )
+        rows = [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
+        with self._light_gathering():
+            return super()._generate_and_score_completions(rows)
+
+    def _light_gathering(self) -> contextlib.AbstractContextManager[Any]:
+        """Stock trl sends every prompt, pictures and all, to every process for its table of completions."""
+        if self.args.gather_images or self.args.log_multimodal or self.accelerator.num_processes == 1:
+            return contextlib.nullcontext()
+        stock = grpo_trainer.gather_object
+        return replaced(grpo_trainer, "gather_object", lambda values: stock(without_images(values)))
+
+    # ------------------------------------------------------------------------------------------------- shared prefixes
+    def _what_is_shared(self) -> frozenset[str]:
+        """The parts of a step that pay for a prompt once. What has to fall back is said once, with the reason."""
+        wanted = {name for name in ("rollout", "logprobs", "groups") if getattr(self.args, f"share_{name}")}
+        reason = unsupported(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            reason = reason or "FSDP version 1 flattens the weights; fsdp_version: 2 keeps the layers"
+        fallen: dict[str, str] = dict.fromkeys(wanted, reason) if reason else {}
+        if self.use_vllm:
+            fallen.setdefault("rollout", "vLLM samples, and shares prefixes by itself")
+        if self.aux_loss_enabled:
+            fallen.setdefault("logprobs", "the load-balancing loss of experts wants every copy")
+        for name in sorted(wanted & fallen.keys()):
+            logger.warning("share_%s is on, but trl's own code runs, because %s", name, fallen[name])
+        return frozenset(wanted - fallen.keys())
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prefills each prompt once for its G completions; the tokens are those of stock trl with the same seed."""
+        if "rollout" not in self.sharing or images is None:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        with shared_rollouts(self.accelerator.unwrap_model(self.model), self.args.token_budget):
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Shuffles a generation round by whole groups, so that a micro-batch can share its prompts."""
+        if "groups" not in self.sharing:
+            return super()._prepare_inputs(generation_batch)
+        with replaced(grpo_trainer, "shuffle_sequence_dict", shuffle_groups):
+            return super()._prepare_inputs(generation_batch)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **vision: Any,
+    ) -> Any:
+        """Log-probabilities of the policy, the old policy and the reference, and the loss: one row for each group."""
+        if "logprobs" not in self.sharing or vision.get("image_grid_thw") is None or compute_aux_loss:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **vision,
+            )
+        parts = [
+            shared_logprobs(model, *batch, self.accelerator.autocast)
+            for batch in micro_batches(input_ids, attention_mask, logits_to_keep, batch_size, vision)
+        ]
+        logprobs, entropies = (torch.cat(values) for values in zip(*parts, strict=True))
+        return logprobs, entropies if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------------- resume
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
@@ -269,9 +391,16 @@ def _load_listener(args: ListenerGRPOConfig, card: Card) -> Listener | None:
             f"listener is {args.listener!r} and the policy's checkpoint names {card.listener!r}; give a checkpoint, or "
             "'base' with LoRA, or reward_weights: [1, 1, 0] for accuracy-only GRPO"
         )
-    return load_listener(
-        name, card, device=args.device, dtype=args.listener_dtype, batch_size=args.listener_batch_size
-    )
+    with unsharded():
+        return load_listener(
+            name,
+            card,
+            device=args.device,
+            dtype=args.listener_dtype,
+            batch_size=args.listener_batch_size,
+            shared_prefix=args.share_listener,
+            token_budget=args.token_budget,
+        )
 
 
 def _lasting(name: str) -> str:
