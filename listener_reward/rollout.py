@@ -31,22 +31,28 @@ def prefill(
     vision: Callable[[Sequence[Prompt]], dict[str, Any]],
     *,
     token_budget: int | None = None,
+    synced: bool = False,
 ) -> Kept:
     """Reads all but the last token of each prompt, in passes of at most `token_budget` tokens.
 
     `vision` gives, for some of the prompts, the arguments that put their images into the model's forward pass. A
-    prompt that alone exceeds the budget has a pass of its own.
+    prompt that alone exceeds the budget has a pass of its own. With `synced`, every process runs as many passes as the
+    one that needs most: sharded weights are gathered by all of them together.
     """
     passes: list[Kept] = []
     lengths = [(len(prompt.ids), [0]) for prompt in prompts]
-    for batch in budgeted(lengths, token_budget or sum(length for length, _ in lengths)):
-        some = [prompts[number] for number, _ in batch]
+    batches = list(budgeted(lengths, token_budget or sum(length for length, _ in lengths)))
+    done = 0
+    while _any_going(torch.tensor(done < len(batches), device=prompts[0].ids.device), synced):
+        some = [prompts[number] for number, _ in batches[min(done, len(batches) - 1)]]
         row = pack(some, [[] for _ in some], open_end=True)
         layout: Layout = row.inputs["shared_prefix"]
         layout.kept = {}
         model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
         check_used(layout, model)
-        passes.append(layout.kept)
+        if done < len(batches):
+            passes.append(layout.kept)
+        done += 1
     if len(passes) == 1:
         return passes[0]
     width = max(len(prompt.ids) for prompt in prompts) - 1
@@ -60,7 +66,14 @@ def prefill(
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: Sequence[Prompt], owner: Sequence[int], kept: Kept, *, pad_token_id: int, **options: Any
+    model: Any,
+    prompts: Sequence[Prompt],
+    owner: Sequence[int],
+    kept: Kept,
+    *,
+    pad_token_id: int,
+    synced: bool = False,
+    **options: Any,
 ) -> Tensor:
     """One completion for each row, by `model.generate`.
 
@@ -69,6 +82,8 @@ def sample(
         prompts: the prompts, and `kept` what `prefill` gave for them.
         owner: the prompt of each of N rows.
         pad_token_id: what stands before shorter prompts and after shorter completions.
+        synced: go on until every process's rows are finished, as sharded weights want it; transformers does not hand
+            its own `synced_gpus` to a `custom_generate`.
         options: for `generate`: a generation_config, logits processors, max_new_tokens, ...
 
     Returns:
@@ -88,7 +103,6 @@ def sample(
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        synced_gpus: bool = False,
         **_: Any,
     ) -> Tensor:
         going = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # of all rows
@@ -96,7 +110,7 @@ def sample(
         position = last.to(device)
         scores: Tensor | None = None
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        while _any_going(going, synced_gpus):
+        while _any_going(going, synced):
             step = {
                 "input_ids": input_ids[rows, -1][None],
                 "position_ids": (position[rows] + cache.step)[None, None].expand(3, 1, -1),
@@ -132,7 +146,7 @@ def sample(
         input_ids=torch.stack(padded)[owner],
         attention_mask=torch.stack(seen)[owner],
         custom_generate=loop,
-        pad_token_id=pad_token_id,
+        **({} if "generation_config" in options else {"pad_token_id": pad_token_id}),
         **options,
     )
 

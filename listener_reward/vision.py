@@ -54,7 +54,11 @@ class ImageFeatures:
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Encoded]:
         """One entry for each image; equal images share one."""
-        digests = [digest(image) for image in images]
+        by_object: dict[int, bytes] = {}
+        for image in images:
+            if id(image) not in by_object:
+                by_object[id(image)] = digest(image)
+        digests = [by_object[id(image)] for image in images]
         found = {key: self._kept[key] for key in digests if key in self._kept}
         missing = {key: image for key, image in zip(digests, images, strict=True) if key not in found}
         if missing:

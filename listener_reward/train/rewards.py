@@ -40,6 +40,8 @@ class ShapedReward:
         self.chat_format = chat_format
         self.listener = listener
         self.on_failure = on_failure
+        self.read_completion: Callable[[str, ChatFormat], Trace] = parse
+        """Reads a completion; a benchmark of random weights, which write nothing well-formed, puts in its own."""
         self._last: tuple[Any, Scored] | None = None
         self.functions: list[Callable[..., list[float | None]]] = [
             _Part("format", self, lambda trace, p_first, heard: format_reward(trace)),
@@ -56,7 +58,7 @@ class ShapedReward:
         return self._last[1]
 
     def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
-        traces = [parse(text_of(completion), self.chat_format) for completion in completions]
+        traces = [self.read_completion(text_of(completion), self.chat_format) for completion in completions]
         heard: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]
@@ -133,14 +135,13 @@ def _log(
         log_extra("listener_p_first", list(scored.heard))
     if log_metric is None:
         return
-    rows = list(zip(scored.traces, p_first, scored.heard, strict=True))
-    formed = [(trace, share) for trace, share, _ in rows if trace.well_formed]
-    heard = [(trace, share, p) for trace, share, p in rows if p is not None]
-    log_metric("malformed_rate", 1 - len(formed) / len(rows))
-    if formed:
-        log_metric("accuracy", sum(accuracy_reward(trace, share) for trace, share in formed) / len(formed))
-    if heard:
-        log_metric("contradiction_rate", sum(bool(contradicted(trace, p)) for trace, _, p in heard) / len(heard))
-        confidence = [listener_reward(trace, share, p) for trace, share, p in heard]
-        log_metric("listener_confidence", sum(confidence) / len(heard))
+    # One value for each completion, of which trl takes the mean over all processes: the mean of each process's means
+    # would weigh a completion by how few others its process had.
+    for trace, share, p in zip(scored.traces, p_first, scored.heard, strict=True):
+        log_metric("malformed_rate", float(not trace.well_formed))
+        if trace.well_formed:
+            log_metric("accuracy", accuracy_reward(trace, share))
+        if p is not None:
+            log_metric("contradiction_rate", float(bool(contradicted(trace, p))))
+            log_metric("listener_confidence", listener_reward(trace, share, p))
     log_metric("listener_failures", float(sum(scored.failed)))

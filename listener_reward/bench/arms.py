@@ -1,0 +1,260 @@
+"""The work that is timed, each as the user's alternative does it ("plain") and as this package does ("shared").
+
+Every arm runs in a process of its own, so that its peak of memory is its own, and leaves what it computed in a file, so
+that the two can be compared number by number.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, List
+from PIL import Image as PIL_Image
+from transformers import AutoConfig
+
+from listener_reward.bench.meter import Reading, metered
+from listener_reward.bench.shapes import Size, group_chats, pictures, words
+from listener_reward.chat import Chat, ChatFormat, reserved_tokens
+from listener_reward.checkpoint import Card
+from listener_reward.judge import Judge, load_listener
+from listener_reward.tiny.model import QUESTION
+from listener_reward.trace import Trace
+from listener_reward.vlm import TransformersVLM
+
+Computed = dict[str, torch.Tensor]
+
+
+def listener_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+    """The listener's answers after the thoughts of a group."""
+    vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20)
+    chats, thoughts = group_chats(size, vlm.reserved)
+    prefixes = [ChatFormat(question=QUESTION).answer_slot(thought) for thought in thoughts]
+    reading = Reading()
+    answers = torch.empty(0)
+    for _ in range(size.repeats):
+        vlm.features.clear()
+        with metered(vlm.model, reading):
+            answers = (vlm.answer_logprobs if shared else partial(_plain_answers, vlm))(chats, prefixes, ("1", "2"))
+    return reading, {"log-probability": answers}
+
+
+@torch.inference_mode()
+def _plain_answers(
+    vlm: TransformersVLM, chats: list[Chat], prefixes: list[str], answers: Sequence[str]
+) -> torch.Tensor:
+    """What one writes without this package."""
+    template = vlm.processor.apply_chat_template
+    texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+    texts = [text + prefix for text, prefix in zip(texts, prefixes, strict=True)]
+    images = [image for chat in chats for image in chat.images]
+    inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt").to(vlm.model.device)
+    logits = vlm.model(**inputs).logits[:, -1]
+    ids = vlm.tokenizer.convert_tokens_to_ids(list(answers))
+    return logits.float().log_softmax(-1)[:, ids].cpu()
+
+
+def rank_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+    """Ranks images by a judge that compares every pair in both orders."""
+    vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=16, shared_prefix=shared)
+    judge = Judge(vlm, None, Card.load(folder), think=False)
+    shown = pictures(size.images, size)
+    reading = Reading()
+    scores = torch.empty(0)
+    prompt = words(size.prompt_words, random.Random(size.seed))
+    for _ in range(size.repeats):
+        vlm.features.clear()
+        with metered(vlm.model, reading):
+            scores = torch.tensor(judge.rank(prompt, shown).scores)
+    return reading, {"score": scores}
+
+
+def loss_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+    """The GRPO loss of fixed completions, forward and backward."""
+    trainer = _trainer(folder, size, shared)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    chats, _ = group_chats(size, frozenset())
+    rng = random.Random(size.seed)
+    thoughts = [words(size.tokens, rng) for _ in chats]
+    processor = trainer.processing_class
+    texts = [processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+    images = [image for chat in chats for image in chat.images]
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device)
+    completion = processor.tokenizer(thoughts, return_tensors="pt")["input_ids"].to(model.device)
+    generator = torch.Generator().manual_seed(size.seed)
+    advantages = torch.randn(len(chats), generator=generator).to(model.device)
+    batch = {
+        "prompt_ids": inputs["input_ids"],
+        "prompt_mask": inputs["attention_mask"],
+        "completion_ids": completion,
+        "completion_mask": torch.ones_like(completion),
+        "advantages": advantages,
+        "num_items_in_batch": torch.tensor(completion.numel()),
+        "pixel_values": inputs["pixel_values"],
+        "image_grid_thw": inputs["image_grid_thw"],
+        "num_images": [2] * len(chats),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(completion)], dim=1),
+    }
+    seen: list[torch.Tensor] = []
+    stock = trainer._get_per_token_logps_and_entropies
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = stock(*args, **kwargs)
+        seen.append(result[0].detach().float().cpu())
+        return result
+
+    trainer._get_per_token_logps_and_entropies = watched
+    model.train()
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would have set
+    reading = Reading()
+    loss = torch.tensor(0.0)
+    for _ in range(size.repeats):
+        model.zero_grad(set_to_none=True)
+        with metered(model, reading, backward=True):
+            loss = trainer._compute_loss(trainer.model, batch)
+            loss.backward()
+    return reading, {"log-probability": seen[-1], "loss": loss.detach().cpu()[None], **_gradients(model)}
+
+
+def step_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+    """One optimizer step: rollout, listener, loss, update."""
+    from transformers import TrainerCallback
+
+    computed: Computed = {}
+    reading = Reading()
+
+    class Watch(TrainerCallback):
+        """Meters the steps; the last one's gradients are compared."""
+
+        meter: Any = None
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.meter = metered(model, reading, backward=True)
+            self.meter.__enter__()
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            computed.clear()
+            computed.update(_gradients(model))
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.meter.__exit__(None, None, None)
+
+    trainer = _trainer(folder, size, shared, callbacks=[Watch()])
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    rollout = trainer._generate_single_turn
+    tokens: list[torch.Tensor] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        completions, more = rollout(*args, **kwargs)
+        tokens[:] = [torch.tensor(completions).float()]
+        return completions, more
+
+    trainer._generate_single_turn = watched
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
+    return reading, {
+        "sampled token": tokens[0],
+        "reward": torch.tensor([logged["reward"]]),
+        "loss": torch.tensor([logged["loss"]]),
+        **computed,
+    }
+
+
+ARMS: dict[str, Callable[[Path, Size, bool], tuple[Reading, Computed]]] = {
+    "listener": listener_arm,
+    "rank": rank_arm,
+    "loss": loss_arm,
+    "step": step_arm,
+}
+
+
+def _gradients(model: Any) -> Computed:
+    return {f"grad {name}": p.grad.float().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None = None) -> Any:
+    """Our trainer, or stock trl's with the same rewards and a listener that is called naively."""
+    import trl
+
+    from listener_reward.processing import load_processor
+    from listener_reward.train.config import ListenerGRPOConfig
+    from listener_reward.train.rewards import ShapedReward
+    from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
+
+    warnings.simplefilter("ignore")
+    processor = load_processor(folder)
+    card = Card.load(folder)
+    args = ListenerGRPOConfig(
+        output_dir=str(folder / ("shared" if shared else "plain")),
+        listener=str(folder),
+        listener_batch_size=size.group,
+        per_device_train_batch_size=size.group,
+        gradient_accumulation_steps=size.groups,
+        num_generations=size.group,
+        max_completion_length=size.tokens,
+        max_steps=size.repeats,
+        learning_rate=1e-6,
+        generation_kwargs={"suppress_tokens": _not_words(folder, processor.tokenizer)},
+        model_init_kwargs={"dtype": size.dtype},
+        listener_dtype=size.dtype,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        logging_steps=1,
+        log_completions=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=size.seed,
+        token_budget=2**20,
+    )
+    pairs = _pairs(size)
+    if shared:
+        trainer = ListenerGRPOTrainer(folder, args, pairs, callbacks=callbacks)
+        reward = trainer.reward
+    else:
+        listener = load_listener(folder, card, dtype=size.dtype, batch_size=size.group, shared_prefix=False)
+        reward = ShapedReward(card.format, listener)
+        chats = as_chats(pairs, card, reserved_tokens(processor.tokenizer)).cast_column("images", List(Image()))
+        trainer = trl.GRPOTrainer(
+            str(folder),
+            reward.functions,  # pyright: ignore[reportArgumentType]
+            args,
+            chats,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+    # Random weights write no well-formed answer, and the listener reads only such: here it reads all.
+    reward.read_completion = lambda text, _: Trace(text, 1)
+    return trainer
+
+
+def _not_words(folder: Path, tokenizer: Any) -> list[int]:
+    """Tokens that the reasoner may not sample: those that end a completion or that no thought would be read with."""
+    size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    return sorted({*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)})
+
+
+def _pairs(size: Size) -> Dataset:
+    number = size.groups * size.repeats
+    shown = pictures(2 * number, size)
+    rng = random.Random(size.seed)
+    rows = {
+        "prompt": [words(size.prompt_words, rng) for _ in range(number)],
+        "images": [[_png(image) for image in shown[2 * i : 2 * i + 2]] for i in range(number)],
+        "p_first": [1.0] * number,
+        "id": [str(i) for i in range(number)],
+    }
+    return Dataset.from_dict(rows)
+
+
+def _png(image: PIL_Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
