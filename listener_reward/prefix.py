@@ -17,17 +17,23 @@ always did unless a forward pass is given the keyword `shared_prefix`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from listener_reward.errors import InputError
+
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 """Architectures whose positions and attention this engine is tested with, token by token."""
+
+KERNELS = ("sdpa", "flex")
+"""How a row's attention is computed: two calls of `scaled_dot_product_attention`, or one of FlexAttention."""
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
@@ -168,6 +174,8 @@ class Layout:
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: `query` (1, H, S, D), `key` and `value` (1, Hkv, S, D) give (1, S, H, D)."""
         self.seen += 1
+        if _kernel == "flex" and self.kept is None:
+            return self._flex(query, key, value, scaling)
         long, short = self.longest
         slots = len(self.prefixes) * long
         query, key, value = (self._spread(x[0].transpose(0, 1)) for x in (query, key, value))
@@ -194,6 +202,28 @@ class Layout:
             )
             parts.append(second.transpose(1, 2).flatten(0, 1))
         return self._gather(torch.cat(parts))[None]
+
+    def _flex(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        attention = _compiled_flex() if query.is_cuda else flex_attention
+        out: Any = attention(query, key, value, block_mask=self._blocks, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    @cached_property
+    def _blocks(self) -> Any:
+        """FlexAttention's mask: which blocks of the row are all seen, in part, or not at all."""
+        lengths = torch.tensor(self.prefixes + self.segments)
+        group = torch.cat([torch.arange(len(self.prefixes)), self.owner.cpu()])
+        number = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)  # prompt or continuation
+        group = group.repeat_interleave(lengths).to(self.device)
+        prompts = len(self.prefixes)
+
+        def seen(_: Any, __: Any, q: Tensor, k: Tensor) -> Tensor:
+            own = number[q] == number[k]
+            prompt = (number[k] < prompts) & (group[q] == group[k])
+            return (q >= k) & (own | prompt)
+
+        total = int(lengths.sum())
+        return create_block_mask(seen, None, None, total, total, device=self.device)
 
     @cached_property
     def _index(self) -> tuple[Tensor, Tensor] | None:
@@ -233,6 +263,26 @@ class Layout:
             mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
             self._masks[dtype] = mask.masked_fill_(~allowed, float("-inf"))
         return self._masks[dtype]
+
+
+_kernel = "sdpa"
+
+
+def use_kernel(name: str) -> None:
+    """Chooses among `KERNELS` for this process. "flex" compiles for CUDA on first use, and has no backward pass on CPU.
+
+    Raises:
+        InputError: another name.
+    """
+    global _kernel
+    if name not in KERNELS:
+        raise InputError(f"the shared prefix's attention is {name!r}; choose one of {', '.join(map(repr, KERNELS))}")
+    _kernel = name
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 class _Place(torch.autograd.Function):
@@ -396,6 +446,6 @@ def _sdpa(
 
 def base_model(model: Any) -> Any:
     """The plain transformers model inside wrappers of PEFT and of distributed training."""
-    while not hasattr(model, "lm_head") and hasattr(model, "module"):
+    while hasattr(model, "module"):  # DeepSpeed's wrapper has the model's other attributes too, and its own `config`
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from listener_reward.errors import InputError
 from listener_reward.prefix import (
     IGNORED,
     Layout,
@@ -26,6 +27,7 @@ from listener_reward.prefix import (
     pack,
     prompt_positions,
     unsupported,
+    use_kernel,
 )
 from listener_reward.rollout import prefill, sample
 
@@ -235,6 +237,21 @@ def test_a_model_that_drops_the_keyword_does_not_go_unnoticed():
     assert attention_inputs(layout, torch.zeros(1, 6))["shared_prefix"] is layout
     with pytest.raises(RuntimeError, match="shared_prefix` to 0 of its 3 attention layers"):
         check_used(layout, model)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_the_same(case):
+    groups = continuations(LENGTHS)
+    expected = packed_logprobs(case, groups)
+    use_kernel("flex")
+    try:
+        found = packed_logprobs(case, groups)
+    finally:
+        use_kernel("sdpa")
+    assert not torch.equal(found, expected), "it was another kernel"
+    assert (found - expected).abs().max() < 1e-5
+    with pytest.raises(InputError, match="is 'flash'; choose one of 'sdpa', 'flex'"):
+        use_kernel("flash")
 
 
 @torch.no_grad()

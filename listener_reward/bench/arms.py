@@ -212,6 +212,7 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
         report_to="none",
         disable_tqdm=True,
         seed=size.seed,
+        share_attention=size.attention,
         token_budget=2**20,
     )
     pairs = _pairs(size)

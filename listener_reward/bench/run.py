@@ -104,8 +104,10 @@ def _work(sender: Any, arm: str, folder: Path, size: Size, shared: bool, out: Pa
     import torch
 
     from listener_reward.bench.arms import ARMS
+    from listener_reward.prefix import use_kernel
 
     try:
+        use_kernel(size.attention)
         reading, computed = ARMS[arm](folder, size, shared)
         torch.save(computed, out)
         sender.send(("done", asdict(reading)))
@@ -137,11 +139,13 @@ def _compare(readings: dict[str, dict[str, Any]], matrix_rate: float, folder: Pa
 
 def _check(name: str, size: Size) -> None:
     from listener_reward.bench.shapes import SHAPES_BY_NAME
+    from listener_reward.prefix import KERNELS
 
     for field, value, allowed in (
         ("benchmark", name, list(BENCHMARKS)),
         ("model", size.model, list(SHAPES_BY_NAME)),
         ("dtype", size.dtype, ["float32", "bfloat16", "float16"]),
+        ("attention", size.attention, list(KERNELS)),
     ):
         if value not in allowed:
             raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, allowed))}")

@@ -59,6 +59,8 @@ class Size:
     """Images to rank."""
     prompt_words: int = 40
     dtype: str = "float32"
+    attention: str = "sdpa"
+    """Of shared rows: one of `prefix.KERNELS`."""
     repeats: int = 1
     seed: int = 0
 
