@@ -63,13 +63,16 @@ class Recipe:
     listener: str = "tiny-listener"
     grounding: float = 2.0
     masking: Masking = "answer"
+    share: bool = True
+    """Whether a group shares its prompt. The embedded weights and the results in docs/log.md were made as copies, which
+    differ by rounding: after 160 steps that is another run of the same kind, and not the same numbers."""
 
 
 def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe) -> dict[str, list[Any]]:
     """Trains one GRPO arm, writes its judge into `out`, and returns its learning curves."""
     from transformers import TrainerCallback
 
-    from listener_reward.train.config import ListenerGRPOConfig
+    from listener_reward.train.config import AS_COPIES, ListenerGRPOConfig
     from listener_reward.train.trainer import ListenerGRPOTrainer
 
     args = ListenerGRPOConfig(
@@ -93,6 +96,7 @@ def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, rec
         report_to="none",
         disable_tqdm=True,
         seed=seed,
+        **({} if recipe.share else AS_COPIES),  # pyright: ignore[reportArgumentType]
     )
     curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
 

@@ -16,6 +16,7 @@ always did unless a forward pass is given the keyword `shared_prefix`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -132,6 +133,30 @@ def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Itera
             row.append((group, members))
     if row:
         yield row
+
+
+@contextlib.contextmanager
+def read_only_at(model: Any, places: Tensor) -> Iterator[None]:
+    """Inside, only the tokens of a row at `places` (n,) have a meaningful last hidden state, and the rest cost less.
+
+    The last layer's attention needs all tokens, its MLP only those that are read. For passes without gradients.
+    """
+    mlp = base_model(model).model.language_model.layers[-1].mlp
+
+    def pick(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        picked.append(args[0])
+        return (args[0][:, places], *args[1:])
+
+    def place(_: Any, __: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(picked.pop()).index_copy_(1, places, output)
+
+    picked: list[Tensor] = []
+    hooks = mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(place)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # --------------------------------------------------------------------------------------------------------- attention

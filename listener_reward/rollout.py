@@ -14,7 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from listener_reward.prefix import Decoding, Layout, Prompt, attention_inputs, base_model, budgeted, check_used, pack
+from listener_reward.prefix import (
+    Decoding,
+    Layout,
+    Prompt,
+    attention_inputs,
+    base_model,
+    budgeted,
+    check_used,
+    pack,
+    read_only_at,
+)
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""
@@ -48,7 +58,8 @@ def prefill(
         row = pack(some, [[] for _ in some], open_end=True)
         layout: Layout = row.inputs["shared_prefix"]
         layout.kept = {}
-        model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
+        with read_only_at(model, row.ends[:0]):  # nothing is predicted here
+            model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
         check_used(layout, model)
         if done < len(batches):
             passes.append(layout.kept)

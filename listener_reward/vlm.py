@@ -30,6 +30,7 @@ from listener_reward.prefix import (
     check_used,
     pack,
     prompt_positions,
+    read_only_at,
     unsupported,
 )
 from listener_reward.processing import load_processor
@@ -238,12 +239,14 @@ class TransformersVLM:
             shown = [prompts[group] for group, _ in row]
             members = [[groups[group][member] for member in some] for group, some in row]
             packed = pack(shown, [[tokens[m] for m in some] for some in members], open_end=True)
-            hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
+            own = packed.labels[0] != IGNORED
+            wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
+            with read_only_at(core, wanted):
+                hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]
             answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
             if likelihood:
-                own = packed.labels[0] != IGNORED
                 chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
                 means[flat] = torch.stack([part.mean() for part in chosen.split([len(tokens[m]) for m in flat])]).cpu()
         return answers, means

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from listener_reward.judge import Judge
 from listener_reward.vision import ImageFeatures, as_encoder_output, digest
 from listener_reward.vlm import TransformersVLM
 
@@ -77,6 +78,13 @@ def test_a_digest_tells_size_from_content():
     assert digest(picture(0)) == digest(picture(0).copy())
     assert digest(picture(0)) != digest(picture(1))
     assert digest(Image.new("RGB", (4, 8))) != digest(Image.new("RGB", (8, 4)))
+
+
+def test_ranking_n_images_encodes_n_images(random_judge):
+    judge = Judge.from_pretrained(random_judge, device="cpu")
+    judge.rank("two red circles", [picture(seed) for seed in range(5)])
+    assert judge.reasoner.features.encoded == 5, "in ten pairs, both orders, to think and to answer"
+    assert judge.listener.vlm.features.encoded == 5
 
 
 def test_nothing_becomes_an_empty_argument():

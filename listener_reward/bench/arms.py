@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import random
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from listener_reward.bench.shapes import Size, group_chats, pictures, words
 from listener_reward.chat import Chat, ChatFormat, reserved_tokens
 from listener_reward.checkpoint import Card
 from listener_reward.judge import Judge, load_listener
-from listener_reward.tiny.model import QUESTION
 from listener_reward.trace import Trace
 from listener_reward.vlm import TransformersVLM
 
@@ -35,7 +35,7 @@ def listener_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Compu
     """The listener's answers after the thoughts of a group."""
     vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20)
     chats, thoughts = group_chats(size, vlm.reserved)
-    prefixes = [ChatFormat(question=QUESTION).answer_slot(thought) for thought in thoughts]
+    prefixes = [ChatFormat().answer_slot(thought) for thought in thoughts]
     reading = Reading()
     answers = torch.empty(0)
     for _ in range(size.repeats):
@@ -231,9 +231,17 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
             processing_class=processor,
             callbacks=callbacks,
         )
-    # Random weights write no well-formed answer, and the listener reads only such: here it reads all.
-    reward.read_completion = lambda text, _: Trace(text, 1)
+    reward.read_completion = _read_anything
     return trainer
+
+
+def _read_anything(text: str, _: ChatFormat) -> Trace:
+    """Random weights write no well-formed answer, and the listener reads only such: here it reads all.
+
+    The answers differ as a reasoner's do. Were they equal, the advantages would be a random listener's small
+    differences, and those mostly rounding.
+    """
+    return Trace(text, 1 if zlib.crc32(text.encode()) % 2 else 2)
 
 
 def _not_words(folder: Path, tokenizer: Any) -> list[int]:

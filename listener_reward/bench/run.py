@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import traceback
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from listener_reward.errors import InputError
 if TYPE_CHECKING:
     from listener_reward.bench.shapes import Size
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, tuple[str, ...]] = {
     "listener": ("listener",),
     "grpo": ("loss", "step"),
     "rank": ("rank",),
@@ -108,7 +110,8 @@ def _work(sender: Any, arm: str, folder: Path, size: Size, shared: bool, out: Pa
 
     try:
         use_kernel(size.attention)
-        reading, computed = ARMS[arm](folder, size, shared)
+        with redirect_stdout(sys.stderr):  # trl prints its logs, and stdout is for the results
+            reading, computed = ARMS[arm](folder, size, shared)
         torch.save(computed, out)
         sender.send(("done", asdict(reading)))
     except BaseException:

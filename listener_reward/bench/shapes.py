@@ -14,14 +14,14 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.checkpoint import Card
 from listener_reward.processing import ImageOnlyQwen2_5_VLProcessor
-from listener_reward.tiny.model import CHAT_TEMPLATE, QUESTION, build_tokenizer
+from listener_reward.tiny.model import CHAT_TEMPLATE, build_tokenizer
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES
 
 WORDS = [*COLORS, *COUNTS, *SHAPES]
 
 SHAPES_BY_NAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "30m": (
-        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}
+        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384}
         | {"num_attention_heads": 8, "num_key_value_heads": 2},
         {"depth": 6, "hidden_size": 320, "intermediate_size": 960, "num_heads": 4, "fullatt_block_indexes": [2, 5]},
     ),
@@ -38,8 +38,8 @@ SHAPES_BY_NAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"fullatt_block_indexes": [7, 15, 23, 31]},
     ),
 }
-"""Language model and vision tower: one for a laptop, whose parts have about the proportions of the real ones', and two
-real ones."""
+"""Language model and vision tower: one for a laptop, and two real ones. The small one's head has a quarter of its
+language model's weights, as in Qwen2.5-0.5B, and its vision tower costs about as much for each visual token."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build_checkpoint(folder: Path, size: Size) -> None:
         size={"shortest_edge": 56 * 56, "longest_edge": 4096 * 4096}, patch_size=14, merge_size=2, temporal_patch_size=2
     )
     ImageOnlyQwen2_5_VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-    Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=size.tokens).save(folder)
+    Card(format=ChatFormat(), listener=".", max_new_tokens=size.tokens).save(folder)
 
 
 def pictures(number: int, size: Size) -> list[Image.Image]:
@@ -120,6 +120,6 @@ def group_chats(size: Size, reserved: frozenset[str]) -> tuple[list[Chat], list[
     The thoughts' lengths are spread evenly from half the size's tokens to one and a half of it.
     """
     rng = random.Random(size.seed)
-    chat = ChatFormat(question=QUESTION).chat(words(size.prompt_words, rng), *pictures(2, size), reserved)
+    chat = ChatFormat().chat(words(size.prompt_words, rng), *pictures(2, size), reserved)
     step = size.tokens / max(1, size.group - 1)
     return [chat] * size.group, [words(round(size.tokens / 2 + step * place), rng) for place in range(size.group)]
