@@ -87,7 +87,7 @@ def test_the_machine_has_a_rate():
     ("options", "message"),
     [
         (["nothing"], "benchmark is 'nothing'; choose one of 'listener', 'grpo', 'rank'"),
-        (["rank", "--model", "70b"], "model is '70b'; choose one of '30m', 'qwen2.5-vl-3b', 'qwen2.5-vl-7b'"),
+        (["rank", "--model", "70b"], "model is '70b'; choose one of '60m', 'qwen2.5-vl-3b', 'qwen2.5-vl-7b'"),
         (["listener", "--group", "1"], "group is 1; it must be at least 2"),
         (["rank", "--dtype", "int8"], "dtype is 'int8'; choose one of 'float32', 'bfloat16', 'float16'"),
     ],

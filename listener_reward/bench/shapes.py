@@ -20,10 +20,10 @@ from listener_reward.tiny.world import COLORS, COUNTS, SHAPES
 WORDS = [*COLORS, *COUNTS, *SHAPES]
 
 SHAPES_BY_NAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "30m": (
+    "60m": (
         {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 16384}
         | {"num_attention_heads": 8, "num_key_value_heads": 2},
-        {"depth": 6, "hidden_size": 320, "intermediate_size": 960, "num_heads": 4, "fullatt_block_indexes": [2, 5]},
+        {"depth": 8, "hidden_size": 384, "intermediate_size": 1152, "num_heads": 6, "fullatt_block_indexes": [3, 7]},
     ),
     "qwen2.5-vl-3b": (
         {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "vocab_size": 151936}
@@ -38,15 +38,16 @@ SHAPES_BY_NAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"fullatt_block_indexes": [7, 15, 23, 31]},
     ),
 }
-"""Language model and vision tower: one for a laptop, and two real ones. The small one's head has a quarter of its
-language model's weights, as in Qwen2.5-0.5B, and its vision tower costs about as much for each visual token."""
+"""Language model and vision tower: one for a laptop, and two real ones. The proportions decide the ratio. The
+small one's head has a quarter of its language model's weights, as in Qwen2.5-0.5B, and its vision tower costs 2.6 times
+as much for each visual token as its language model: 2.4 in InternVL3-1B, 1.7 in Qwen2-VL-2B, 0.9 in Qwen2.5-VL-3B."""
 
 
 @dataclass(frozen=True)
 class Size:
     """One benchmark's sizes."""
 
-    model: str = "30m"
+    model: str = "60m"
     pixels: int = 392
     """Edge of the square images; 392 is 196 visual tokens."""
     group: int = 8
