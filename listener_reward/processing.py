@@ -53,7 +53,7 @@ class _EachImageOnce:
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
         stock = super()._process_images  # pyright: ignore[reportAttributeAccessIssue]
-        flat = make_flat_list_of_images(images)
+        flat: list[Any] = list(make_flat_list_of_images(images))  # pyright: ignore[reportArgumentType]
         place: dict[int, int] = {}
         order = [place.setdefault(id(image), len(place)) for image in flat]
         if len(place) == len(flat):

@@ -119,7 +119,7 @@ def sample(
         going = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # of all rows
         rows = torch.arange(len(input_ids), device=device)  # those that are still computed
         position = last.to(device)
-        scores: Tensor | None = None
+        scores = torch.empty(0)
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         while _any_going(going, synced):
             step = {
@@ -130,7 +130,7 @@ def sample(
             if cache.step == 0:
                 check_used(cache, model)
             cache.step += 1
-            if scores is None:
+            if scores.numel() == 0:
                 scores = logits.new_zeros(len(input_ids), logits.shape[-1])
             # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
             # that it gets in `generate`.

@@ -208,9 +208,9 @@ class TransformersVLM:
         read = self._read_groups if self.shared_prefix else self._read_copies
         for batch in _batches(len(chats), self.batch_size):
             rows = [order[place] for place in batch]
-            some = [[values[row] for row in rows] for values in (chats, texts, prefixes)]
+            some = [chats[row] for row in rows], [texts[row] for row in rows], [prefixes[row] for row in rows]
             with self._adapters():
-                last[rows], means[rows] = read(*some, ids, likelihood)  # pyright: ignore[reportArgumentType]
+                last[rows], means[rows] = read(*some, ids, likelihood)
         return last, means
 
     # ------------------------------------------------------------------------------------------- with a shared prefix

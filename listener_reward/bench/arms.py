@@ -6,6 +6,7 @@ that the two can be compared number by number.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import warnings
@@ -32,15 +33,15 @@ Computed = dict[str, torch.Tensor]
 
 
 def listener_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
-    """The listener's answers after the thoughts of a group."""
+    """The listener's answers after the thoughts of a group. The first run warms up and does not count."""
     vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20)
     chats, thoughts = group_chats(size, vlm.reserved)
     prefixes = [ChatFormat().answer_slot(thought) for thought in thoughts]
     reading = Reading()
     answers = torch.empty(0)
-    for _ in range(size.repeats):
+    for number in range(size.repeats + 1):
         vlm.features.clear()
-        with metered(vlm.model, reading):
+        with metered(vlm.model, reading) if number else contextlib.nullcontext():
             answers = (vlm.answer_logprobs if shared else partial(_plain_answers, vlm))(chats, prefixes, ("1", "2"))
     return reading, {"log-probability": answers}
 
@@ -61,16 +62,16 @@ def _plain_answers(
 
 
 def rank_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
-    """Ranks images by a judge that compares every pair in both orders."""
+    """Ranks images by a judge that compares every pair in both orders. The first run warms up and does not count."""
     vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=16, shared_prefix=shared)
     judge = Judge(vlm, None, Card.load(folder), think=False)
     shown = pictures(size.images, size)
     reading = Reading()
     scores = torch.empty(0)
     prompt = words(size.prompt_words, random.Random(size.seed))
-    for _ in range(size.repeats):
+    for number in range(size.repeats + 1):
         vlm.features.clear()
-        with metered(vlm.model, reading):
+        with metered(vlm.model, reading) if number else contextlib.nullcontext():
             scores = torch.tensor(judge.rank(prompt, shown).scores)
     return reading, {"score": scores}
 

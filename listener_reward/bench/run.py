@@ -88,6 +88,8 @@ def report(results: dict[str, Any], console: Console) -> None:
 def _in_a_process(arm: str, folder: Path, size: Size, shared: bool, out: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
+    kind: str
+    content: Any
     process = context.Process(target=_work, args=(sender, arm, folder, size, shared, out))
     process.start()
     sender.close()

@@ -121,6 +121,7 @@ def group_chats(size: Size, reserved: frozenset[str]) -> tuple[list[Chat], list[
     The thoughts' lengths are spread evenly from half the size's tokens to one and a half of it.
     """
     rng = random.Random(size.seed)
-    chat = ChatFormat().chat(words(size.prompt_words, rng), *pictures(2, size), reserved)
+    first, second = pictures(2, size)
+    chat = ChatFormat().chat(words(size.prompt_words, rng), first, second, reserved)
     step = size.tokens / max(1, size.group - 1)
     return [chat] * size.group, [words(round(size.tokens / 2 + step * place), rng) for place in range(size.group)]

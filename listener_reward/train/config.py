@@ -10,6 +10,7 @@ import torch
 from trl import GRPOConfig
 
 from listener_reward.errors import InputError
+from listener_reward.prefix import KERNELS
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
 
@@ -18,15 +19,10 @@ OWN_BASE = "base"
 
 NO_LISTENER = "none"
 
-ALL_OFF = {
-    "decode_images_once": False,
-    "share_rollout": False,
-    "share_logprobs": False,
-    "share_listener": False,
-    "share_groups": False,
-    "gather_images": True,
-    "exact_resume": False,
-}
+AS_COPIES = {"share_rollout": False, "share_logprobs": False, "share_listener": False, "share_groups": False}
+"""Every completion pays for its own prompt and images."""
+
+ALL_OFF = {**AS_COPIES, "decode_images_once": False, "gather_images": True, "exact_resume": False}
 """The switches as stock trl has it: what there is to compare with, and where to go if one of them is in the way."""
 
 
@@ -103,6 +99,13 @@ class ListenerGRPOConfig(GRPOConfig):
             "help": "Shuffle a generation round by whole groups, so that micro-batches hold them; off shuffles rows."
         },
     )
+    share_attention: str = field(
+        default="sdpa",
+        metadata={
+            "help": "How the attention of a shared row is computed: 'sdpa', or 'flex' for FlexAttention, which "
+            "compiles and needs a GPU; compare them with `listener-reward bench grpo --attention`."
+        },
+    )
     token_budget: int = field(
         default=16384,
         metadata={
@@ -142,6 +145,7 @@ class ListenerGRPOConfig(GRPOConfig):
         _one_of("listener_dtype", self.listener_dtype, (None, "auto", "bfloat16", "float16", "float32"))
         if self.listener_batch_size < 1:
             raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
+        _one_of("share_attention", self.share_attention, KERNELS)
         if self.token_budget < 1:
             raise InputError(f"token_budget is {self.token_budget}; it must be at least 1, and a prompt is hundreds")
         if not _three_numbers(self.reward_weights):
@@ -158,6 +162,18 @@ class ListenerGRPOConfig(GRPOConfig):
                 f"save_steps={self.save_steps} would save in the middle of a generation round, from where no run can "
                 f"resume exactly; make save_steps a multiple of {whole}"
             )
+
+
+def without_image_token(generation_kwargs: dict[str, Any] | None, image_token_id: int) -> dict[str, Any]:
+    """Sampling options for vLLM with which it never writes an image placeholder; what they already say stays.
+
+    A sampled placeholder stands for an image that is not there, and the next forward pass would fail on it. trl
+    suppresses it where transformers samples, and not where vLLM does.
+    """
+    given = generation_kwargs or {}
+    # JSON and YAML have strings for keys; vLLM wants token ids.
+    bias = {int(token): value for token, value in (given.get("logit_bias") or {}).items()}
+    return given | {"logit_bias": {image_token_id: -100.0} | bias}
 
 
 def _three_numbers(value: Any) -> bool:

@@ -74,8 +74,11 @@ def images_per_row(input_ids: Tensor, grids: Tensor, config: Any) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------- rollouts
 @contextlib.contextmanager
-def shared_rollouts(model: Any, token_budget: int) -> Iterator[None]:
-    """Inside, `model.generate` prefills every distinct prompt of a batch once; the tokens are the same."""
+def shared_rollouts(model: Any, token_budget: int, *, synced: bool = False) -> Iterator[None]:
+    """Inside, `model.generate` prefills every distinct prompt of a batch once; the tokens are the same.
+
+    With `synced`, all processes run the same number of passes, as sharded weights need it.
+    """
     base = base_model(model)
 
     def generate(
@@ -90,13 +93,13 @@ def shared_rollouts(model: Any, token_budget: int) -> Iterator[None]:
         prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         counts = images_per_row(input_ids, image_grid_thw, base.config)
         groups, shared = share(base, prompts, pixel_values, image_grid_thw, counts)
-        kept = prefill(base, shared, as_inputs, token_budget=token_budget)
+        kept = prefill(base, shared, as_inputs, token_budget=token_budget, synced=synced)
         owner = [0] * len(prompts)
         for number, rows in enumerate(groups.rows):
             for row in rows:
                 owner[row] = number
         pad_id = options["generation_config"].pad_token_id
-        output = sample(base, shared, owner, kept, pad_token_id=pad_id, **options)
+        output = sample(base, shared, owner, kept, pad_token_id=pad_id, synced=synced, **options)
         new = output[:, max(len(prompt) for prompt in prompts) :]
         return torch.cat([input_ids, new], dim=1)
 
@@ -128,10 +131,11 @@ def micro_batches(
 
 def shared_logprobs(
     model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, vision: dict[str, Any], autocast: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies (B, logits_to_keep) of the completions, by one pass over their groups.
 
-    `model` has trl's fused head, which is given each position's label and scores it at the policy's temperature.
+    `model` has trl's fused head, which is given each position's label and scores it at the policy's temperature. A
+    reference model's head gives no entropies.
     """
     prompt_ids, completion_ids = input_ids[:, :-logits_to_keep], input_ids[:, -logits_to_keep:]
     prompt_mask, mask = (part.bool() for part in attention_mask.split([prompt_ids.shape[1], logits_to_keep], dim=1))
@@ -148,7 +152,7 @@ def shared_logprobs(
         flat = values.new_zeros(mask.shape).masked_scatter(mask[order], values[0, scored])
         return flat[order.argsort()]
 
-    return unpack(output.log_probs), unpack(output.entropy)
+    return unpack(output.log_probs), None if output.entropy is None else unpack(output.entropy)
 
 
 # ------------------------------------------------------------------------------------------------------------- groups

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, Image, List
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,10 +34,10 @@ from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.images import to_pil
 from listener_reward.judge import load_listener, make_listener
 from listener_reward.listener import Listener
-from listener_reward.prefix import unsupported
+from listener_reward.prefix import base_model, unsupported, use_kernel
 from listener_reward.processing import load_processor
 from listener_reward.trace import Trace
-from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig
+from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig, without_image_token
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
@@ -135,6 +135,11 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if args.listener not in (None, NO_LISTENER):
             self.card = replace(self.card, listener=_lasting(str(model) if own_base else args.listener))
         _check_size(train_dataset, args)
+        use_kernel(args.share_attention)
+        self.base_folder = folder
+        if args.use_vllm:
+            given: Any = args.generation_kwargs
+            args.generation_kwargs = without_image_token(given, processor.image_token_id)
         self.reward = ShapedReward(self.card.format, listener, on_failure=args.listener_on_failure)
         super().__init__(
             model=folder,
@@ -164,10 +169,14 @@ class ListenerGRPOTrainer(GRPOTrainer):
         self.listener = listener
         self.sharing = self._what_is_shared()
 
+    def _sharded(self) -> bool:
+        """Whether each process holds a part of the weights only: FSDP, or DeepSpeed's ZeRO-3."""
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
+
     def _refuse_sharded_base(self) -> None:
         """A listener's passes differ in number between processes; sharded weights have to be gathered together."""
-        deepspeed = self.accelerator.state.deepspeed_plugin
-        if self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3):
+        if self._sharded():
             raise InputError(
                 "listener is 'base', the policy's own weights, and this launch shards them (FSDP or ZeRO-3); name a "
                 "checkpoint as the listener, which every process then holds whole, or launch with DDP or ZeRO-2"
@@ -211,7 +220,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """The parts of a step that pay for a prompt once. What has to fall back is said once, with the reason."""
         wanted = {name for name in ("rollout", "logprobs", "groups") if getattr(self.args, f"share_{name}")}
         reason = unsupported(self.accelerator.unwrap_model(self.model))
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None  # else there is no such name
+        if fsdp is not None and fsdp.fsdp_version == 1:
             reason = reason or "FSDP version 1 flattens the weights; fsdp_version: 2 keeps the layers"
         fallen: dict[str, str] = dict.fromkeys(wanted, reason) if reason else {}
         if self.use_vllm:
@@ -226,7 +236,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Prefills each prompt once for its G completions; the tokens are those of stock trl with the same seed."""
         if "rollout" not in self.sharing or images is None:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        with shared_rollouts(self.accelerator.unwrap_model(self.model), self.args.token_budget):
+        policy = self.accelerator.unwrap_model(self.model)
+        with shared_rollouts(policy, self.args.token_budget, synced=self._sharded()):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -263,8 +274,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
             shared_logprobs(model, *batch, self.accelerator.autocast)
             for batch in micro_batches(input_ids, attention_mask, logits_to_keep, batch_size, vision)
         ]
-        logprobs, entropies = (torch.cat(values) for values in zip(*parts, strict=True))
-        return logprobs, entropies if compute_entropy else None, None
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------------- resume
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
@@ -307,18 +318,33 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def save_judge(self, folder: str | Path) -> None:
         """Writes a folder that `Judge.from_pretrained` and plain transformers load, from the main process.
 
-        LoRA adapters are kept in `folder/adapter` and merged into the weights, of the model in memory too: this is the
-        end of training.
+        Every process has to call it: sharded weights are gathered by all of them, and none goes on, perhaps to leave,
+        before the folder is there. LoRA adapters are kept in `folder/adapter` and merged into the weights, of the model
+        in memory too: this is the end of training.
         """
-        if not self.accelerator.is_main_process:
-            return
+        whole = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded() else None
+        if self.accelerator.is_main_process:
+            self._write_judge(folder, whole)
+        self.accelerator.wait_for_everyone()
+
+    def _write_judge(self, folder: str | Path, whole: dict[str, torch.Tensor] | None) -> None:
+        """`whole` are the weights where this process's model holds a part of them only."""
         model: Any = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "merge_and_unload"):
-            model.save_pretrained(Path(folder, "adapter"))
+            adapter = Path(folder, "adapter")
+            model.save_pretrained(adapter, state_dict=whole)
+            if whole is not None:  # adapters merge into whole weights only, and the base has not changed
+                model, whole = self._from_adapter(adapter), None
             model = model.merge_and_unload()
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=whole)
         self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         self.card.save(folder)
+
+    def _from_adapter(self, adapter: Path) -> Any:
+        """The policy whole on this process: what training started from, with the saved adapter."""
+        model: Any = base_model(self.accelerator.unwrap_model(self.model))
+        with unsharded():
+            return PeftModel.from_pretrained(type(model).from_pretrained(self.base_folder, dtype=model.dtype), adapter)
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
