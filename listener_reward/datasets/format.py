@@ -1,0 +1,174 @@
+"""What all formats share: where a row stands, a pair with its format's own columns, and how a format is described."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from listener_reward.errors import InputError
+from listener_reward.pairs import PreferencePair
+
+Row: TypeAlias = "Mapping[str, Any]"
+
+PUBLISHED = {"group": "string", "item_first": "string", "item_second": "string"}
+"""Columns of every published format beside those of all data, and their Arrow types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row stands: what messages call it, and where its relative image paths start."""
+
+    file: str
+    """Name of the file, or of the Hub data set."""
+    index: int
+    """Counts on over the files of one data set."""
+    folder: Path | None = None
+    """None for the Hub, whose rows may not name files of this machine."""
+    dimension: str | None = None
+    """Which of several labels was asked for."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, {'entry' if self.file.endswith('.json') else 'row'} {self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A pair and the columns that only its format has. Those ending in `_first` and `_second` move with the images."""
+
+    pair: PreferencePair
+    columns: Mapping[str, Any]
+    swapped: bool = False
+    """Whether the pair's images have been exchanged."""
+
+    def exchanged(self) -> Labelled:
+        columns = {_other_side(name): value for name, value in self.columns.items()}
+        return Labelled(self.pair.swapped(), columns, not self.swapped)
+
+
+class Skipped(NamedTuple):
+    """A row that its publisher marks as no pair; it is counted, not refused."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How one publisher writes preferences."""
+
+    kind: str
+    """The word before the colon of a spec, and the `source` of its pairs."""
+    pairs: Callable[[Row, Place], Iterator[Labelled | Skipped]]
+    """Every pair of one row, in the published order. Raises InputError for a row that cannot be used."""
+    columns: Mapping[str, str]
+    """Its own columns beside `PUBLISHED`, to their Arrow types."""
+    signs: tuple[frozenset[str], ...] = ()
+    """Fields by which a file of this format is recognised: all those of one set."""
+    files: tuple[str, ...] = ()
+    """Names that it goes by in a folder, best first; else the folder's Parquet files are meant."""
+    archives: str | None = None
+    """Where the Hub keeps its images in archives: the repository to download and unpack. None if they are embedded."""
+    split: str = "train"
+    """The Hub's split unless one is named, and its configuration with a slash where it has several."""
+    video: bool = False
+    """Whether what is compared are video files, which are looked for and not decoded."""
+
+    def recognises(self, fields: set[str]) -> bool:
+        return any(sign <= fields for sign in self.signs)
+
+
+def read_pairs(source: Iterable[tuple[Place, Row]], form: Format) -> Iterator[Labelled | Skipped]:
+    """All pairs of a source one after another, in the published order; an error names the row."""
+    for place, row in source:
+        try:
+            yield from form.pairs(row, place)
+        except InputError as error:
+            if str(error).startswith(str(place)):
+                raise
+            raise InputError(f"{place}: {error}") from error
+
+
+def published(pair: PreferencePair, group: str | None = None, **columns: Any) -> Labelled:
+    """A pair of a published format. A column given as a pair of values becomes `_first` and `_second`.
+
+    `group` is the record that the pair belongs to; without one, all pairs with the same prompt are a group.
+    """
+    if group is None:
+        group = hashlib.blake2b(pair.prompt.encode(), digest_size=8).hexdigest()
+    values: dict[str, Any] = {"group": group}
+    for name, value in {"item": (None, None), **columns}.items():
+        if isinstance(value, tuple):
+            values[f"{name}_first"], values[f"{name}_second"] = value
+        else:
+            values[name] = value
+    return Labelled(pair, values)
+
+
+def field(row: Row, name: str) -> Any:
+    """The value of a field that has to be there."""
+    if name not in row:
+        raise InputError(f"{name} is missing from {names(row)}; repair the file")
+    return row[name]
+
+
+def number(value: Any, name: str) -> float | None:
+    """A finite number, or None for an empty cell."""
+    if value is None or value == "":
+        return None
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InputError(f"{name} is {reprlib.repr(value)}; give a finite number, or nothing")
+    return result
+
+
+def text(value: Any) -> str | None:
+    return None if value is None or value == "" else str(value)
+
+
+def share(first: float, second: float) -> float:
+    """The first's part of all votes, of which there is at least one."""
+    return first / (first + second)
+
+
+def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
+    """An image as the `datasets` library stores it, embedded bytes without their path: file names tell on images.
+
+    A relative path is looked for in `folders`, themselves relative to the file's own, and stays in the first where it
+    is in none.
+    """
+    if image is None or isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return {"bytes": image["bytes"], "path": None}
+    path = image.get("path") if isinstance(image, dict) else image
+    if path is not None and not isinstance(path, str):
+        raise InputError(f"image is {reprlib.repr(image)}; give a path or the bytes of an image file")
+    if place.folder is None and isinstance(image, str) and "://" not in image:
+        raise InputError(f"image is the path {image!r}; a Hub data set has to embed its images")
+    if path is None or place.folder is None or "://" in path:
+        return {"bytes": None, "path": path}
+    base, usual = str(place.folder), folders[0] if folders else ""
+    others = (os.path.join(base, folder, path) for folder in folders[1:])
+    found = os.path.join(base, usual, path)
+    if len(folders) > 1 and not os.path.isfile(found):
+        found = next(filter(os.path.isfile, others), found)
+    return {"bytes": None, "path": os.path.normpath(found)}
+
+
+def names(row: Row) -> str:
+    return "columns " + ", ".join(map(str, row))
+
+
+def _other_side(name: str) -> str:
+    for side, other in (("_first", "_second"), ("_second", "_first")):
+        if name.endswith(side):
+            return name.removesuffix(side) + other
+    return name

@@ -1,0 +1,66 @@
+"""HPDv3 and HPDv3++: pairs whose first path always won."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator
+
+from listener_reward.datasets.format import (
+    Format,
+    Labelled,
+    Place,
+    Row,
+    field,
+    number,
+    published,
+    share,
+    text,
+    undecoded,
+)
+from listener_reward.errors import InputError
+from listener_reward.pairs import PreferencePair
+
+
+def _hpdv3(row: Row, place: Place) -> Iterator[Labelled]:
+    """`choice_dist` counts the votes for `path1` and `path2`; without it the label is 1."""
+    paths = str(field(row, "path1")), str(field(row, "path2"))
+    votes = _votes(row)
+    # HPDv3 has its JSON beside images/, HPDv3++ in train/ and test/ with paths from the folder above.
+    images = [undecoded(path, place, "", "..", "images") for path in paths]
+    p_first = 1.0 if votes is None else share(*votes)
+    pair = PreferencePair(field(row, "prompt"), images[0], images[1], p_first, str(place.index), "hpdv3")
+    yield published(
+        pair,
+        item=paths,
+        model=(text(row.get("model1")), text(row.get("model2"))),
+        votes=votes or (None, None),
+        confidence=number(row.get("confidence"), "confidence"),
+    )
+
+
+HPDV3 = Format(
+    "hpdv3",
+    _hpdv3,
+    {
+        "model_first": "string",
+        "model_second": "string",
+        "votes_first": "float64",
+        "votes_second": "float64",
+        "confidence": "float64",
+    },
+    signs=(frozenset({"path1", "path2", "prompt"}),),
+    files=("test.json", "train.json", "all.json", "test_aes.json", "test_tf.json", "train_aes.json", "train_tf.json"),
+    archives="MizzenAI/HPDv3 (or Junjun2333/HPDv3-PlusPlus)",
+)
+
+
+def _votes(row: Row) -> tuple[float, float] | None:
+    counts = row.get("choice_dist")
+    if counts is None:
+        return None
+    if not isinstance(counts, list) or len(counts) != 2:
+        raise InputError(f"choice_dist is {reprlib.repr(counts)}; give the votes for path1 and path2, or null")
+    first, second = (number(count, "choice_dist") or 0.0 for count in counts)
+    if min(first, second) < 0 or first + second == 0:
+        raise InputError(f"choice_dist is {counts!r}; give at least one vote, and none below 0")
+    return first, second

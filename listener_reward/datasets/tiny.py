@@ -1,0 +1,37 @@
+"""The embedded world: pairs drawn on the spot, their order random as it is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from PIL import Image
+
+from listener_reward.datasets.format import Labelled
+from listener_reward.errors import InputError
+from listener_reward.pairs import PreferencePair
+from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.world import SPLITS, split_pairs
+
+TINY_PAIRS = 400
+"""Pairs of a tiny split where no limit is given."""
+
+
+def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
+    """The first `limit` pairs of a split as `seed` draws them, with PNG bytes.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; the tiny world has {', '.join(map(repr, SPLITS))}")
+    for index, pair in enumerate(split_pairs(split, TINY_PAIRS if limit is None else limit, seed=seed)):
+        first, second = ({"bytes": _png(image), "path": None} for image in draw_pair(pair))
+        name = f"{split}-{seed}-{index}"
+        yield Labelled(PreferencePair(pair.wording, first, second, pair.p_first, name, f"tiny:{split}"), {})
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

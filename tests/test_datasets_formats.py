@@ -1,0 +1,470 @@
+"""Every published format, under its publisher's field names, against labels worked by hand; the real files where they
+are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from listener_reward.datasets import FEATURES, FORMATS, load_pairs
+from listener_reward.datasets.format import PUBLISHED
+from listener_reward.errors import InputError
+from listener_reward.images import to_pil
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(folder: Path, *names: str) -> None:
+    """Files whose gray level is the number in their name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(int("".join(filter(str.isdigit, Path(name).stem)))))
+
+
+def shade(image: dict) -> int:
+    return to_pil(image).getpixel((0, 0))[0]
+
+
+def as_published(row: dict) -> dict:
+    """A row with the images, the label and the columns of the file's own order."""
+    if not row["swapped"]:
+        return dict(row)
+    turned = {"_first": "_second", "_second": "_first"}
+    back = {next((k.removesuffix(a) + b for a, b in turned.items() if k.endswith(a)), k): v for k, v in row.items()}
+    return back | {"images": row["images"][::-1], "p_first": 1 - row["p_first"]}
+
+
+def rows_of(spec: str, **options) -> list[dict]:
+    data = load_pairs(spec, **options)
+    assert data.features.keys() == FEATURES.keys() | PUBLISHED.keys() | FORMATS[data[0]["source"]].columns.keys()
+    return [as_published(row) for row in data]
+
+
+def parquet(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return str(path)
+
+
+def as_json(path: Path, rows: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------- what all have in common
+
+
+def test_the_shuffle_turns_the_columns_with_the_images(tmp_path):
+    files = [f"{level}.png" for level in range(10, 250, 10)]
+    pictures(tmp_path, *files)
+    path = as_json(tmp_path / "test.json", [{"id": "a", "prompt": "x", "generations": files, "ranking": [*range(24)]}])
+    data = load_pairs(f"imagereward:{path}")
+    swapped = np.array(data["swapped"])
+    assert 0.3 < swapped.mean() < 0.7
+    for row in data:
+        names = row["item_first"], row["item_second"]
+        assert [shade(image) for image in row["images"]] == [int(name.removesuffix(".png")) for name in names]
+        assert (row["place_first"] > row["place_second"]) == row["swapped"]
+        assert (row["rank_first"] < row["rank_second"]) == (row["p_first"] == 1.0)
+    assert [as_published(row)["id"] for row in data] == [f"a/{i}-{j}" for i, j in combinations(range(24), 2)]
+    assert (swapped != np.array(load_pairs(f"imagereward:{path}", seed=1)["swapped"])).mean() > 0.3
+
+
+@pytest.mark.parametrize("kind", [*FORMATS])
+def test_a_wrong_path_is_told_before_anything_else(kind, tmp_path):
+    with pytest.raises(InputError, match="check the"):
+        load_pairs(f"{kind}:{tmp_path / 'gone'}")
+    with pytest.raises(InputError, match="is without"):
+        load_pairs(f"{kind}:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["hpdv2", "hpdv3", "imagereward", "videogen", "mmrb2"])
+def test_sets_whose_images_are_archives_say_what_to_download(kind):
+    with pytest.raises(InputError, match=r"hf download --repo-type dataset .* unpack"):
+        load_pairs(f"{kind}:org/name")
+
+
+def test_images_of_no_interest_need_not_be_there(tmp_path):
+    record = {"id": "a", "prompt": "x", "generations": ["1.png", "2.png"], "ranking": [2, 1]}
+    path = as_json(tmp_path / "test.json", [record])
+    with pytest.raises(InputError, match="1 of 1 pairs have an unreadable image"):
+        load_pairs(path)
+    row = rows_of(path, check_images=False)[0]
+    assert row["p_first"] == 0.0 and row["images"][0]["path"] == str(tmp_path / "1.png")
+
+
+# ---------------------------------------------------------------- ImageRewardDB
+
+
+def test_imagereward_ranks_may_tie_and_skip(tmp_path):
+    files = ["images/10.png", "images/20.png", "images/30.png"]
+    pictures(tmp_path, *files)
+    record = {"id": "005-1", "prompt": "a cat", "generations": files, "ranking": [1, 4, 1]}
+    rows = rows_of(f"imagereward:{Path(as_json(tmp_path / 'test.json', [record])).parent}")
+    assert [(row["id"], row["p_first"]) for row in rows] == [("005-1/0-1", 1.0), ("005-1/0-2", 0.5), ("005-1/1-2", 0.0)]
+    assert [(row["rank_first"], row["rank_second"]) for row in rows] == [(1, 4), (1, 1), (4, 1)]
+    assert {row["group"] for row in rows} == {"005-1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"ranking": [1]}, "one rank for each of 2"),
+        ({"ranking": [1, None]}, "not finite"),
+        ({"generations": "ab"}, "generations is 'ab'"),
+        ({"generations": [1, 2]}, "generations is"),
+        ({"prompt": None}, "prompt is None"),
+    ],
+)
+def test_imagereward_records_that_cannot_be_used(tmp_path, fields, says):
+    record = {"id": "1", "prompt": "a", "generations": ["1.png", "2.png"], "ranking": [1, 2], **fields}
+    with pytest.raises(InputError, match=f"test.json, entry 0: .*{says}"):
+        load_pairs(f"imagereward:{as_json(tmp_path / 'test.json', [record])}")
+
+
+@pytest.mark.skipif(not (SHARED / "imagereward").is_dir(), reason="ImageReward's labels are not on this machine")
+def test_imagereward_test_labels_are_the_published_ones():
+    data = load_pairs(f"imagereward:{SHARED / 'imagereward'}", check_images=False)
+    p_first, swapped = np.array(data["p_first"]), np.array(data["swapped"])
+    untied = p_first != 0.5
+    assert (untied.sum(), (~untied).sum(), len(data.unique("group"))) == (6399, 831, 466)
+    as_in_file = np.where(swapped, 1 - p_first, p_first)
+    assert round(as_in_file[untied].mean(), 3) == 0.590, "always answering the first, in the order of the file"
+    assert abs(p_first[untied].mean() - 0.5) < 0.02, "and after the shuffle"
+    assert len(data.unique("id")) == len(data)
+
+
+# ---------------------------------------------------------------- HPDv2
+
+
+def test_hpdv2_keeps_ranks_votes_and_places(tmp_path):
+    pictures(tmp_path, "test/10.png", "test/20.png", "test/30.png")
+    raw = [[1, 2, 3], [1, 2, 3], [3, 2, 1], [1, 2, 1]]
+    record = {
+        "prompt": "a cat",
+        "image_path": ["10.png", "20.png", "30.png"],
+        "rank": [1, 2, 3],
+        "raw_annotations": [{"rank": rank, "user_hash": "u"} for rank in raw],
+    }
+    rows = rows_of(f"hpdv2:{Path(as_json(tmp_path / 'test.json', [record])).parent}")
+    assert [(row["votes_first"], row["votes_second"]) for row in rows] == [(3, 1), (2.5, 1.5), (2, 2)]
+    assert all(row["p_first"] == row["votes_first"] / 4 for row in rows)
+    assert [(row["rank_first"], row["place_second"], row["item_second"]) for row in rows] == [
+        (1, 1, "20.png"),
+        (1, 2, "30.png"),
+        (2, 2, "30.png"),
+    ]
+
+
+def test_hpdv2_train_has_a_choice_and_no_votes(tmp_path):
+    pictures(tmp_path, "train/1.png", "train/2.png")
+    record = {"prompt": "a cat", "file_path": ["1.png", "2.png"], "human_preference": [0, 1]}
+    (row,) = rows_of(as_json(tmp_path / "train.json", [record]))
+    assert (row["p_first"], row["rank_first"], row["rank_second"], row["votes_first"]) == (0.0, 2, 1, None)
+
+
+@pytest.mark.skipif(not (SHARED / "hpdv2").is_dir(), reason="the HPDv2 gallery is not on this machine")
+def test_the_votes_of_the_hpdv2_gallery_give_the_agreement_of_its_people():
+    data = load_pairs(f"hpdv2:{SHARED / 'hpdv2'}")
+    for_first, n = np.array(data["votes_first"]), 10
+    agreed = (for_first * (for_first - 1) + (n - for_first) * (n - for_first - 1)) / (n * (n - 1))
+    one_by_one = []
+    for record in json.loads((SHARED / "hpdv2" / "annotations.json").read_text()):
+        for i, j in combinations(range(len(record["image_path"])), 2):
+            votes = [ranks[i] < ranks[j] for ranks in record["annotator_ranks"]]
+            one_by_one += [a == b for a, b in combinations(votes, 2)]
+    assert len(one_by_one) == 12 * 36 * 45
+    assert agreed.mean() == pytest.approx(np.mean(one_by_one))
+    assert round(agreed.mean(), 3) == 0.803
+
+
+# ---------------------------------------------------------------- HPDv3 and HPDv3++
+
+
+def test_hpdv3_path1_always_wins(tmp_path):
+    pictures(tmp_path, "images/10.png", "images/20.png")
+    base = {"prompt": "a cat", "path1": "images/10.png", "path2": "images/20.png"}
+    voted = {"model1": "kolors", "model2": "sd14", "choice_dist": [12, 4], "confidence": 0.9999}
+    unknown = {"model1": None, "model2": None, "choice_dist": None, "confidence": None}
+    rows = rows_of(as_json(tmp_path / "test.json", [base | voted, base | unknown] * 8))
+    assert [row["p_first"] for row in rows] == [0.75, 1.0] * 8
+    assert {tuple(map(shade, row["images"])) for row in rows} == {(10, 20)}
+    assert [(row["model_first"], row["votes_second"], row["confidence"]) for row in rows[:2]] == [
+        ("kolors", 4, 0.9999),
+        (None, None, None),
+    ]
+    assert len({row["group"] for row in rows}) == 1, "the same prompt is the same group"
+
+
+def test_hpdv3_plus_plus_has_its_images_above_its_files(tmp_path):
+    pictures(tmp_path, "images/qwen_image/10.png", "images/qwen_image/20.png")
+    row = {"path1": "images/qwen_image/20.png", "path2": "images/qwen_image/10.png", "prompt": "a cat"}
+    (one,) = rows_of(f"hpdv3:{as_json(tmp_path / 'test' / 'test_aes.json', [row])}")
+    assert (one["p_first"], shade(one["images"][0]), one["item_first"]) == (1.0, 20, "images/qwen_image/20.png")
+
+
+@pytest.mark.parametrize("votes", [[1], "12", [0, 0], [-1, 2], ["a", 1]])
+def test_hpdv3_votes_that_cannot_be_used(tmp_path, votes):
+    row = {"path1": "a", "path2": "b", "prompt": "c", "choice_dist": votes}
+    with pytest.raises(InputError, match=r"all.json, entry 0: choice_dist"):
+        load_pairs(f"hpdv3:{as_json(tmp_path / 'all.json', [row])}")
+
+
+# ---------------------------------------------------------------- Pick-a-Pic
+
+
+def pick(label: float, **fields) -> dict:
+    return {
+        "are_different": True,
+        "best_image_uid": "u0",
+        "caption": "a cat",
+        "has_label": True,
+        "image_0_uid": "u0",
+        "image_1_uid": "u1",
+        "jpg_0": png(10),
+        "jpg_1": png(20),
+        "label_0": label,
+        "label_1": 1 - label,
+        "model_0": "sdxl",
+        "model_1": "dreamlike",
+        "num_example_per_prompt": 3,
+        **fields,
+    }
+
+
+def test_pickapic_labels_ties_and_rows_without_a_label(tmp_path):
+    rows = [pick(1.0), pick(0.0), pick(0.5), pick(0.0, has_label=False)]
+    found = rows_of(
+        f"pickapic:{Path(parquet(tmp_path / 'data' / 'test_unique-00000-of-00001-ab.parquet', rows)).parent}"
+    )
+    assert [row["p_first"] for row in found] == [1.0, 0.0, 0.5]
+    first = found[0]
+    assert [shade(image) for image in first["images"]] == [10, 20]
+    assert (first["item_first"], first["model_second"], first["examples_per_prompt"]) == ("u0", "dreamlike", 3)
+
+
+def test_shards_of_several_splits_have_to_be_told_apart(tmp_path):
+    for split in ("train", "test_unique"):
+        parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [pick(1.0)])
+    parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [pick(0.0)])
+    with pytest.raises(InputError, match="holds the splits test_unique, train; name one by a pattern"):
+        load_pairs(f"pickapic:{tmp_path}")
+    rows = rows_of(f"pickapic:{tmp_path}/**/train-*")
+    assert [(row["id"], row["p_first"]) for row in rows] == [("0", 1.0), ("1", 0.0)]
+    with pytest.raises(InputError, match="no file matches"):
+        load_pairs(f"pickapic:{tmp_path}/valid-*")
+
+
+@pytest.mark.parametrize("fields", [{"label_0": 0.3}, {"label_1": 1.0}, {"label_0": None}])
+def test_pickapic_labels_that_cannot_be_used(tmp_path, fields):
+    path = parquet(tmp_path / "a.parquet", [pick(1.0, **fields)])
+    with pytest.raises(InputError, match=r"a.parquet, row 0: label_0 is"):
+        load_pairs(f"pickapic:{path}")
+
+
+def test_pickapic_without_images(tmp_path):
+    row = {name: value for name, value in pick(1.0).items() if not name.startswith("jpg")}
+    with pytest.raises(InputError, match="take the version that has images"):
+        load_pairs(parquet(tmp_path / "a.parquet", [row]))
+
+
+# ---------------------------------------------------------------- Rapidata
+
+
+def rapid(**fields) -> dict:
+    images = {"image1": {"bytes": png(10), "path": "a.png"}, "image2": {"bytes": png(20), "path": "b.png"}}
+    return {"prompt": "a cat", **images, "model1": "flux", "model2": "imagen", **fields}
+
+
+def test_rapidata_votes_are_shares(tmp_path):
+    votes = {"detailed_results": "{}", "image1_path": "p/1.jpg", "image2_path": "p/2.jpg"}
+    counts = [(3, 1), (5, 5), (0, 0), (0, 4)]
+    rows = [rapid(votes_image1=one, votes_image2=two, **votes) for one, two in counts]
+    found = rows_of(parquet(tmp_path / "train_0001.parquet", rows))
+    assert [(row["id"], row["p_first"]) for row in found] == [
+        ("0/preference", 0.75),
+        ("1/preference", 0.5),
+        ("3/preference", 0.0),
+    ]
+    assert (found[0]["votes_first"], found[0]["model_second"], found[0]["item_second"]) == (3, "imagen", "p/2.jpg")
+
+
+def test_rapidata_weighted_results_have_dimensions(tmp_path):
+    shares = {"preference": (0.75, 0.25), "coherence": (0.5, 0.5), "alignment": (0.1, 0.9)}
+    fields = {f"weighted_results_image{i + 1}_{name}": two[i] for name, two in shares.items() for i in (0, 1)}
+    path = parquet(tmp_path / "train.parquet", [rapid(**fields)])
+    assert [(row["dimension"], row["p_first"]) for row in rows_of(path)] == [("preference", 0.75)]
+    assert [row["p_first"] for row in rows_of(f"rapidata:{path}#alignment")] == [pytest.approx(0.1)]
+    every = rows_of(f"rapidata:{path}#all")
+    assert {row["dimension"]: row["p_first"] for row in every} == pytest.approx(
+        {"preference": 0.75, "coherence": 0.5, "alignment": 0.1}
+    )
+    with pytest.raises(InputError, match="dimension is 'beauty'; the file has preference, coherence, alignment"):
+        load_pairs(f"rapidata:{path}#beauty")
+
+
+def test_rapidata_open_image_preferences_keep_votes_as_json(tmp_path):
+    results = [json.dumps({"image1": 7, "image2": 3}), json.dumps({"image_2.jpg": 1, "image_1.jpg": 0})]
+    rows = [rapid(aggregated_results=one, category="Animation", subcategory="x") for one in results]
+    found = rows_of(parquet(tmp_path / "train.parquet", rows))
+    assert [row["p_first"] for row in found] == pytest.approx([0.7, 0.0])
+    assert found[0]["category"] == "Animation"
+    broken = parquet(tmp_path / "broken.parquet", [rapid(aggregated_results='{"left": 1}')])
+    with pytest.raises(InputError, match="give the votes for image1 and image2"):
+        load_pairs(broken)
+
+
+# ---------------------------------------------------------------- GenAI-Bench
+
+
+def test_genai_bench_keeps_the_two_ties_apart(tmp_path):
+    votes = ["leftvote", "rightvote", "tievote", "bothbad_vote"]
+    rows = [
+        {"prompt": "a cat", "left_image": {"bytes": png(10), "path": None}, "right_image": png(20), "vote_type": vote}
+        for vote in votes
+    ]
+    for row in rows:
+        row["right_image"] = {"bytes": row["right_image"], "path": None}
+    found = rows_of(parquet(tmp_path / "test-00000-of-00001.parquet", rows))
+    assert [(row["p_first"], row["both_bad"]) for row in found] == [(1, False), (0, False), (0.5, False), (0.5, True)]
+    assert shade(found[0]["images"][0]) == 10
+    with pytest.raises(InputError, match="vote_type is 'A'"):
+        load_pairs(parquet(tmp_path / "bad.parquet", [rows[0] | {"vote_type": "A"}]))
+
+
+# ---------------------------------------------------------------- VideoGen-RewardBench
+
+
+def videogen(folder: Path, *labels: dict) -> str:
+    rows = [
+        {
+            "path_A": "videos/1_A.mp4",
+            "path_B": "./videos/1_B.mp4",
+            "A_model": "kling",
+            "B_model": "",
+            "prompt": "a cat runs",
+            "fps_A": "24.0",
+            "num_frames_A": "126.0",
+            "fps_B": "30.0",
+            "num_frames_B": "",
+            **one,
+        }
+        for one in labels
+    ]
+    (folder / "videos").mkdir()
+    for name in ("1_A.mp4", "1_B.mp4"):
+        (folder / "videos" / name).write_bytes(b"....ftypisom")
+    with (folder / "videogen-rewardbench.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return f"videogen:{folder}"
+
+
+def test_videogen_labels_each_dimension(tmp_path):
+    spec = videogen(tmp_path, {"VQ": "A", "MQ": "same", "TA": "B", "Overall": "A", "MOS_A_VQ": 4.5, "MOS_B_VQ": 3.5})
+    (row,) = rows_of(spec)
+    assert (row["id"], row["dimension"], row["p_first"]) == ("0/Overall", "Overall", 1.0)
+    (row,) = rows_of(f"{spec}#VQ")
+    assert (row["mos_first"], row["mos_second"], row["fps_first"], row["frames_second"]) == (4.5, 3.5, 24, None)
+    assert (row["item_second"], row["model_first"], row["model_second"]) == ("videos/1_B.mp4", "kling", None)
+    every = {row["dimension"]: row["p_first"] for row in rows_of(f"{spec}#all")}
+    assert every == {"VQ": 1.0, "MQ": 0.5, "TA": 0.0, "Overall": 1.0}
+
+
+def test_videogen_invalid_labels_are_left_out_and_missing_videos_counted(tmp_path):
+    gone = {"VQ": "A", "path_A": "videos/gone.mp4"}
+    spec = videogen(tmp_path, *[{"VQ": "A"}] * 8, {"VQ": "invalid"}, gone)
+    with pytest.warns(UserWarning, match=r"1 of 9 pairs .* a video of pair 9/VQ is '.*gone.mp4'"):
+        assert len(load_pairs(spec)) == 8
+    with pytest.raises(InputError, match="Overall has no label; the row has labels for VQ"):
+        load_pairs(f"{spec}#Overall")
+    with pytest.raises(InputError, match="dimension is 'beauty'"):
+        load_pairs(f"{spec}#beauty")
+
+
+@pytest.mark.skipif(not (SHARED / "videoalign").is_dir(), reason="VideoAlign's examples are not on this machine")
+def test_the_labelled_clips_of_videoalign():
+    rows = rows_of(str(SHARED / "videoalign" / "example.csv"))
+    assert len(rows) == 36 and len({row["item_first"] for row in rows}) == 3
+    labels = {(row["item_first"][-5 - 2], row["dimension"]): row["p_first"] for row in rows}
+    assert [labels["1", name] for name in ("VQ", "MQ", "TA")] == [0.0, 0.0, 1.0]
+    assert [labels["2", name] for name in ("VQ", "MQ", "TA")] == [0.5, 0.5, 1.0]
+    assert [labels["3", name] for name in ("VQ", "MQ", "TA")] == [1.0, 0.5, 0.5]
+
+
+# ---------------------------------------------------------------- MMRB2
+
+
+def bench(chosen: str = "A", prompt: list | None = None, response: list | None = None, **fields) -> dict:
+    return {
+        "id": "wise_1",
+        "prompt_content": [["text", "a cat"]] if prompt is None else prompt,
+        "response_a": {"model_name": "imagen4", "response_content": response or [["image", "images/10.png"]]},
+        "response_b": {"model_name": "flux", "response_content": [["image", "images/20.png"]]},
+        "chosen": chosen,
+        "human_annotations": [6, 2, 5],
+        "prompt_source": "wise",
+        **fields,
+    }
+
+
+def test_mmrb2_pairs_of_one_image_each(tmp_path):
+    pictures(tmp_path, "images/10.png", "images/20.png")
+    pairs = [
+        bench(),
+        bench("B", id="wise_2", human_annotations=[1, 1, 2]),
+        bench(prompt=[["text", "edit"], ["image", "input_images/1.png"]]),
+        bench(response=[["image", "images/10.png"], ["text", "Here it is."]]),
+    ]
+    found = rows_of(f"mmrb2:{Path(as_json(tmp_path / 't2i.json', {'pairs': pairs})).parent}")
+    assert [(row["id"], row["p_first"]) for row in found] == [("wise_1", 1.0), ("wise_2", 0.0)]
+    assert [(row["votes_first"], row["votes_second"]) for row in found] == [(2, 1), (0, 3)]
+    row = found[0]
+    assert (row["dimension"], row["category"], row["model_second"]) == ("t2i", "wise", "flux")
+    assert (row["prompt"], shade(row["images"][0])) == ("a cat", 10)
+
+
+def test_mmrb2_files_without_a_usable_pair(tmp_path):
+    edit = as_json(tmp_path / "edit.json", {"pairs": [bench(prompt=[["image", "a.png"], ["text", "x"]])]})
+    with pytest.raises(InputError, match=r"holds no pairs \(all rows are left out: the prompt holds images\)"):
+        load_pairs(f"mmrb2:{edit}")
+    no_prompt = {name: value for name, value in bench().items() if name != "prompt_content"}
+    with pytest.raises(InputError, match="build the benchmark"):
+        load_pairs(as_json(tmp_path / "t2i_response_only.json", {"pairs": [no_prompt]}))
+    with pytest.raises(InputError, match="chosen is 'C'"):
+        load_pairs(as_json(tmp_path / "t2i.json", {"pairs": [bench("C")]}))
+
+
+# ---------------------------------------------------------------- the generic schema
+
+
+def test_generic_files_keep_the_columns_that_evaluators_read(tmp_path):
+    pictures(tmp_path, "10.png", "20.png")
+    row = {"prompt": "a", "image_first": "10.png", "image_second": "20.png", "label": 1, "id": "x"}
+    extra = {"group": 7, "model_first": "ours", "model_second": "theirs", "votes_first": "3"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row | more) for more in ({}, extra, {"id": "y"})))
+    data = load_pairs(str(path))
+    assert data.column_names == [*FEATURES, "group", "model_first", "model_second", "votes_first"]
+    plain, rich = as_published(data[0]), as_published(data[1])
+    assert (plain["group"], plain["model_first"], plain["votes_first"]) == (None, None, None)
+    assert rich["group"] == "7"
+    path.write_text(json.dumps(row | {"votes_first": "many"}))
+    with pytest.raises(InputError, match="votes_first is 'many'"):
+        load_pairs(str(path))
