@@ -1,22 +1,32 @@
 """How good a judge is on labelled pairs: accuracy with its interval, and whether its reasoning may be trusted.
 
 The labels are shares of people, so the calibration measures compare probabilities with shares; accuracy leaves out the
-pairs on which people are split evenly, and a judge's exact tie on any other pair counts as wrong.
+pairs on which people are split evenly, and a judge's exact tie on any other pair counts as wrong. Beside that stand the
+published protocols of the data set (`measure`), for a judge that is run here as for a file of another model's scores.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import xlogy
-from scipy.stats import binomtest
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.intervals import clustered_interval, wilson
+from listener_reward.measure import (
+    Answers,
+    Labels,
+    ProtocolResult,
+    check_protocols,
+    check_shares,
+    default_protocols,
+    measure,
+)
 from listener_reward.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -24,6 +34,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from listener_reward.judge import Judge
+    from listener_reward.scores import Scores
+
+__all__ = [
+    "Evaluation",
+    "brier_score",
+    "count_right",
+    "evaluate",
+    "evaluate_scores",
+    "expected_calibration_error",
+    "is_mirrored",
+    "margins_by_order",
+    "negative_log_likelihood",
+    "side",
+    "wilson",
+]
 
 SWAP_TOLERANCE = 1e-6
 """How far p_first of a pair and of its swapped copy may be from summing to one, for the judge to be symmetric."""
@@ -42,7 +67,7 @@ class Evaluation:
     accuracy: float | None
     """Share of the other pairs on which the judge sides with the majority."""
     accuracy_interval: tuple[float, float] | None
-    """Its Wilson 95 % interval."""
+    """95 %, by a bootstrap that draws prompts; Wilson's where every prompt has one pair."""
     always_first: float | None
     """The accuracy of always preferring the first image: what an evaluation without shuffled pairs hides."""
     contradiction_rate: float | None
@@ -53,12 +78,13 @@ class Evaluation:
     swap_consistency: float | None
     """Share of `swap_checked` pairs whose verdict on the swapped pair is the exact mirror image."""
     swap_checked: int
-    position_gap: float
-    """Mean absolute position gap before it is averaged out, in [0, 1]."""
-    ece: float
-    """Expected calibration error; see `expected_calibration_error`."""
-    brier: float
-    nll: float
+    position_gap: float | None
+    """Mean absolute position gap before it is averaged out, in [0, 1]; None for a judge that is shown one order."""
+    ece: float | None
+    """Expected calibration error; see `expected_calibration_error`. None for scores that are no probabilities, as the
+    two below."""
+    brier: float | None
+    nll: float | None
     """In nats; people's own disagreement is its floor."""
     listener_accuracy: float | None
     """As `accuracy`, of the listener's probability, over the pairs that have one."""
@@ -66,27 +92,36 @@ class Evaluation:
     """Wall-clock time of the whole evaluation, the swapped pairs included."""
     verdicts: tuple[Verdict, ...] | None = None
     """One for each pair, in order, if they were asked for."""
+    missing: int = 0
+    """Pairs that a file of scores says nothing about. They count as wrong, except where a protocol says otherwise."""
+    protocols: tuple[ProtocolResult, ...] = ()
+    """The published protocols, the data set's own first."""
+    answers: Answers | None = None
+    """What people and the judge said of each pair, as arrays: for further protocols and paired tests."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON-able values, without the verdicts."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "verdicts"}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """The record as JSON-able values, without the verdicts and the answers; `protocols` by their names."""
+        left_out = ("verdicts", "answers", "protocols")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return plain | {"protocols": {result.protocol: result.to_dict() for result in self.protocols}}
 
 
 def evaluate(
     judge: Judge,
-    pairs: datasets.Dataset,
+    pairs: datasets.Dataset | datasets.IterableDataset,
     *,
     batch_size: int = 64,
     progress: bool = True,
     swap_check: int = 32,
     think: bool | None = None,
     keep: bool = False,
+    protocols: Sequence[str] | None = None,
 ) -> Evaluation:
     """Judges every pair and takes the judge's record.
 
     Images are read a batch at a time and thoughts are counted and let go, so memory does not grow with the data unless
-    `keep` is set.
+    `keep` is set; a streamed data set is read once, from its start to its end.
 
     Args:
         judge: a `Judge`, or anything with its `compare_many` and `name`.
@@ -96,57 +131,122 @@ def evaluate(
         swap_check: how many pairs, from the first on, are judged a second time with their images swapped.
         think: passed on to the judge; None is its own setting.
         keep: keep the verdicts.
+        protocols: names from `measure.PROTOCOLS`; None for those of the data set.
 
     Raises:
-        InputError: no pairs, a column or a label that is missing or out of range, or a batch size below 1.
+        InputError: no pairs, a column or a label that is missing or out of range, a batch size below 1, or a protocol
+            that there is not, or that needs what the data does not have.
         JudgeError: the judge broke. A pair that could not be judged has no score, so neither has the set.
     """
-    labels = _check(pairs, batch_size, swap_check)
-    n, tally, kept = len(labels), _Tally(), []
-    mirrored, started = 0, time.perf_counter()
-    swap_check = min(swap_check, n)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    if swap_check < 0:
+        raise InputError(f"swap_check is {swap_check}; it must be 0 or more")
+    check_protocols(protocols or ())
+    n = _check(pairs)
+    labels, tally, kept = Labels(), _Tally(), []
+    mirrored = checked = right = decided = 0
+    started = time.perf_counter()
 
     with _bar(progress) as bar:
-        task = bar.add_task("judging", total=n + swap_check) if bar else None
-        for start in range(0, n, batch_size):
-            rows: dict[str, list[Any]] = pairs[start : start + batch_size]
+        task = bar.add_task("judging", total=None if n is None else n + min(swap_check, n)) if bar else None
+        for rows in _batches(pairs, batch_size):
+            labels.add(rows)
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
             if keep:
                 kept += verdicts
-            if again := min(max(swap_check - start, 0), len(verdicts)):
+            if again := min(swap_check - checked, len(verdicts)):
                 swapped = _judge(judge, prompts[:again], seconds[:again], firsts[:again], think)
                 mirrored += sum(map(is_mirrored, verdicts, swapped))  # stops at the shorter one
+                checked += again
             if bar and task is not None:
-                right, decided = count_right(labels[: len(tally.preferred)], np.array(tally.preferred))
+                new = len(verdicts)
+                more = count_right(np.array(labels.p_first[-new:]), np.array(tally.preferred[-new:]))
+                right, decided = right + more[0], decided + more[1]
                 words = f"judging, {right / decided:.1%} right" if decided else "judging"
                 bar.update(task, advance=len(verdicts) + again, description=words)
 
-    p_first, preferred = np.array(tally.p_first), np.array(tally.preferred)
-    heard = ~np.isnan(tally.listener)
-    right, decided = count_right(labels, preferred)
-    listener_right, listener_decided = count_right(labels[heard], side(np.array(tally.listener)[heard]))
-    return Evaluation(
-        judge=judge.name,
-        data=_sources(pairs),
-        n=n,
-        n_ties=n - decided,
-        accuracy=_rate(right, decided),
-        accuracy_interval=wilson(right, decided),
-        always_first=_rate(count_right(labels, np.ones(n))[0], decided),
-        contradiction_rate=_rate(tally.contradictions, tally.listened),
-        contradiction_interval=wilson(tally.contradictions, tally.listened),
+    preferred, gaps = np.array(tally.preferred), np.array(tally.position_gap)
+    answers = labels.answers(
+        2 * np.array(tally.p_first) - 1,
+        preferred=preferred,
+        forward=np.array(tally.forward),
+        reverse=np.array(tally.reverse),
+    )
+    listener = np.array(tally.listener)
+    heard = ~np.isnan(listener)
+    listener_right, listener_decided = count_right(np.array(labels.p_first)[heard], side(listener[heard]))
+    contradictions, listened = np.array(tally.contradictions, float), np.array(tally.listened, float)
+    record = _record(judge.name, labels, answers, preferred, protocols)
+    return replace(
+        record,
+        contradiction_rate=_rate(int(contradictions.sum()), int(listened.sum())),
+        contradiction_interval=clustered_interval(contradictions, listened, answers.prompts),
         malformed_rate=_rate(tally.malformed, tally.thoughts),
-        swap_consistency=_rate(mirrored, swap_check),
-        swap_checked=swap_check,
-        position_gap=float(np.mean(tally.position_gap)),
-        ece=expected_calibration_error(labels, p_first),
-        brier=brier_score(labels, p_first),
-        nll=negative_log_likelihood(labels, p_first),
+        swap_consistency=_rate(mirrored, checked),
+        swap_checked=checked,
+        position_gap=float(np.nanmean(np.abs(gaps))) if not np.isnan(gaps).all() else None,
         listener_accuracy=_rate(listener_right, listener_decided),
         seconds=time.perf_counter() - started,
         verdicts=tuple(kept) if keep else None,
+    )
+
+
+def evaluate_scores(
+    scores: Scores, pairs: datasets.Dataset | datasets.IterableDataset, *, protocols: Sequence[str] | None = None
+) -> Evaluation:
+    """The record of a model that was run elsewhere, from its file of scores (`scores.read_scores`). No picture is read.
+
+    Raises:
+        InputError: as `evaluate`; or the scores are not those of these pairs.
+    """
+    check_protocols(protocols or ())
+    _check(pairs)
+    labels, groups, started = Labels(), [], time.perf_counter()
+    for rows in _batches(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
+        labels.add(rows)
+        groups += rows.get("group", rows["prompt"]) if scores.images else []
+    answers = labels.answers(**scores.margins(labels.columns, groups))
+    record = _record(scores.name, labels, answers, side(answers.judge / 2 + 0.5), protocols)
+    return replace(record, missing=int(np.isnan(answers.judge).sum()), seconds=time.perf_counter() - started)
+
+
+def _record(
+    name: str, labels: Labels, answers: Answers, preferred: np.ndarray, protocols: Sequence[str] | None
+) -> Evaluation:
+    """All of the record that margins tell; a run of the judge knows the rest."""
+    shares = np.array(labels.p_first)
+    if len(shares) == 0:
+        raise InputError("pairs has 0 rows; there is nothing to evaluate")
+    right, decided = count_right(shares, preferred)
+    credits = ((shares != 0.5) & (side(shares) == preferred)).astype(float), (shares != 0.5).astype(float)
+    p_first = answers.judge / 2 + 0.5
+    known = ~np.isnan(p_first)
+    calibrated = answers.unit == "probability" and bool(known.any())
+    names = default_protocols(list(labels.sources)) if protocols is None else protocols
+    return Evaluation(
+        judge=name,
+        data=labels.source,
+        n=len(shares),
+        n_ties=len(shares) - decided,
+        accuracy=_rate(right, decided),
+        accuracy_interval=clustered_interval(*credits, answers.prompts),
+        always_first=_rate(count_right(shares, np.ones(len(shares)))[0], decided),
+        contradiction_rate=None,
+        contradiction_interval=None,
+        malformed_rate=None,
+        swap_consistency=None,
+        swap_checked=0,
+        position_gap=None,
+        ece=expected_calibration_error(shares[known], p_first[known]) if calibrated else None,
+        brier=brier_score(shares[known], p_first[known]) if calibrated else None,
+        nll=negative_log_likelihood(shares[known], p_first[known]) if calibrated else None,
+        listener_accuracy=None,
+        seconds=0.0,
+        protocols=tuple(measure(answers, protocol) for protocol in names),
+        answers=answers,
     )
 
 
@@ -164,14 +264,6 @@ def count_right(labels: np.ndarray, preferred: np.ndarray) -> tuple[int, int]:
     """How many of `preferred` (1, 2, or 0 for a tie) are the majority's image, and of how many pairs that have one."""
     decided = labels != 0.5
     return int(np.sum(decided & (side(labels) == preferred))), int(np.sum(decided))
-
-
-def wilson(count: int, n: int) -> tuple[float, float] | None:
-    """The Wilson 95 % interval of a share, None of nothing."""
-    if n == 0:
-        return None
-    low, high = binomtest(count, n).proportion_ci(method="wilson")
-    return float(low), float(high)
 
 
 def expected_calibration_error(labels: np.ndarray, p_first: np.ndarray, bins: int = 15) -> float:
@@ -205,6 +297,21 @@ def is_mirrored(verdict: Verdict, swapped: Verdict) -> bool:
     return abs(verdict.p_first + swapped.p_first - 1) <= SWAP_TOLERANCE and verdict.preferred == flipped
 
 
+def margins_by_order(verdict: Verdict) -> tuple[float, float]:
+    """p(first) - p(second) with the pair shown in order, and with it shown swapped; NaN for an order not asked.
+
+    They are the means over each order's thoughts. Without thoughts they are had back from p_first, which is the mean of
+    the two orders, and the position gap, which is their difference (exact where no calibration curve bends p_first).
+    """
+    margin = 2 * verdict.p_first - 1
+    if not verdict.thoughts:
+        gap = 0.0 if np.isnan(verdict.position_gap) else verdict.position_gap
+        return margin + gap, margin - gap
+    orders = [[t.p_first for t in verdict.thoughts if t.order == order] for order in ("as given", "swapped")]
+    forward, reverse = (2 * sum(order) / len(order) - 1 if order else np.nan for order in orders)
+    return forward, reverse
+
+
 def _rate(count: int, n: int) -> float | None:
     return count / n if n else None
 
@@ -215,26 +322,33 @@ def _rate(count: int, n: int) -> float | None:
 
 
 class _Tally:
-    """What the record needs of the verdicts: five numbers a pair, and four counts over the thoughts."""
+    """What the record needs of the verdicts: eight numbers a pair, and two counts over the thoughts."""
 
     def __init__(self) -> None:
         self.p_first: list[float] = []
         self.preferred: list[int] = []
         self.listener: list[float] = []
         self.position_gap: list[float] = []
-        self.thoughts = self.malformed = self.listened = self.contradictions = 0
+        self.forward: list[float] = []
+        self.reverse: list[float] = []
+        self.listened: list[int] = []
+        self.contradictions: list[int] = []
+        self.thoughts = self.malformed = 0
 
     def add(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             self.p_first.append(verdict.p_first)
             self.preferred.append(verdict.preferred or 0)
             self.listener.append(np.nan if verdict.listener_p_first is None else verdict.listener_p_first)
-            self.position_gap.append(abs(verdict.position_gap))
+            self.position_gap.append(verdict.position_gap)
+            forward, reverse = margins_by_order(verdict)
+            self.forward.append(forward)
+            self.reverse.append(reverse)
             self.thoughts += len(verdict.thoughts)
             self.malformed += verdict.malformed
             heard = [thought.contradicted for thought in verdict.thoughts if thought.contradicted is not None]
-            self.listened += len(heard)
-            self.contradictions += sum(heard)
+            self.listened.append(len(heard))
+            self.contradictions.append(sum(heard))
 
 
 def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool | None) -> list[Verdict]:
@@ -248,26 +362,25 @@ def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool
     return verdicts
 
 
-def _check(pairs: datasets.Dataset, batch_size: int, swap_check: int) -> np.ndarray:
-    """The labels of usable `pairs`, float64 (n,)."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    if swap_check < 0:
-        raise InputError(f"swap_check is {swap_check}; it must be 0 or more")
-    if missing := {"prompt", "images", "p_first"} - set(pairs.column_names):
+def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:
+    """Refuses unusable `pairs` before anything slow begins; their number, None where only reading them tells."""
+    if missing := {"prompt", "images", "p_first"} - set(_column_names(pairs)):
         raise InputError(f"pairs has no column {', '.join(sorted(missing))}; load_pairs makes what evaluate reads")
+    if not isinstance(pairs, Sized):
+        return None
     if len(pairs) == 0:
         raise InputError("pairs has 0 rows; there is nothing to evaluate")
-    labels = np.asarray(pairs["p_first"], dtype=np.float64)
-    if (wrong := ~((labels >= 0) & (labels <= 1))).any():
-        row = int(wrong.argmax())
-        raise InputError(f"p_first of row {row} is {labels[row]}; a label is a share of people in [0, 1]")
-    return labels
+    check_shares(np.asarray(pairs["p_first"][:], dtype=np.float64))
+    return len(pairs)
 
 
-def _sources(pairs: datasets.Dataset, most: int = 3) -> str:
-    names = sorted(pairs.unique("source")) if "source" in pairs.column_names else ["unnamed"]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _batches(pairs: datasets.Dataset | datasets.IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
+    return iter(pairs.iter(batch_size=size))  # pyright: ignore[reportReturnType] - without a format it gives dicts
+
+
+def _column_names(pairs: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """A stream may know its columns only once it has been looked at."""
+    return list(pairs.column_names or next(iter(pairs), {}))
 
 
 def _bar(shown: bool) -> AbstractContextManager[Progress | None]:

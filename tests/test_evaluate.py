@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -17,11 +18,12 @@ from listener_reward.evaluate import (
     evaluate,
     expected_calibration_error,
     is_mirrored,
+    margins_by_order,
     negative_log_likelihood,
     side,
     wilson,
 )
-from listener_reward.verdict import Verdict
+from listener_reward.verdict import Thought, Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
@@ -250,3 +252,78 @@ def test_refuses_what_cannot_be_evaluated(FakeJudge, make_pairs):
     ]:
         with pytest.raises(InputError, match=words):
             evaluate(FakeJudge(), unusable, progress=False, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocols, clusters, streams
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_protocols_stand_beside_the_accuracy(FakeJudge, make_pairs):
+    record = evaluate(FakeJudge(slope=math.log(4)), make_pairs(ROWS), progress=False)
+    (result,) = record.protocols
+    assert (result.protocol, result.value, result.pairs, result.always_first) == ("imagereward", 0.5, 4, 0.5)
+    assert record.to_dict()["protocols"] == {"imagereward": result.to_dict()}
+    named = evaluate(FakeJudge(), make_pairs(ROWS), progress=False, protocols=["videogen-with-ties", "tau-b"])
+    assert [result.protocol for result in named.protocols] == ["videogen-with-ties", "tau-b"]
+    assert named.protocols[0].value == 3 / 5  # people's tie cannot be had without losing a right pair
+
+
+def test_an_unknown_protocol_is_refused_before_the_judge_is_asked(FakeJudge, make_pairs):
+    judge = FakeJudge()
+    with pytest.raises(InputError, match="protocol is 'hpsv9'"):
+        evaluate(judge, make_pairs(ROWS), progress=False, protocols=["hpsv9"])
+    assert judge.calls == []
+
+
+def test_the_interval_draws_prompts(FakeJudge, make_pairs):
+    """Forty pairs of four prompts: all pairs of a prompt are right, or all are wrong."""
+    pairs = make_pairs([(9, 1, 1.0), (9, 1, 1.0), (9, 1, 0.0), (9, 1, 1.0)] * 10)
+    pairs = pairs.map(lambda row: {"prompt": f"prompt {int(row['id']) % 4}"})
+    record = evaluate(FakeJudge(), pairs, progress=False)
+    alone = wilson(30, 40)
+    assert record.accuracy == 0.75 and record.accuracy_interval is not None and alone is not None
+    assert record.accuracy_interval[0] <= 0.25 < alone[0] and record.accuracy_interval[1] == 1
+
+
+def test_each_order_of_a_verdict():
+    both = Verdict(0.7, 1, (), None, None, 0.2, 0)  # p(first) 0.8 in order, 0.6 swapped
+    assert margins_by_order(both) == pytest.approx((0.6, 0.2))
+    shown = (("as given", 0.9), ("as given", 0.7), ("swapped", 0.4))
+    thoughts = [Thought("", order, 1, p, None, None) for order, p in shown]
+    assert margins_by_order(Verdict(0.9, 1, tuple(thoughts), None, None, 0.2, 0)) == pytest.approx((0.6, -0.2))
+    one = margins_by_order(Verdict(0.9, 1, tuple(thoughts[:1]), None, None, math.nan, 0))
+    assert one == pytest.approx((0.8, math.nan), nan_ok=True)
+    assert margins_by_order(Verdict(0.9, 1, (), None, None, math.nan, 0)) == pytest.approx((0.8, 0.8))
+
+
+def test_a_judge_that_is_shown_one_order_has_no_gap(FakeJudge, make_pairs):
+    judge = FakeJudge()
+    ask = judge.compare_many
+    judge.compare_many = lambda *pairs, **options: [
+        dataclasses.replace(verdict, position_gap=math.nan) for verdict in ask(*pairs, **options)
+    ]
+    assert evaluate(judge, make_pairs(ROWS), progress=False).position_gap is None
+
+
+def test_a_stream_is_never_far_ahead_of_the_judge(FakeJudge, make_pairs):
+    """10,000 pairs: what has been read and not been judged is at most a batch, so memory does not grow."""
+    row = make_pairs([(200, 100, 1.0)])[0]
+    judge, ahead = FakeJudge(), []
+
+    def rows():
+        for k in range(10_000):
+            ahead.append(k + 1 - sum(map(len, judge.calls)))
+            yield row | {"id": str(k), "prompt": f"prompt {k % 100}"}
+
+    stream = datasets.IterableDataset.from_generator(rows, features=make_pairs([(1, 1, 1.0)]).features)
+    record = evaluate(judge, stream, progress=False, swap_check=0, batch_size=50)
+    assert record.n == 10_000 and record.accuracy == 1.0
+    assert max(ahead) <= 51
+    assert max(map(len, judge.calls)) == 50
+
+
+def test_a_stream_without_pairs(FakeJudge, make_pairs):
+    empty = datasets.IterableDataset.from_generator(lambda: iter(()), features=make_pairs([(1, 1, 1.0)]).features)
+    with pytest.raises(InputError, match="0 rows"):
+        evaluate(FakeJudge(), empty, progress=False)

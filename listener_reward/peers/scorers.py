@@ -1,0 +1,221 @@
+"""Reward models that score one image at a time, as judges of pairs: p(first) is the sigmoid of the scores' difference.
+
+For PickScore and CLIP that is the softmax over the two images which the models were trained with. For the others it is
+the Bradley-Terry reading of their score, and only as calibrated as that is. Position means nothing to any of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from scipy.special import expit
+
+from listener_reward.checkpoint import hub_options
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.images import ImageLike, to_pil
+from listener_reward.verdict import Verdict
+
+Score = Callable[[list[str], list[Image]], Sequence[float]]
+"""Prompts and images of equal number to one score each, higher is better."""
+
+CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""The CLIP that PickScore was trained from, and whose processor it uses."""
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+
+IMSCORE: dict[str, tuple[str, str, float]] = {
+    "ImageReward": ("imscore.imreward.model", "RE-N-Y/ImageReward", 1.0),
+    "HPSv2": ("imscore.hps.model", "RE-N-Y/hpsv21", 100.0),
+    "HPSv3": ("imscore.hpsv3.model", "RE-N-Y/hpsv3", 1.0),
+    "MPS": ("imscore.mps.model", "RE-N-Y/mpsv1", 1.0),
+    "PickScorer": ("imscore.pickscore.model", "RE-N-Y/pickscore", 1.0),
+    "CLIPScore": ("imscore.preference.model", "RE-N-Y/clipscore-vit-large-patch14", 1.0),
+    "SiglipPreferenceScorer": ("imscore.preference.model", "RE-N-Y/pickscore-siglip", 1.0),
+    "CycleReward": ("imscore.cyclereward.model", "NagaSaiAbhinay/CycleReward-Combo", 1.0),
+    "EvalMuse": ("imscore.evalmuse.model", "RE-N-Y/evalmuse", 1.0),
+    "VQAScore": ("imscore.vqascore.model", "RE-N-Y/clip-t5-xxl", 1.0),
+    "ShadowAesthetic": ("imscore.aesthetic.model", "RE-N-Y/aesthetic-shadow-v2", 1.0),
+    "LAIONAestheticScorer": ("imscore.aesthetic.model", "RE-N-Y/laion-aesthetic", 1.0),
+}
+"""imscore's classes: their module, their weights as its README names them, and what their score is multiplied by to be
+log-odds. imscore's HPSv2 gives a bare cosine, which was trained under CLIP's largest logit scale."""
+
+
+class ScoreJudge:
+    """A model that scores images, as a judge of pairs.
+
+    Swapping the two images gives exactly `1 - p_first`. An image that comes back in several pairs of a call is scored
+    once.
+    """
+
+    def __init__(self, name: str, score: Score, *, scale: float = 1.0, batch_size: int = 32):
+        self.name = name
+        self._score, self._scale, self._batch_size = score, scale, batch_size
+
+    def compare_many(
+        self,
+        prompts: Sequence[str],
+        firsts: Sequence[ImageLike],
+        seconds: Sequence[ImageLike],
+        *,
+        think: bool | None = None,
+    ) -> list[Verdict]:
+        """One verdict for each pair; `think` changes nothing.
+
+        Raises:
+            InputError: unequal lengths, or an image that cannot be read.
+            JudgeError: the model gave a score that is no finite number.
+        """
+        if not len(prompts) == len(firsts) == len(seconds):
+            raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
+        asked: dict[tuple[str, bytes], Image] = {}
+        keys: list[list[tuple[str, bytes]]] = []
+        for place, images in (("firsts", firsts), ("seconds", seconds)):
+            keys.append([])
+            for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+                picture = to_pil(image, field=f"{place}[{number}]")
+                content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+                asked[prompt, content] = picture
+                keys[-1].append((prompt, content))
+        scores = dict(zip(asked, self._scored([prompt for prompt, _ in asked], list(asked.values())), strict=True))
+        return [
+            _verdict(self._scale * (scores[one] - scores[other])) for one, other in zip(keys[0], keys[1], strict=True)
+        ]
+
+    def _scored(self, prompts: list[str], images: list[Image]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(images), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            scores += map(float, self._score(prompts[part], images[part]))
+        for prompt, score in zip(prompts, scores, strict=True):
+            if not math.isfinite(score):
+                raise JudgeError(f"{self.name} gave the score {score} for prompt {prompt[:60]!r}")
+        return scores
+
+
+def _verdict(log_odds: float) -> Verdict:
+    # 1 - x is exact for x in [1/2, 1], so the mirror image of a verdict is exact.
+    high = float(expit(abs(log_odds)))
+    return Verdict(
+        p_first=high if log_odds >= 0 else 1 - high,
+        preferred=None if log_odds == 0 else 1 if log_odds > 0 else 2,
+        thoughts=(),
+        listener_p_first=None,
+        contradicted=None,
+        position_gap=0.0,
+        malformed=0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clip_judge(checkpoint: str = "") -> ScoreJudge:
+    """CLIP's similarity of prompt and image, times its logit scale. `checkpoint` is a folder or Hub name.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded.
+    """
+    checkpoint = checkpoint or CLIP
+    return ScoreJudge(f"clip:{checkpoint}" if checkpoint != CLIP else "clip", _clip_score(checkpoint, checkpoint))
+
+
+def pickscore_judge(checkpoint: str = "") -> ScoreJudge:
+    """PickScore: a CLIP finetuned on Pick-a-Pic's choices. `checkpoint` is a folder or Hub name of another of its kind.
+
+    Raises:
+        InputError: the checkpoint, or the processor of the CLIP it comes from, cannot be loaded.
+    """
+    checkpoint = checkpoint or PICKSCORE
+    own = any((Path(checkpoint) / file).exists() for file in ("preprocessor_config.json", "processor_config.json"))
+    name = f"pickscore:{checkpoint}" if checkpoint != PICKSCORE else "pickscore"
+    return ScoreJudge(name, _clip_score(checkpoint, checkpoint if own else CLIP))
+
+
+def _clip_score(checkpoint: str, processor_name: str) -> Score:
+    from transformers import AutoModel, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(processor_name, **hub_options(processor_name))
+        model: Any = AutoModel.from_pretrained(checkpoint, **hub_options(checkpoint))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_cannot_load("CLIP checkpoint", checkpoint, error)) from error
+    model.eval().to(_device())
+    longest = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def score(prompts: list[str], images: list[Image]) -> list[float]:
+        inputs = processor(
+            text=prompts, images=images, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(model.device)
+        embedded = model(**inputs)  # both of unit length
+        similar = (embedded.text_embeds * embedded.image_embeds).sum(-1)
+        return (model.logit_scale.exp() * similar).tolist()
+
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through imscore
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def imscore_judge(model: str) -> ScoreJudge:
+    """A model of the imscore package by its class's name.
+
+    Raises:
+        InputError: imscore has no such model, or its weights cannot be loaded.
+        MissingExtraError: imscore, or a package that it needs, is not installed.
+    """
+    if model not in IMSCORE:
+        raise InputError(f"imscore:{model!r} is unknown; there are {', '.join(f'imscore:{name}' for name in IMSCORE)}")
+    module, weights, scale = IMSCORE[model]
+    try:
+        loaded: Any = getattr(importlib.import_module(module), model)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"imscore:{model} needs a package that is not here ({error}): pip install imscore\n"
+            "Where its versions clash with ours, run it in an environment of its own and give its scores by --scores"
+        ) from error
+    try:
+        scorer = loaded.from_pretrained(weights, **hub_options(weights)).eval().to(_device())
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_cannot_load("imscore checkpoint", weights, error)) from error
+
+    @torch.inference_mode()
+    def score(prompts: list[str], images: list[Image]) -> list[float]:
+        # One size at a time: imscore takes one tensor for a batch.
+        scores = [math.nan] * len(images)
+        for size in {image.size for image in images}:
+            rows = [row for row, image in enumerate(images) if image.size == size]
+            pixels = torch.stack([_pixels(images[row]) for row in rows]).to(_device())
+            found = scorer.score(pixels, [prompts[row] for row in rows])
+            # (B,) or (B, 1), which differs from model to model.
+            for row, value in zip(rows, found.float().reshape(len(rows), -1)[:, 0].tolist(), strict=True):
+                scores[row] = value
+        return scores
+
+    return ScoreJudge(f"imscore:{model}", score, scale=scale)
+
+
+def _pixels(image: Image) -> torch.Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"the {what} {name!r} cannot be loaded ({reason}); check the name and the connection, or give a local folder"

@@ -1,0 +1,168 @@
+"""Several judges in one table, and the `eval` command that makes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from listener_reward.cli import app
+from listener_reward.datasets import load_pairs
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.evaluate import Evaluation, evaluate
+from listener_reward.judge import Judge
+from listener_reward.leaderboard import leaderboard, plain
+
+
+@pytest.fixture
+def data(tmp_path: Path, shade: Any) -> Path:
+    """Forty pairs of ten prompts; people like what is redder, and always did so in the file's first place."""
+    for red in range(0, 250, 6):
+        shade(red).save(tmp_path / f"{red}.png")
+    rows = [
+        {
+            "prompt": f"prompt {k % 10}",
+            "image_first": f"{6 * (k + 1)}.png",
+            "image_second": f"{6 * k}.png",
+            "p_first": 1.0,
+            "id": f"pair {k}",
+        }
+        for k in range(40)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def scores(path: Path, right: int, of: int = 40) -> Path:
+    """A file of scores that is right on the first `right` pairs."""
+    rows = [{"id": f"pair {k}", "p_first": 0.8 if k < right else 0.3} for k in range(of)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def evaluations(FakeJudge: Any, data: Path) -> list[Evaluation]:
+    pairs = load_pairs(str(data))
+    judges = [FakeJudge(noise=20.0, name="noisy"), FakeJudge(slope=-1.0, name="contrary"), FakeJudge(name="good")]
+    return [evaluate(judge, pairs, progress=False) for judge in judges]
+
+
+def test_the_best_is_first_and_all_are_tested_against_it(evaluations):
+    board = leaderboard(evaluations)
+    assert [one.judge for one in board.evaluations] == ["good", "noisy", "contrary"]
+    assert (board.protocol, board.against) == ("imagereward", "good")
+    assert board.tests[0] is None
+    assert board.tests[2] is not None and board.tests[2].difference == -1 and board.tests[2].p_value < 0.01
+    written = json.loads(json.dumps(board.to_dict()))
+    assert [row["judge"] for row in written["judges"]] == ["good", "noisy", "contrary"]
+    assert written["judges"][2]["paired"]["only_second"] == 40 and written["judges"][0]["paired"] is None
+
+
+def test_tested_against_a_chosen_one(evaluations):
+    board = leaderboard(evaluations, evaluations[1])
+    assert board.against == "contrary" and [test is None for test in board.tests] == [False, False, True]
+    assert board.tests[0] is not None and board.tests[0].difference == 1
+
+
+def test_only_the_same_can_be_compared(evaluations):
+    with pytest.raises(InputError, match="empty"):
+        leaderboard([])
+    with pytest.raises(InputError, match="different protocols"):
+        leaderboard([evaluations[0], replace(evaluations[1], protocols=())])
+    with pytest.raises(InputError, match="no answers"):
+        leaderboard([evaluations[0], replace(evaluations[1], answers=None)])
+
+
+def test_a_file_s_name_drives_neither_the_table_nor_the_terminal():
+    assert plain("[red]x\x1b[31m") == r"\[red]x" + "\N{REPLACEMENT CHARACTER}" + r"\[31m"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture
+def judges(monkeypatch: pytest.MonkeyPatch, FakeJudge: Any) -> dict[str, Any]:
+    """What `Judge.from_pretrained` gives for a name."""
+    named: dict[str, Any] = {
+        "good": FakeJudge(name="good"),
+        "contrary": FakeJudge(slope=-1.0, name="contrary"),
+        "broken": FakeJudge(name="broken", breaks_on=lambda *_: True),
+    }
+    monkeypatch.setattr(Judge, "from_pretrained", lambda name, **options: named[name])
+    return named
+
+
+def test_several_judges_and_files_in_one_table(judges, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    mine = scores(tmp_path / "mine.jsonl", right=30)
+    result = run("--data", data, "--judge", "contrary", "--judge", "good", "--scores", mine, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert [row["judge"] for row in answer["judges"]] == ["good", "mine.jsonl", "contrary"]
+    assert [row["accuracy"] for row in answer["judges"]] == [1.0, 0.75, 0.0]
+    assert answer["judges"][1]["paired"]["difference"] == -0.25
+    table = run("--data", data, "--judge", "contrary", "--judge", "good", "--scores", mine).stdout
+    assert table.index("good") < table.index("mine.jsonl") < table.index("contrary")
+    assert "always first, in file order" in table
+    assert "40 pairs of 10 prompts count" in table
+
+
+def test_a_file_alone_loads_no_judge(judges, data, tmp_path):
+    result = run("--data", data, "--scores", scores(tmp_path / "mine.jsonl", right=30), "--json")
+    answer = json.loads(result.stdout)
+    assert (answer["judge"], answer["accuracy"], answer["protocols"]["imagereward"]["value"]) == (
+        "mine.jsonl",
+        0.75,
+        0.75,
+    )
+    assert answer["protocols"]["imagereward"]["always_first_in_file"] == 1.0
+    assert not judges["good"].calls
+
+
+def test_against_a_file(judges, data, tmp_path):
+    mine, theirs = scores(tmp_path / "mine.jsonl", right=30), scores(tmp_path / "theirs.jsonl", right=10)
+    answer = json.loads(run("--data", data, "--scores", mine, "--against", theirs, "--json").stdout)
+    assert answer["against"] == "theirs.jsonl"
+    assert [row["paired"] and row["paired"]["difference"] for row in answer["judges"]] == [0.5, None]
+    assert 0 < answer["judges"][0]["paired"]["p_value"] < 0.05
+
+
+def test_a_protocol_by_name(judges, data, tmp_path):
+    mine = scores(tmp_path / "mine.jsonl", right=30)
+    options = ["--protocol", "videogen-with-ties", "--protocol", "mmrb2", "--json"]
+    answer = json.loads(run("--data", data, "--scores", mine, *options).stdout)
+    assert list(answer["protocols"]) == ["videogen-with-ties", "mmrb2"]
+    result = run("--data", data, "--scores", mine, "--protocol", "hpsv9")
+    assert result.exit_code == 2 and "hpsv2-inversion" in result.stderr
+
+
+def test_one_broken_judge_does_not_lose_the_others(judges, data):
+    result = run("--data", data, "--judge", "broken", "--judge", "good", "--json")
+    assert result.exit_code == 3 and "the fake judge broke" in result.stderr
+    assert [row["accuracy"] for row in json.loads(result.stdout)["judges"]] == [1.0]
+    alone = run("--data", data, "--judge", "broken", "--json")
+    assert (alone.exit_code, alone.stdout) == (3, "")
+    both = run("--data", data, "--judge", "broken", "--judge", "broken", "--json", "--debug")
+    assert isinstance(both.exception, JudgeError) and both.stdout == ""
+
+
+def test_a_peer_that_is_not_installed_is_named(judges, data):
+    result = run("--data", data, "--judge", "imscore:HPSv2")
+    assert result.exit_code == 2 and "pip install imscore" in result.stderr
+
+
+def test_a_stream_gives_the_same(judges, data):
+    whole = json.loads(run("--data", data, "--judge", "good", "--json").stdout)
+    streamed = json.loads(run("--data", data, "--judge", "good", "--json", "--stream").stdout)
+    assert whole | {"seconds": 0} == streamed | {"seconds": 0}
