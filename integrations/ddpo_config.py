@@ -1,0 +1,153 @@
+"""The settings of `DDPOTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from listener_reward.errors import InputError
+
+from .objectives import Spread
+from .rollout import RESERVED
+from .schedulers import Dynamics
+
+_CHOICES = {
+    "loss": ("ppo", "nft"),
+    "train": ("lora", "full"),
+    "advantage": ("group", "prompt"),
+    "spread": get_args(Spread),
+    "dynamics": get_args(Dynamics),
+    "mixed_precision": ("no", "bf16"),
+    "on_hacking": ("warn", "stop"),
+}
+_AT_LEAST_ONE = (
+    *("epochs", "num_inference_steps", "prompts_per_epoch", "images_per_prompt", "batch_size", "updates_per_epoch"),
+    *("inner_epochs", "lora_rank", "save_every", "keep_checkpoints", "prompt_buffer", "prompt_min_count"),
+)
+_POSITIVE = ("learning_rate", "max_grad_norm", "clip_range", "advantage_clip", "nft_beta", "replay_tolerance")
+_NOT_NEGATIVE = ("kl", "weight_decay", "sample_every", "sample_prompts")
+
+
+@dataclass
+class DDPOConfig:
+    """What to sample, what to learn from it, and what to keep. Numbers of images are those of one process."""
+
+    output_dir: str = "ddpo"
+    """Gets the LoRA, `metrics.jsonl`, `samples/`, `checkpoints/` and `config.json`."""
+    epochs: int = 100
+    """An epoch samples images, has them scored, and updates the weights."""
+    seed: int = 0
+    """Every draw is a function of this seed, the epoch, the process and the batch; so a resumed run repeats them."""
+
+    # Sampling
+    num_inference_steps: int = 20
+    """Fewer than for the final images will do: Flow-GRPO trains with 10 and draws with 40."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """What else each call of the pipeline gets: guidance_scale, negative_prompt, height, width, num_frames."""
+    prompts_per_epoch: int = 8
+    images_per_prompt: int = 8
+    """The size of a group. Small groups have noisy means; peers use 8 to 24."""
+    batch_size: int = 8
+    """Images in one call of the pipeline, in sampling and in training alike: kernels round by batch size, and the
+    ratio of a replay must be 1."""
+    noise_level: float | None = None
+    """See `log_prob_scheduler`; None is DDPO's 1 for DDIM and Flow-GRPO's 0.7 for flow matching."""
+    dynamics: Dynamics = "cps"
+    """The SDE for flow-matching models. "cps" leaves no noise in the images, "flow_sde" is Flow-GRPO's own."""
+    window: tuple[float, float] = (0.0, 0.6)
+    """Between which shares of the schedule steps are noisy and trained; the others are the stock sampler's. The early
+    steps decide what is in the image; noise in late ones only blurs the reward. (0, 1) is DDPO's and Flow-GRPO's."""
+
+    # Learning
+    loss: Literal["ppo", "nft"] = "ppo"
+    """"ppo" clips ratios of the noisy steps (DDPO, GRPO); "nft" is DiffusionNFT's forward-process loss, which samples
+    without noise and noises the results anew."""
+    train_fraction: float = 1.0
+    """Share of the steps that is trained, drawn anew for each batch: of the noisy ones, or with "nft" of all."""
+    updates_per_epoch: int = 1
+    """Optimizer steps in a pass over an epoch's images. With one, every ratio is 1 and nothing is clipped."""
+    inner_epochs: int = 1
+    """Passes over an epoch's images."""
+    advantage: Literal["group", "prompt"] = "group"
+    """"group" centres rewards on the prompt's other images of the epoch (GRPO), "prompt" on the prompt's rewards of the
+    last epochs too (ddpo-pytorch), which needs rewards on one scale and prompts that return."""
+    spread: Spread = "batch"
+    """Whose standard deviation divides the group's advantages; see `objectives.group_advantages`."""
+    prompt_buffer: int = 32
+    """Rewards of a prompt that "prompt" remembers."""
+    prompt_min_count: int = 16
+    """With fewer, "prompt" takes the mean of the epoch."""
+    advantage_clip: float = 5.0
+    clip_range: float = 1e-4
+    """Small, because log-probabilities are means over a latent's dimensions. The log has the share that is clipped."""
+    nft_beta: float = 1.0
+    kl: float = 0.03
+    """Weight of the divergence from the base, which is the model with its adapters off. With "ppo" that of the two
+    Gaussians, with "nft" the mean squared difference of the outputs. 0 saves a forward pass for each step."""
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+
+    # What is trained
+    train: Literal["lora", "full"] = "lora"
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+    """None is the rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names that layers end in: the attention of every diffusers denoiser."""
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """"bf16" runs a float32 pipeline under autocast. One that was loaded in bfloat16 needs "no": its adapters are
+    float32 in either case."""
+    replay_tolerance: float = 1e-4
+    """By how much a replayed log-probability may differ from the recorded one before anything is learnt."""
+
+    # Watching and keeping
+    log_with: Any = None
+    """accelerate's trackers: "tensorboard", "wandb", or a list."""
+    sample_every: int = 10
+    """Epochs between grids of the first `sample_prompts` prompts, from fixed seeds, by the pipeline's own scheduler;
+    0 draws none."""
+    sample_prompts: int = 8
+    save_every: int = 10
+    """Epochs between checkpoints."""
+    keep_checkpoints: int = 2
+    on_hacking: Literal["warn", "stop"] = "warn"
+    """What happens when the reward rises and agreement, diversity or the second reward falls; see `hacking.py`."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, allowed))}")
+        for names, fits, what in (
+            (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+            (_POSITIVE, lambda value: value > 0, "above 0"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise InputError(f"{name} is {getattr(self, name)}; it must be {what}")
+        if not 0 < self.train_fraction <= 1:
+            raise InputError(f"train_fraction is {self.train_fraction}; it is a share above 0 and up to 1")
+        if (self.prompts_per_epoch * self.images_per_prompt) % self.batch_size:
+            raise InputError(
+                f"batch_size is {self.batch_size}; it must divide prompts_per_epoch x images_per_prompt = "
+                f"{self.prompts_per_epoch * self.images_per_prompt}, because all batches must be of one size"
+            )
+        if self.updates_per_epoch > self.batches:
+            raise InputError(
+                f"updates_per_epoch is {self.updates_per_epoch} with {self.batches} batches an epoch; it can be at "
+                "most that number"
+            )
+        if self.advantage == "group" and self.images_per_prompt < 2:
+            raise InputError("images_per_prompt is 1, which is no group; give at least 2, or advantage='prompt'")
+        if self.train == "full" and self.kl:
+            raise InputError(f"kl is {self.kl}, and with train='full' there is no base to switch to; give kl=0")
+        taken = [name for name in RESERVED if name in self.call]
+        if taken:
+            raise InputError(f"call has {', '.join(taken)}, which the trainer sets; leave it out")
+
+    @property
+    def batches(self) -> int:
+        """Calls of the pipeline in an epoch."""
+        return self.prompts_per_epoch * self.images_per_prompt // self.batch_size

@@ -1,0 +1,90 @@
+"""A guard against reward hacking: a reward that rises while what it should mean falls.
+
+Training finds whatever the reward pays for. A judge that can be talked round pays for being talked round: its reward
+rises, and what nobody optimises falls. Watched are the listener's agreement with the judge's verdicts, the diversity of
+the images of one prompt, and a second reward if there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import linregress
+
+REWARD = "reward_mean"
+
+WATCHED = {"agreement": 0.05, "diversity": 0.2, "second_reward_mean": 0.0}
+"""Quantities of an epoch, and the share of its value that each may lose over the window before it counts. Diversity
+falls in every training; a fifth of it within one window is more than that."""
+
+SIGNIFICANT = 0.01
+"""p-value of a trend, one-sided. Small, because every epoch asks again."""
+
+
+class HackingGuard:
+    """Told of each epoch, it says what looks like reward hacking.
+
+    Args:
+        window: epochs that a trend is fitted to.
+        min_epochs: it says nothing before it has seen so many.
+    """
+
+    def __init__(self, window: int = 20, min_epochs: int = 8):
+        self.window, self.min_epochs = window, min_epochs
+        self.rows: list[dict[str, float]] = []
+        self.raised: list[str] = []
+        """What has been warned of and has not recovered since."""
+
+    def update(self, row: Mapping[str, float]) -> list[str]:
+        """One message for each of `WATCHED` that has begun to fall while the reward rises.
+
+        A reward whose mean is zero by construction (`ListenerReward` comparing within groups) cannot be seen to rise;
+        training against it is taken for its rise.
+        """
+        names = (REWARD, *WATCHED)
+        self.rows = [*self.rows, {name: float(row.get(name, math.nan)) for name in names}][-self.window :]
+        falling = [name for name, share in WATCHED.items() if self._falls(name, share)]
+        if not falling or not self._reward_rises():
+            self.raised = []
+            return []
+        fresh = [name for name in falling if name not in self.raised]
+        self.raised = falling
+        return [self._message(name) for name in fresh]
+
+    def state_dict(self) -> dict[str, list]:
+        return {"rows": self.rows, "raised": self.raised}
+
+    def load_state_dict(self, state: Mapping[str, list]) -> None:
+        self.rows, self.raised = list(state["rows"]), list(state["raised"])
+
+    def _series(self, name: str) -> np.ndarray:
+        values = np.array([row[name] for row in self.rows])
+        return values[~np.isnan(values)]
+
+    def _reward_rises(self) -> bool:
+        rewards = self._series(REWARD)
+        relative = bool(len(rewards)) and bool(np.abs(rewards).max() < 1e-3)
+        return relative or self._trend(REWARD, "greater") is not None
+
+    def _falls(self, name: str, share: float) -> bool:
+        trend = self._trend(name, "less")
+        return trend is not None and trend[0] - trend[1] > share * abs(trend[0])
+
+    def _trend(self, name: str, direction: str) -> tuple[float, float] | None:
+        """The fitted first and last value in the window if the trend is significant."""
+        values = self._series(name)
+        if len(values) < self.min_epochs or np.ptp(values) == 0:
+            return None
+        fit: Any = linregress(np.arange(len(values)), values, alternative=direction)
+        return (fit.intercept, fit.intercept + fit.slope * (len(values) - 1)) if fit.pvalue < SIGNIFICANT else None
+
+    def _message(self, name: str) -> str:
+        trend = self._trend(name, "less")
+        assert trend is not None
+        return (
+            f"{name} fell from {trend[0]:.3g} to {trend[1]:.3g} in {len(self._series(name))} epochs while the reward "
+            "rose; this looks like reward hacking. Look at the sample grids; raise kl, or stop earlier"
+        )

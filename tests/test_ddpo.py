@@ -1,0 +1,585 @@
+"""The DDPO trainer: one update on each of ten families, learning, resume after a kill, and what may go wrong."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_pipelines as tiny
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import GeneralTracker
+from peft import PeftModel
+from PIL import Image
+
+from listener_reward import ListenerReward
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer, ReplayError
+from listener_reward.integrations.ddpo_log import checkpoints, read_metrics, save_checkpoint
+from listener_reward.integrations.rollout import record
+
+PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+
+
+def brightness(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    return images.flatten(1).mean(1), {}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Any:
+    """accelerate keeps the first precision that a process asks for."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., DDPOConfig]:
+    def make(family: str = "sd15", *, guided: bool = False, **fields: Any) -> DDPOConfig:
+        short = {
+            "output_dir": str(tmp_path / "run"),
+            "epochs": 1,
+            "num_inference_steps": 3,
+            "call": tiny.FAMILIES[family].call(guided),
+            "window": (0.0, 1.0),
+            "prompts_per_epoch": 1,
+            "images_per_prompt": 4,
+            "batch_size": 2,
+            "lora_rank": 2,
+            "sample_every": 0,
+        }
+        return DDPOConfig(**(short | fields))
+
+    return make
+
+
+def weights(pipeline: Any) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of the pipeline, by name."""
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for key, value in module.state_dict().items()
+    }
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    assert before.keys() == after.keys()
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+# --- one update
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_one_update_changes_the_lora_and_only_it(family: str, config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build(family)
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config(family, guided=True))
+    before = weights(pipeline)
+    trainer.train()
+    moved = changed(before, weights(pipeline))
+    assert moved and all("lora_" in name for name in moved)
+    # B starts at zero, so that A has no gradient in the first update; every B has to move.
+    assert {name for name in before if "lora_B" in name} == set(moved)
+    row = trainer.history[0]
+    assert row["ratio_deviation"] < 1e-4 and row["clip_fraction"] == 0 and row["kl"] == 0 and row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "wan2.2", "cogvideox"])
+def test_the_forward_process_loss_is_one_switch(family: str, config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build(family, torch.bfloat16)
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config(family, guided=True, loss="nft"))
+    before = weights(pipeline)
+    trainer.train()
+    moved = changed(before, weights(pipeline))
+    assert moved and all("lora_B" in name for name in moved)
+    assert "ratio_deviation" not in trainer.history[0]
+
+
+def test_full_fine_tuning_changes_the_denoiser_and_nothing_else(config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build("sd3")
+    before = weights(pipeline)
+    folder = DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3", train="full", kl=0.0)).train()
+    after = weights(pipeline)
+    moved = changed(before, after)
+    assert moved and all(name.startswith("transformer.") for name in moved)
+    reloaded = type(pipeline.transformer).from_pretrained(folder / "transformer").state_dict()
+    assert all(torch.equal(value, after[f"transformer.{name}"]) for name, value in reloaded.items())
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "pixart-sigma", "wan2.2"])
+def test_a_stock_pipeline_reads_the_lora(family: str, config: Callable[..., DDPOConfig]):
+    """With alpha other than the rank, which diffusers loses unless it is told."""
+    settings = config(family, lora_alpha=6.0, learning_rate=0.1, train_fraction=1.0)
+    pipeline = tiny.build(family)
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, settings)
+    folder = trainer.train()
+    fresh = tiny.build(family)
+    assert type(pipeline.scheduler) is type(fresh.scheduler)  # the user's own is back
+
+    def images(of: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return of("a red circle", num_inference_steps=2, generator=generator, output_type="pt", **settings.call)[0]
+
+    base = images(fresh)
+    if family == "pixart-sigma":  # diffusers has no LoRA loader for it
+        fresh.transformer = PeftModel.from_pretrained(fresh.transformer, folder / "transformer")
+    else:
+        fresh.load_lora_weights(folder)
+    if family == "wan2.2":
+        fresh.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)
+    assert torch.allclose(images(fresh), images(pipeline), atol=1e-5)
+    assert not torch.allclose(images(fresh), base, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}])
+def test_checkpointing_and_autocast_learn_the_same(extra: dict[str, Any], config: Callable[..., DDPOConfig]):
+    def update(**fields: Any) -> torch.Tensor:
+        pipeline = tiny.build("sd3")
+        trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3", save_every=9, **fields))
+        trainer.train()
+        AcceleratorState._reset_state()
+        assert trainer.history[0]["ratio_deviation"] < 1e-4
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.learner.parameters])
+
+    plain = update(output_dir=str(Path(config().output_dir).with_name("plain")))
+    other = update(**extra)
+    assert torch.cosine_similarity(plain, other, dim=0) > 0.9
+    if "gradient_checkpointing" in extra:
+        assert torch.allclose(plain, other, atol=1e-6)
+
+
+# --- learning
+
+
+@pytest.fixture(scope="module")
+def painter() -> dict[str, torch.Tensor]:
+    """Weights of a tiny SD3 that draws plain pictures of any colour: a few seconds of training make a sampler."""
+    from listener_reward.integrations.schedulers import log_prob_scheduler
+
+    pipeline = tiny.build("sd3")
+    transformer, prompts = pipeline.transformer, [PROMPTS[0]] * 16
+    with torch.no_grad():
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=16
+        )
+    scheduler, generator = log_prob_scheduler(pipeline.scheduler), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(50)
+    optimizer = torch.optim.AdamW(transformer.parameters(), 4e-3)
+    for _ in range(120):
+        x0 = (torch.rand(16, 4, 1, 1, generator=generator) * 2 - 1).expand(16, 4, 8, 8)
+        noise = torch.randn(x0.shape, generator=generator)
+        index = int(torch.randint(0, 50, (1,), generator=generator))
+        time = scheduler.schedule[index].expand(16)
+        output = transformer(scheduler.diffuse(index, x0, noise), embeds, pooled, time, return_dict=False)[0]
+        ((output - (noise - x0)) ** 2).mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    return transformer.state_dict()
+
+
+@pytest.mark.parametrize("loss", ["ppo", "nft"])
+def test_the_reward_rises(loss: str, painter: dict[str, torch.Tensor], config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build("sd3")
+    pipeline.transformer.load_state_dict(painter)
+    settings = config(
+        "sd3",
+        loss=loss,
+        dynamics="flow_sde",
+        epochs=6,
+        num_inference_steps=4,
+        images_per_prompt=16,
+        batch_size=16,
+        learning_rate=1e-2,
+        kl=0.0,
+    )
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, settings)
+    trainer.train()
+    rewards = [row["reward_mean"] for row in trainer.history]
+    assert rewards[-1] - rewards[0] > trainer.history[0]["reward_std"]
+
+
+# --- rewards
+
+
+def test_a_missing_reward_has_no_part_in_anything(config: Callable[..., DDPOConfig]):
+    """The update with a score missing is the one that the other three make by themselves, whatever its image."""
+
+    def only(scores: list[float | None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        pipeline = tiny.build("sd15")
+        settings = config(kl=0.0, batch_size=4, output_dir=str(Path(config().output_dir).with_name(str(len(runs)))))
+        trainer = DDPOTrainer(pipeline, lambda images, prompts, metadata: (scores, {}), PROMPTS, settings)
+        trainer.train()
+        runs.append(trainer)
+        return weights(pipeline), trainer.history[0]
+
+    runs: list[DDPOTrainer] = []
+    masked, row = only([0.1, None, 0.3, 0.8])
+    assert row["reward_missing"] == 0.25 and row["reward_mean"] == pytest.approx(0.4)
+    as_zero, _ = only([0.1, 0.0, 0.3, 0.8])
+    as_nan, _ = only([0.1, float("nan"), 0.3, 0.8])
+    assert not changed(masked, as_nan)
+    assert changed(masked, as_zero)
+    before = weights(DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, config()).pipeline)
+    nothing, _ = only([None] * 4)
+    assert not changed(before, nothing)
+
+
+def test_rewards_are_computed_while_the_next_batch_is_sampled(config: Callable[..., DDPOConfig]):
+    threads, overlapped = set(), []
+    sampling = threading.Event()
+
+    def reward(images: Any, prompts: list[str], metadata: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        overlapped.append(sampling.wait(20))  # only another thread can end this wait
+        return brightness(images, prompts, metadata)
+
+    pipeline = tiny.build("sd15")
+    trainer = DDPOTrainer(pipeline, reward, PROMPTS, config(prompts_per_epoch=2, images_per_prompt=2))
+    calls, call = [], type(pipeline).__call__
+
+    class Watched(type(pipeline)):
+        @functools.wraps(call)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                sampling.set()
+            return call(self, *args, **kwargs)
+
+    pipeline.__class__ = Watched
+    trainer.train()
+    assert overlapped == [True, True]
+    assert threading.current_thread().name not in threads
+
+
+def test_a_prompts_images_come_in_one_call_with_their_metadata(config: Callable[..., DDPOConfig]):
+    seen = []
+
+    def reward(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        assert images.shape == (len(prompts), 3, 16, 16) and images.dtype == torch.float32
+        assert images.min() >= 0 and images.max() <= 1
+        seen.append((prompts, [entry["id"] for entry in metadata]))
+        return np.arange(len(prompts)), {"even": np.arange(len(prompts)) % 2, "text": ["x"] * len(prompts), "one": 1}
+
+    prompts = [{"prompt": text, "id": number} for number, text in enumerate(PROMPTS)]
+    settings = config(prompts_per_epoch=3, images_per_prompt=4, batch_size=6)
+    trainer = DDPOTrainer(tiny.build("sd15"), reward, prompts, settings)
+    trainer.train()
+    for texts, numbers in seen:
+        assert texts == [PROMPTS[number] for number in numbers]
+        assert all(numbers.count(number) == 4 for number in numbers)
+    assert sorted(number for _, numbers in seen for number in numbers) == [0] * 4 + [1] * 4 + [2] * 4
+    assert trainer.history[0]["info/even"] == 0.5 and "info/text" not in trainer.history[0]
+
+
+def test_the_listener_is_the_reward(config: Callable[..., DDPOConfig], FakeJudge: Any):
+    """The group scheme scores a prompt's images against one another; its numbers reach the log and the guard."""
+    reward = ListenerReward(FakeJudge(slope=50.0, listener_slope=-50.0))
+    trainer = DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config(), second_reward=brightness)
+    trainer.train()
+    row = trainer.history[0]
+    assert row["reward_mean"] == pytest.approx(0, abs=1e-4) and row["reward_std"] > 0
+    assert row["contradiction_rate"] == 1 and row["agreement"] == 0 and row["position_gap"] == 0
+    assert 0 < row["second_reward_mean"] < 1 and 0 < row["diversity"] < 1
+    assert trainer.guard.rows[0]["second_reward_mean"] == row["second_reward_mean"]
+
+
+def test_a_broken_judge_stops_the_run_or_masks_its_images(config: Callable[..., DDPOConfig], FakeJudge: Any):
+    broken = FakeJudge(breaks_on=lambda *_: True)
+    trainer = DDPOTrainer(tiny.build("sd15"), ListenerReward(broken), PROMPTS, config())
+    with pytest.raises(JudgeError):
+        trainer.train()
+    trainer = DDPOTrainer(tiny.build("sd15"), ListenerReward(broken, on_failure="nan"), PROMPTS, config(kl=0.0))
+    before = weights(trainer.pipeline)
+    trainer.train()
+    assert trainer.history[0]["reward_missing"] == 1 and not changed(before, weights(trainer.pipeline))
+
+
+@pytest.mark.parametrize("given", [[1.0], ["a", "b", "c", "d"], [1.0, 2.0, 3.0, float("inf")], np.ones((4, 1))])
+def test_what_is_no_reward_stops_the_run(given: Any, config: Callable[..., DDPOConfig]):
+    trainer = DDPOTrainer(tiny.build("sd15"), lambda *_: (given, {}), PROMPTS, config())
+    before = weights(trainer.pipeline)
+    with pytest.raises(JudgeError):
+        trainer.train()
+    assert not changed(before, weights(trainer.pipeline))
+
+
+# --- the self-check
+
+
+def test_a_replay_that_differs_is_caught_before_anything_is_learnt(config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build("sd3")
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3"))
+    before = weights(pipeline)
+    for module in pipeline.transformer.modules():
+        if isinstance(module, torch.nn.SiLU):  # as dropout does: another output each time
+            module.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.randn_like(output))
+    with pytest.raises(ReplayError, match="dropout"):
+        trainer.train()
+    assert not changed(before, weights(pipeline))
+
+
+def test_a_pipeline_that_lets_no_gradient_through_is_told_of(config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build("sd3")
+
+    class Sealed(type(pipeline)):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    pipeline.__class__ = Sealed
+    with pytest.raises(ReplayError, match=r"functools\.wraps"):
+        DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3")).train()
+
+
+# --- resume
+
+
+SCRIPT = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    import tiny_pipelines as tiny
+    from test_ddpo import PROMPTS, brightness, resumable
+    from listener_reward.integrations.ddpo import DDPOTrainer
+
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 6:  # in the third epoch, while the second batch is sampled
+            os.kill(os.getpid(), signal.SIGKILL)
+        return brightness(images, prompts, metadata)
+
+    DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, resumable(sys.argv[2])).train()
+"""
+
+
+def resumable(folder: str) -> DDPOConfig:
+    return DDPOConfig(
+        output_dir=folder,
+        epochs=4,
+        num_inference_steps=3,
+        call=tiny.FAMILIES["sd15"].call(False),
+        prompts_per_epoch=2,
+        images_per_prompt=2,
+        batch_size=2,
+        lora_rank=2,
+        learning_rate=1e-2,
+        clip_range=1e-2,
+        updates_per_epoch=2,
+        inner_epochs=2,
+        train_fraction=0.5,
+        window=(0.0, 1.0),
+        advantage="prompt",
+        prompt_min_count=3,
+        sample_every=2,
+        sample_prompts=2,
+        save_every=1,
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(Path(__file__).parent), str(cut)], capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert list(checkpoints(cut / "checkpoints")) == [1, 2]
+    (cut / "checkpoints" / ".writing").mkdir()  # as if the kill had come in the middle of a third
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "rew')
+
+    with pytest.raises(InputError, match="resume=True"):
+        DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, resumable(str(cut))).train()
+    pipelines = []
+    for folder in (whole, cut):
+        pipelines.append(tiny.build("sd15"))
+        DDPOTrainer(pipelines[-1], brightness, PROMPTS, resumable(str(folder))).train(resume=True)
+    assert not changed(*map(weights, pipelines))
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, cut)]
+    assert [row["epoch"] for row in rows[1]] == [0, 1, 2, 3]
+    for row, other in zip(*rows, strict=True):
+        assert row.keys() == other.keys()
+        assert all(row[name] == other[name] for name in row if not name.startswith("seconds_"))
+    for name in ("epoch-00000.png", "epoch-00002.png", "epoch-00004.png"):
+        drawn = [np.asarray(Image.open(folder / "samples" / name)) for folder in (whole, cut)]
+        assert drawn[0].shape == (16, 32, 3) and np.array_equal(*drawn)
+
+
+def test_what_a_reward_remembers_is_kept_in_the_checkpoints(config: Callable[..., DDPOConfig]):
+    class Counting:
+        calls = 0
+
+        def __call__(self, images: Any, prompts: list[str], metadata: Any) -> Any:
+            self.calls += 1
+            return brightness(images, prompts, metadata)
+
+        def state_dict(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    DDPOTrainer(tiny.build("sd15"), Counting(), PROMPTS, config(epochs=2, save_every=1)).train()
+    reward = Counting()
+    DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config(epochs=3)).train(resume=True)
+    assert reward.calls == 3
+    with pytest.raises(InputError, match="trained other layers"):
+        DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config(lora_rank=4)).train(resume=True)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path):
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        if failing:
+            raise OSError("disk full")
+
+    for epoch, failing in ((1, False), (2, False), (3, False), (4, True)):
+        try:
+            save_checkpoint(tmp_path, epoch, write, keep=2)
+        except OSError:
+            assert failing
+    assert list(checkpoints(tmp_path)) == [2, 3]
+
+
+# --- what a run leaves behind
+
+
+class Notebook(GeneralTracker):
+    """A tracker of accelerate's that keeps what it is told."""
+
+    name = "notebook"
+    requires_logging_directory = False
+    main_process_only = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+        self.pictures: list[Any] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.rows.append({"step": step, **values})
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.pictures.append((step, values["samples"].shape))
+
+
+def test_trackers_get_curves_and_grids(config: Callable[..., DDPOConfig]):
+    notebook = Notebook()
+    settings = config(epochs=2, sample_every=1, sample_prompts=3, log_with=notebook)
+    folder = DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, settings).train()
+    assert [row["step"] for row in notebook.rows] == [0, 1] and "reward_mean" in notebook.rows[0]
+    assert notebook.pictures == [(epoch, (3, 16, 16, 3)) for epoch in (0, 1, 2)]
+    assert notebook.settings["num_inference_steps"] == 3
+    assert json.loads((folder / "config.json").read_text())["lora_rank"] == 2
+    assert {row["epoch"] for row in read_metrics(folder / "metrics.jsonl")} == {0, 1}
+
+
+def test_hacking_stops_the_run_where_asked(
+    config: Callable[..., DDPOConfig], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """The reward rises while the second one falls; both are made up, by the number of the call."""
+    calls = {"first": 0, "second": 0}
+
+    def made_up(name: str, sign: int) -> Any:
+        def reward(images: Any, prompts: list[str], metadata: Any) -> Any:
+            calls[name] += 1
+            return [sign * calls[name] + 0.1 * k for k in range(len(prompts))], {}
+
+        return reward
+
+    settings = config(epochs=12, images_per_prompt=2, kl=0.0, on_hacking="stop")
+    trainer = DDPOTrainer(
+        tiny.build("sd15"), made_up("first", 1), PROMPTS, settings, second_reward=made_up("second", -1)
+    )
+    folder = trainer.train()
+    assert len(trainer.history) == trainer.guard.min_epochs
+    assert "second_reward_mean fell" in caplog.text
+    assert list(checkpoints(folder / "checkpoints")) == [trainer.guard.min_epochs]
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss": "dpo"}, "loss is 'dpo'; choose one of 'ppo', 'nft'"),
+        ({"batch_size": 3}, "batch_size is 3; it must divide"),
+        ({"images_per_prompt": 1, "prompts_per_epoch": 2}, "no group"),
+        ({"updates_per_epoch": 3}, "updates_per_epoch is 3 with 2 batches"),
+        ({"train": "full"}, "no base to switch to"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"kl": -1.0}, "kl is -1.0; it must be at least 0"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"train_fraction": 0.0}, "train_fraction is 0.0"),
+        ({"call": {"eta": 1.0}}, "call has eta"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: str, config: Callable[..., DDPOConfig]):
+    with pytest.raises(InputError, match=message):
+        config(**fields)
+
+
+def test_what_cannot_be_trained_is_refused(config: Callable[..., DDPOConfig]):
+    def trainer(pipeline: Any = None, prompts: Any = PROMPTS, **fields: Any) -> DDPOTrainer:
+        return DDPOTrainer(pipeline or tiny.build("sd3"), brightness, prompts, config("sd3", **fields))
+
+    for prompts in ("a red circle", [], [3], [{"text": "x"}], [" "]):
+        with pytest.raises(InputError, match="prompts"):
+            trainer(prompts=prompts)
+    with pytest.raises(InputError, match="prompts_per_epoch is 4 and there are 3"):
+        trainer(prompts_per_epoch=4)
+    with pytest.raises(InputError, match="leave none of the 3 steps noisy"):
+        trainer(window=(0.9, 1.0))
+    with pytest.raises(InputError, match="lora_targets"):
+        trainer(lora_targets=("no_such_layer",))
+    with pytest.raises(InputError, match="rounds updates away"):
+        trainer(tiny.build("sd3", torch.bfloat16), train="full", kl=0.0)
+    pipeline = tiny.build("sd3")
+    trainer(pipeline)
+    with pytest.raises(InputError, match="adapters already"):
+        trainer(pipeline)
+
+
+@pytest.mark.parametrize(("module", "missing"), [("schedulers", "diffusers"), ("lora", "peft"), ("ddpo", "accelerate")])
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    module: str, missing: str, monkeypatch: pytest.MonkeyPatch
+):
+    source = importlib.import_module(f"listener_reward.integrations.{module}").__file__
+    spec = importlib.util.spec_from_file_location("listener_reward.integrations.anew", source)
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setitem(sys.modules, missing, None)  # what an import of a missing package finds
+    with pytest.raises(MissingExtraError, match=rf'needs {missing}: pip install "listener-reward\[diffusers\]"'):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_draws_depend_on_the_epoch_and_repeat(config: Callable[..., DDPOConfig]):
+    trainer = DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, config(prompts_per_epoch=3))
+    orders = [tuple(trainer._choose_prompts(epoch)) for epoch in range(6)]
+    assert orders == [tuple(trainer._choose_prompts(epoch)) for epoch in range(6)]
+    assert len(set(orders)) > 1 and all(sorted(order) == [0, 1, 2] for order in orders)
+
+
+def test_a_pipeline_that_gives_no_image_for_each_prompt_is_refused(config: Callable[..., DDPOConfig]):
+    trainer = DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, config())
+    trainer.pipeline.scheduler = trainer.scheduler
+    with pytest.raises(InputError, match="one image or video for each"):
+        record(trainer.pipeline, PROMPTS, trainer._options() | {"num_images_per_prompt": 2}, torch.Generator())

@@ -1,0 +1,160 @@
+"""Advantages, losses, diversity and the guard against reward hacking, with the working written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from listener_reward.integrations.hacking import HackingGuard
+from listener_reward.integrations.objectives import (
+    PromptStatistics,
+    diversity,
+    goodness,
+    group_advantages,
+    nft_loss,
+    ppo_loss,
+)
+
+NAN = math.nan
+
+
+# --- advantages
+
+
+def test_group_advantages_are_centred_within_the_group():
+    rewards, groups = np.array([1.0, 3.0, 10.0, 30.0]), np.array([0, 0, 1, 1])
+    # Means 2 and 20; deviations 1 and 10; of all four, mean 11, deviation sqrt((100 + 64 + 1 + 361) / 4) = 11.467.
+    assert group_advantages(rewards, groups, spread="group") == pytest.approx([-1, 1, -1, 1], abs=1e-3)
+    assert group_advantages(rewards, groups) == pytest.approx(np.array([-1, 1, -10, 10]) / 11.467, abs=1e-3)
+
+
+@pytest.mark.parametrize("spread", ["batch", "group"])
+def test_a_missing_reward_changes_nobody_elses_advantage(spread: str):
+    rewards, groups = np.array([1.0, NAN, 3.0, 5.0, 9.0]), np.array([0, 0, 0, 1, 1])
+    advantages = group_advantages(rewards, groups, spread=spread)  # pyright: ignore[reportArgumentType]
+    assert advantages[1] == 0
+    known = [0, 2, 3, 4]
+    expected = group_advantages(rewards[known], groups[known], spread=spread)  # pyright: ignore[reportArgumentType]
+    assert advantages[known] == pytest.approx(expected)
+
+
+def test_a_group_with_one_reward_or_none_has_nothing_to_compare():
+    rewards, groups = np.array([1.0, NAN, NAN, NAN, 4.0, 6.0]), np.array([0, 0, 1, 1, 2, 2])
+    advantages = group_advantages(rewards, groups)
+    assert advantages[:4].tolist() == [0, 0, 0, 0] and advantages[4] < 0 < advantages[5]
+    assert group_advantages(np.array([NAN, NAN]), np.array([0, 0])).tolist() == [0, 0]
+    assert group_advantages(np.array([2.0, 2.0]), np.array([0, 0])).tolist() == [0, 0]
+
+
+def test_prompt_statistics_remember_and_forget():
+    statistics = PromptStatistics(size=4, min_count=4)
+    first = statistics.advantages(np.array([0.0, 2.0, 10.0]), np.array([7, 7, 8]))
+    assert first == pytest.approx((np.array([0, 2, 10]) - 4) / np.std([0, 2, 10]), abs=1e-3)  # the epoch's own
+    second = statistics.advantages(np.array([4.0, NAN, 6.0]), np.array([7, 7, 7]))
+    assert second == pytest.approx((np.array([4, 3, 6]) - 3) / np.std([0, 2, 4, 6]), abs=1e-3)  # the prompt's
+    restored = PromptStatistics(size=4, min_count=4)
+    restored.load_state_dict(statistics.state_dict())
+    third = [each.advantages(np.array([8.0]), np.array([7])) for each in (statistics, restored)]
+    assert third[0] == pytest.approx((8 - 5) / np.std([2, 4, 6, 8]), abs=1e-3) and third[0] == third[1]
+    assert statistics.advantages(np.array([NAN]), np.array([7])).tolist() == [0]
+
+
+# --- losses
+
+
+def test_ppo_clips_what_goes_too_far_and_leaves_out_what_has_no_reward():
+    old = torch.zeros(4)
+    log_prob = torch.log(torch.tensor([1.5, 0.5, 0.5, 3.0])).requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, -1.0, 0.0])
+    scored = torch.tensor([True, True, True, False])
+    loss = ppo_loss(log_prob, old, advantages, scored, 0.2)
+    # -min(1.5, 1.2) = -1.2; -min(0.5, 0.8) = -0.5; max(0.5, 0.8) = 0.8; and three are counted.
+    assert float(loss.detach()) == pytest.approx((-1.2 - 0.5 + 0.8) / 3)
+    loss.backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.tolist() == pytest.approx([0, -0.5 / 3, 0, 0])
+    assert float(ppo_loss(log_prob.detach(), old, advantages, torch.zeros(4, dtype=torch.bool), 0.2)) == 0
+
+
+def test_nft_pulls_towards_good_samples_and_away_from_bad_ones():
+    x0, old = torch.ones(3, 2), torch.zeros(3, 2)
+    predicted = torch.zeros(3, 2, requires_grad=True)
+    scored = torch.tensor([True, True, False])
+    loss = nft_loss(x0, predicted, old, torch.tensor([1.0, 0.0, 1.0]), scored, beta=1.0)
+    # All distances are 1 / 1, so each of the two counted samples loses 1.
+    assert float(loss.detach()) == pytest.approx(1.0)
+    loss.backward()
+    assert predicted.grad is not None
+    assert (predicted.grad[0] < 0).all() and (predicted.grad[1] > 0).all() and (predicted.grad[2] == 0).all()
+    balanced = torch.zeros(1, 2, requires_grad=True)
+    nft_loss(x0[:1], balanced, old[:1], torch.tensor([0.5]), scored[:1], beta=1.0).backward()
+    assert balanced.grad is not None and balanced.grad.abs().max() == 0  # an average sample teaches nothing
+
+
+def test_goodness_is_a_share():
+    assert goodness(np.array([-9.0, -5.0, 0.0, 2.5, 5.0]), 5.0).tolist() == [0, 0, 0.5, 0.75, 1]
+
+
+def test_diversity_is_the_distance_of_two_images():
+    black, white = torch.zeros(3, 40, 40), torch.ones(3, 40, 40)
+    assert diversity([torch.stack([black, white])]) == pytest.approx(1)
+    assert diversity([torch.stack([black, black, white])]) == pytest.approx(2 / 3)
+    assert diversity([torch.stack([black, black])]) == 0
+    assert diversity([torch.stack([black, white]).unsqueeze(1).expand(2, 5, 3, 40, 40)]) == pytest.approx(1)  # video
+    assert math.isnan(diversity([black.unsqueeze(0)]))
+
+
+# --- the guard
+
+
+def rows(n: int, **series: float) -> list[dict[str, float]]:
+    """`n` epochs; each quantity starts at 1, the reward at 0, and changes by so much an epoch, with some noise."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (n, len(series)))
+    starts = [0.0 if name == "reward_mean" else 1.0 for name in series]
+    return [
+        {name: starts[k] + slope * epoch + noise[epoch, k] for k, (name, slope) in enumerate(series.items())}
+        for epoch in range(n)
+    ]
+
+
+def warnings_of(history: list[dict[str, float]]) -> list[str]:
+    guard = HackingGuard()
+    return [message for row in history for message in guard.update(row)]
+
+
+def test_the_guard_warns_once_of_what_falls_while_the_reward_rises():
+    found = warnings_of(rows(20, reward_mean=0.05, agreement=-0.02, diversity=-0.001))
+    assert len(found) == 1 and found[0].startswith("agreement fell")
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        rows(20, reward_mean=0.05, agreement=0.0, diversity=0.0),  # nothing falls
+        rows(20, reward_mean=0.05, agreement=0.0, diversity=-0.005),  # less than a fifth
+        rows(20, reward_mean=-0.05, agreement=-0.02),  # the reward falls too
+        rows(6, reward_mean=0.05, agreement=-0.02),  # too early to say
+        rows(20, reward_mean=0.05),  # a reward that tells nothing else
+    ],
+)
+def test_the_guard_is_quiet_otherwise(history: list[dict[str, float]]):
+    assert warnings_of(history) == []
+
+
+def test_a_reward_that_is_always_zero_on_average_counts_as_rising():
+    history = [row | {"reward_mean": 1e-9} for row in rows(20, agreement=-0.02)]
+    assert len(warnings_of(history)) == 1
+
+
+def test_the_guard_goes_on_where_it_was():
+    history = rows(20, reward_mean=0.05, diversity=-0.03)
+    whole, cut = HackingGuard(), HackingGuard()
+    expected = [whole.update(row) for row in history]
+    got = [cut.update(row) for row in history[:7]]
+    resumed = HackingGuard()
+    resumed.load_state_dict(cut.state_dict())
+    assert got + [resumed.update(row) for row in history[7:]] == expected
+    assert sum(map(len, expected)) == 1

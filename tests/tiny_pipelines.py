@@ -1,0 +1,512 @@
+"""Diffusers pipelines of ten families with tiny random weights, built in the process: nothing is downloaded.
+
+Each builder gives a pipeline in float32 with the scheduler that its released checkpoints have. `FAMILIES` adds the
+options of a call, without guidance and with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = "a an the red green blue yellow circle square triangle left right of above on and photo cat dog moving".split()
+
+
+def tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{word: 4 + i for i, word in enumerate(WORDS)}}
+    words: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+
+
+def clip(cls: Any = CLIPTextModel) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=16,
+        projection_dim=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        hidden_act="gelu",
+    )
+    return cls(config).eval()
+
+
+def t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def vae(**options: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+FLOW_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06, "scaling_factor": 1.5}
+SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def sd15(prediction_type: str = "epsilon") -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    return diffusers.StableDiffusionPipeline(
+        unet=unet.eval(),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type=prediction_type, **SCALED_LINEAR),
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=8 * 6 + 32,
+        cross_attention_dim=64,
+        norm_num_groups=4,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        unet=unet.eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SCALED_LINEAR),
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        add_watermarker=False,
+    )
+
+
+def sd3() -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(**FLOW_VAE),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+    )
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(**FLOW_VAE),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+    )
+
+
+def qwen_image() -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    autoencoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    reader = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+    )
+    pipeline = diffusers.QwenImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, shift_terminal=0.02),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(reader).eval(),
+        tokenizer=tokenizer(1024),  # pyright: ignore[reportArgumentType]
+    )
+    pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx = "{}", 0
+    return pipeline
+
+
+def pixart_sigma() -> Any:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,  # noise and a learned variance, which the pipeline drops
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def sana() -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=32,
+    )
+    autoencoder = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    reader = Gemma2Config(
+        vocab_size=64,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return diffusers.SanaPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=autoencoder.eval(),
+        text_encoder=Gemma2Model(reader).eval(),
+        tokenizer=tokenizer(300),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def wan(boundary: bool = False) -> Any:
+    def transformer() -> diffusers.WanTransformer3DModel:
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        ).eval()
+
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return diffusers.WanPipeline(
+        transformer=transformer(),
+        transformer_2=transformer() if boundary else None,
+        boundary_ratio=0.8 if boundary else None,
+        vae=autoencoder.eval(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        text_encoder=t5(),  # pyright: ignore[reportArgumentType]
+        tokenizer=tokenizer(),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def ltx() -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=32,
+    )
+    autoencoder = diffusers.AutoencoderKLLTXVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    return diffusers.LTXPipeline(
+        transformer=transformer.eval(),
+        vae=autoencoder.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def cogvideox() -> Any:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=16,
+    )
+    autoencoder = diffusers.AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    return diffusers.CogVideoXPipeline(
+        transformer=transformer.eval(),
+        vae=autoencoder.eval(),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=1.0,
+        ),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    make: Callable[[], Any]
+    size: dict[str, int]
+    """Height, width and frames."""
+    guidance: dict[str, Any]
+    no_guidance: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    """What every call is given beside."""
+
+    def call(self, guided: bool) -> dict[str, Any]:
+        return self.size | self.options | (self.guidance if guided else self.no_guidance)
+
+
+SMALL = {"height": 16, "width": 16}
+SHORT = {"max_sequence_length": 16}
+CFG, NO_CFG = {"guidance_scale": 5.0}, {"guidance_scale": 1.0}
+TRUE_CFG = {"true_cfg_scale": 3.0, "negative_prompt": "green"}
+
+FAMILIES = {
+    "sd15": Family(sd15, SMALL, CFG | {"guidance_rescale": 0.7}, NO_CFG),
+    "sd15-v": Family(functools.partial(sd15, "v_prediction"), SMALL, CFG, NO_CFG),
+    "sdxl": Family(sdxl, SMALL, CFG, NO_CFG),
+    "sd3": Family(sd3, SMALL, CFG, NO_CFG, SHORT),
+    "flux": Family(flux, SMALL, TRUE_CFG, {"guidance_scale": 3.5}, SHORT),
+    "qwen-image": Family(qwen_image, SMALL, TRUE_CFG, {}, SHORT),
+    "pixart-sigma": Family(
+        pixart_sigma, SMALL, CFG, NO_CFG, SHORT | {"use_resolution_binning": False, "clean_caption": False}
+    ),
+    "sana": Family(
+        sana,
+        {"height": 32, "width": 32},
+        CFG,
+        NO_CFG,
+        SHORT | {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
+    ),
+    "wan": Family(wan, SMALL | {"num_frames": 5}, CFG, NO_CFG, SHORT),
+    "wan2.2": Family(
+        functools.partial(wan, boundary=True), SMALL | {"num_frames": 5}, CFG | {"guidance_scale_2": 3.0}, NO_CFG, SHORT
+    ),
+    "ltx": Family(ltx, {"height": 32, "width": 32, "num_frames": 9}, CFG, NO_CFG, SHORT),
+    "cogvideox": Family(cogvideox, SMALL | {"num_frames": 9}, CFG | {"use_dynamic_cfg": True}, NO_CFG, SHORT),
+}
+"""The ten families, with SD 1.5 for v-prediction too and Wan 2.2's two experts."""
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The pipeline of a family, silent, with weights that `seed` determines."""
+    with _quiet():
+        torch.manual_seed(seed)
+        pipeline = FAMILIES[name].make().to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """diffusers tells at length of whatever a tiny model lacks."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
