@@ -7,6 +7,7 @@ its `listener_reward.json`, so that a checkpoint with another format is a file a
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,19 @@ QWEN_RESERVED = (
     "<|box_end|>",
 )
 """Tokens that no user's text may contain, beside those of the tokenizer in use."""
+
+FOREIGN_RESERVED = tuple(
+    (
+        "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|image|> "  # Llama
+        "<start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token> "  # Gemma
+        "[INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [IMG] [IMG_BREAK] [IMG_END] "  # Mistral
+        "<|user|> <|assistant|> <|system|> <|end|> <|image_1|> <|image_2|> "  # Phi
+        "<image> </image> <img> </img> <IMG_CONTEXT> "  # LLaVA, InternVL
+        "<|start|> <|message|> <|channel|> <|return|> <|endofprompt|> "  # OpenAI
+        "<s> </s> <bos> <eos> <pad> <unk> <tool_call> </tool_call> <tool_response> </tool_response>"
+    ).split()
+)
+"""Tokens of other families, for a model behind an address, whose tokenizer is not here to be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +119,8 @@ class ChatFormat:
                 f"a prompt of {len(prompt)} characters is cut to max_prompt_chars={self.max_prompt_chars}", stacklevel=3
             )
             prompt = prompt[: self.max_prompt_chars]
-        return neutralise(prompt, self.reserved(reserved))
+        before, after = self.question.split("{prompt}")
+        return neutralise(prompt, self.reserved(reserved), before=before, after=after)
 
     def _messages(self, safe: str) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
@@ -157,17 +172,25 @@ def reserved_tokens(tokenizer: Any) -> frozenset[str]:
     return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
 
 
-def neutralise(text: str, reserved: Collection[str]) -> str:
+def neutralise(text: str, reserved: Collection[str], *, before: str = "", after: str = "") -> str:
     """`text` with every reserved token broken by a space after its first character, and unpaired surrogates gone.
 
     The words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. A token of one character
-    cannot be broken, and stays: some tokenizers keep letters and line breaks as such tokens.
+    cannot be broken, and stays: some tokenizers keep letters and line breaks as such tokens. `before` and `after` are
+    what the text will stand between: where it would make a token together with them, or change them, a space parts it.
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    # NFC first, because tokenizers do it: U+212A becomes a K there, and with it a tag that was none before.
+    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
     pattern = _any_of(frozenset(reserved))
     # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
     while pattern.search(text):
         text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    if text and unicodedata.combining(text[0]):  # by NFC it would take the last character of what stands before it
+        text = f" {text}"
+    seams = len(before), len(before) + len(text)
+    found = pattern.finditer(before + text + after)
+    if any(match.start() < seam < match.end() for match in found for seam in seams):
+        text = f" {text} "
     return text
 
 

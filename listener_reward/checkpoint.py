@@ -11,15 +11,19 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
 
+from listener_reward.calibration import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.trace import Masking
 
 CARD = "listener_reward.json"
+
+Aggregate = Literal["mean", "majority"]
+Orders = Literal["both", "one"]
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
 
@@ -41,9 +45,19 @@ class Card:
     """How much the listener discounts a thought that it would not have written itself; 0 is the paper's listener."""
     masking: Masking = "answer"
     thoughts: int = 1
-    """Thoughts sampled for each of the two orders."""
+    """Thoughts sampled for each order."""
+    aggregate: Aggregate = "mean"
+    """How thoughts become a verdict: the mean of their probabilities, or a majority of their answers."""
+    orders: Orders = "both"
+    """Whether a pair is shown in both orders, or in one drawn at random at half the cost."""
+    early_stop: float | None = None
+    """No further thoughts once all of them would prefer the same image with this probability; see `judge.is_sure`."""
     sampling_temperature: float = 1.0
     max_new_tokens: int = 512
+    calibration: Calibration = field(default_factory=Calibration)
+    """Fitted on votes by `listener-reward calibrate`, for verdicts made as this card says."""
+    fast_calibration: Calibration = field(default_factory=Calibration)
+    """The same without thoughts."""
 
     def __post_init__(self) -> None:
         for name, least in (("thoughts", 1), ("max_new_tokens", 1)):
@@ -55,14 +69,32 @@ class Card:
             least = 1e-3 if name in ("temperature", "listener_temperature") else 0.0
             if not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise InputError(f"{name} is {value!r}; give a finite number of at least {least}")
-        if self.masking not in get_args(Masking):
-            raise InputError(f"masking is {self.masking!r}; choose one of {', '.join(map(repr, get_args(Masking)))}")
+        for name, allowed in (("masking", Masking), ("aggregate", Aggregate), ("orders", Orders)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+        if self.early_stop is not None and not (
+            isinstance(self.early_stop, int | float) and 0.5 < self.early_stop <= 1
+        ):
+            raise InputError(f"early_stop is {self.early_stop!r}; give a probability in (0.5, 1], or null for never")
         if not isinstance(self.listener, str | None):
             raise InputError(f"listener is {self.listener!r}; give the name of a checkpoint, or null for none")
 
     def save(self, folder: str | Path) -> None:
-        saved = asdict(self) | {"format": self.format.to_dict()}
-        Path(folder, CARD).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}
+        saved = asdict(self) | {"format": self.format.to_dict()} | calibrations
+        text = json.dumps(saved, indent=2, ensure_ascii=False)
+        # A pair of numbers reads better on one line. No string is touched: JSON has no line break inside one.
+        text = re.sub(r"\[\n\s+(-?[\d.e-]+),\n\s+(-?[\d.e-]+)\n\s+\]", r"[\1, \2]", text)
+        Path(folder, CARD).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def amend(cls, folder: str | Path, **changes: Any) -> Card:
+        """Changes fields of the card in `folder`, and leaves a listener that is given relative to it as it is."""
+        path = Path(folder, CARD)
+        saved = _read(path) if path.exists() else {}
+        card = replace(cls.from_dict(saved, str(path)), **changes)
+        card.save(folder)
+        return card
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], where: str = CARD) -> Card:
@@ -71,7 +103,12 @@ class Card:
         known = {entry.name for entry in fields(cls)}
         if unknown := set(saved) - known:
             raise InputError(f"{where} has unknown fields {sorted(unknown)}; it may have {sorted(known)}")
-        return cls(**{**saved, "format": ChatFormat.from_dict(saved["format"])} if "format" in saved else saved)
+        readers = {
+            "format": ChatFormat.from_dict,
+            "calibration": Calibration.from_dict,
+            "fast_calibration": Calibration.from_dict,
+        }
+        return cls(**{name: readers[name](value) if name in readers else value for name, value in saved.items()})
 
     @classmethod
     def load(cls, name: str | Path) -> Card:
@@ -79,10 +116,7 @@ class Card:
         path = _card_path(name)
         if path is None:
             return cls()
-        try:
-            card = cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
+        card = cls.from_dict(_read(path), str(path))
         if card.listener is not None and card.listener.startswith("."):
             card = replace(card, listener=str((path.parent / card.listener).resolve()))
         return card
@@ -124,12 +158,19 @@ def cannot_load(name: str | Path, error: Exception | str) -> str:
     if Path(name).exists():
         return (
             f"the checkpoint at {str(name)!r} cannot be loaded ({reason}). Give the folder of a whole Qwen2.5-VL or "
-            "Qwen3-VL checkpoint, or use the embedded judge: \"tiny\""
+            'Qwen3-VL checkpoint, or use the embedded judge: "tiny"'
         )
     return (
         f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
-        f"({reason}). Check the name and the connection, give a local folder, or use the embedded judge: \"tiny\""
+        f'({reason}). Check the name and the connection, give a local folder, or use the embedded judge: "tiny"'
     )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
 
 
 def _card_path(name: str | Path) -> Path | None:

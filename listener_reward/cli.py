@@ -12,7 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +28,11 @@ from listener_reward import __version__
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 
 if TYPE_CHECKING:
+    from listener_reward.calibration import Calibrated
+    from listener_reward.datasets.check import DataCheck
     from listener_reward.evaluate import Evaluation
     from listener_reward.judge import Judge
+    from listener_reward.leaderboard import Leaderboard
     from listener_reward.ranking import Ranking
     from listener_reward.verdict import Verdict
 
@@ -38,6 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at preference data.")
+app.add_typer(data_app, name="data")
 
 JudgeName = Annotated[
     str | None,
@@ -55,6 +63,20 @@ NoThink = Annotated[bool, typer.Option("--no-think", help="Skip the reasoning: o
 Thoughts = Annotated[
     int | None,
     typer.Option("--thoughts", metavar="K", min=1, help="Thoughts for each order.", show_default="the judge's own"),
+]
+AggregateName = Annotated[
+    str | None,
+    typer.Option(
+        "--aggregate", help='"mean" of the thoughts or "majority" of their answers.', show_default="the judge's own"
+    ),
+]
+OrdersName = Annotated[
+    str | None,
+    typer.Option("--orders", help='"both", or "one" at random for half the cost.', show_default="the judge's own"),
+]
+EarlyStop = Annotated[
+    float | None,
+    typer.Option("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -97,6 +119,9 @@ def compare(
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,7 +131,9 @@ def compare(
     """
     with _errors_in_one_line(debug):
         with _working("judging"):
-            verdict = _load_judge(judge, listener, no_think, thoughts).compare(prompt, first, second)
+            verdict = _load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop).compare(
+                prompt, first, second
+            )
         if as_json:
             _print_json(verdict.to_dict())
         else:
@@ -121,10 +148,23 @@ def rank(
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            metavar="N",
+            min=1,
+            help="Make N comparisons, chosen as it goes; a quarter of all pairs is usually enough.",
+            show_default="every pair",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Order images from best to worst, by comparing every pair of them.
+    """Order images from best to worst, by comparing pairs of them.
 
     Scores are log-odds with mean zero: an image one above another is preferred 73 times in 100. In `--json`, `order`
     holds positions and `files` names, both best first; `scores` and `standard_errors` keep the order of the arguments.
@@ -133,11 +173,62 @@ def rank(
     """
     with _errors_in_one_line(debug):
         with _working("judging"):
-            ranking = _load_judge(judge, listener, no_think, thoughts).rank(prompt, images)
+            loaded = _load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
+            ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
         if as_json:
             _print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
         else:
             _print_ranking(ranking, images)
+
+
+@app.command("rank-videos")
+def rank_videos(
+    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="The video files: mp4, webm, mov, mkv, gif.")],
+    prompt: Prompt,
+    judge: JudgeName = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            help='"storyboard": a grid of frames as one image. "frames": frame against frame, averaged. "clip": all '
+            "frames of a side in the chat.",
+        ),
+    ] = "storyboard",
+    frames: Annotated[int, typer.Option("--frames", metavar="N", min=1, help="Frames to look at in each video.")] = 8,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            help="Look at this many frames per second from the start, the same moments in each video.",
+            show_default="frames spread evenly over the video",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", help="The videos' frames per second.", show_default="the files' own")
+    ] = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Order videos from best to worst, by comparing every pair of them.
+
+    Scores and `--json` are those of `rank`. Files other than gif need PyAV: `pip install "listener-reward[video]"`.
+
+    `listener-reward rank-videos --judge tiny --strategy frames --prompt "two red circles" *.mp4`
+    """
+    with _errors_in_one_line(debug):
+        with _working("judging"):
+            from listener_reward.integrations.video import rank_videos  # pyright: ignore[reportMissingImports]
+
+            loaded = _load_judge(judge, listener, no_think, thoughts)
+            chosen: Any = strategy
+            ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
+        if as_json:
+            _print_json(ranking.to_dict() | {"files": [videos[place] for place in ranking.order]})
+        else:
+            _print_ranking(ranking, videos, "video")
 
 
 @app.command("eval")
@@ -150,31 +241,220 @@ def evaluate_pairs(
             'file, or a Hub data set "org/name:split".',
         ),
     ],
-    judge: JudgeName = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            help='As for the other commands, or a peer: "pickscore", "clip", "clip:FOLDER", "imscore:ImageReward", '
+            '"openai:MODEL@http://localhost:8000/v1". Give it several times for one table of all.',
+            show_default="the paper's released checkpoint",
+        ),
+    ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--scores",
+            metavar="FILE",
+            help="What a model that was run elsewhere says of these pairs: id and p_first, margin, or score_first and "
+            "score_second; or image and score. JSONL, JSON, CSV or Parquet. Several times for several models.",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", metavar="FILE", help="A file of scores to test every judge against, on the same pairs."
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            metavar="NAME",
+            help="A published protocol: imagereward, hpsv2, hpsv2-inversion, hpsv3-pair, pickscore, genai-bench, "
+            "videogen-with-ties, mmrb2, tau-b, spearman ... (docs/evaluation.md). Several times for several.",
+            show_default="those of the data set",
+        ),
+    ] = None,
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Judge the first N pairs.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a judge on labelled pairs: accuracy, contradictions, calibration, symmetry.
+    """Measure judges on labelled pairs: by published protocols, calibration, contradictions, symmetry.
 
     `listener-reward eval --judge tiny --data tiny:ood --json`
+
+    Who is best on your own pairs, and is that more than chance?
+
+    `listener-reward eval --data pairs.jsonl --judge tiny --judge pickscore --judge openai:MODEL@URL`
+
+    A model that was run elsewhere, from its scores alone (no picture is read):
+
+    `listener-reward eval --data hpdv2:FOLDER --scores mine.jsonl --against theirs.csv`
     """
     with _errors_in_one_line(debug):
+        broken: list[Exception] = []
         with _working("judging", spinner=False):  # the evaluation has its own progress bar
             from listener_reward.datasets import load_pairs
-            from listener_reward.evaluate import evaluate
+            from listener_reward.evaluate import evaluate, evaluate_scores
+            from listener_reward.leaderboard import leaderboard
+            from listener_reward.measure import check_protocols
+            from listener_reward.scores import read_scores
 
+            check_protocols(protocol or ())
+            files = [read_scores(path) for path in scores or ()]
+            rival = read_scores(against) if against else None
+            names = judge or ([] if files else [None])
+            options: dict[str, Any] = {"limit": limit, "seed": seed, "check_images": bool(names)}
+            pairs = load_pairs(data, **options, stream=True) if stream else load_pairs(data, **options)
+            found = [evaluate_scores(file, pairs, protocols=protocol) for file in files]
+            other = evaluate_scores(rival, pairs, protocols=protocol) if rival else None
+            for name in names:
+                try:
+                    loaded = _load_rater(name, listener, no_think, thoughts)
+                    found.append(evaluate(loaded, pairs, progress=sys.stderr.isatty(), protocols=protocol))
+                except (InputError, MissingExtraError, JudgeError) as error:
+                    if len(names) + len(files) == 1:
+                        raise
+                    broken.append(error)  # the others' results are not lost for it
+            together = [*found, other] if other else found
+            board = leaderboard(together, other) if found and len(names) + len(files) + bool(other) > 1 else None
+        if board:
+            _print_json(board.to_dict()) if as_json else _print_leaderboard(board)
+        elif found:
+            _print_json(found[0].to_dict()) if as_json else _print_evaluation(found[0])
+        if broken:
+            for error in broken[:-1]:
+                _stderr().print(Text.assemble(("Error: ", "bold red"), _plain(str(error))), soft_wrap=True)
+            raise broken[-1]
+
+
+@app.command()
+def calibrate(
+    data: Annotated[
+        str, typer.Option("--data", help="Labelled pairs, as `eval --data` takes them; none that you will report on.")
+    ],
+    judge: JudgeName = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
+    method: Annotated[
+        str, typer.Option("--method", help='Of the verdict: "temperature", "isotonic", or "auto" for the likelier one.')
+    ] = "auto",
+    sure: Annotated[
+        float | None,
+        typer.Option(
+            "--sure",
+            metavar="P",
+            help="Prefer an image only where that is right this often, and else tie.",
+            show_default="the tie band that is right most often",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for a copy that is calibrated.", show_default="the judge's own folder"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the reliability.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use N pairs.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the choice and the division of the pairs.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit on votes how sure a judge may be, and keep it beside its weights.
+
+    Half of the prompts are fitted on, a fifth chooses between methods and the tie band, and the rest is measured: ECE,
+    Brier, likelihood and reliability before and after. A calibration belongs to a way of judging, so the options for
+    thoughts, orders and listener are kept with it.
+
+    `listener-reward calibrate --judge runs/first --data votes.jsonl --plot reliability.svg`
+    """
+    with _errors_in_one_line(debug):
+        with _working("judging", spinner=False):
+            from listener_reward.calibration import calibrate as fit
+            from listener_reward.datasets import load_pairs
+            from listener_reward.reward import PAPER_CHECKPOINT
+
+            name = PAPER_CHECKPOINT if judge is None else judge
+            _check_writable(name, out)
             pairs = load_pairs(data, limit=limit, seed=seed)
-            loaded = _load_judge(judge, listener, no_think, thoughts)
-            evaluation = evaluate(loaded, pairs, progress=sys.stderr.isatty())
+            loaded = _load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
+            result = fit(
+                loaded,
+                pairs,
+                method=method,  # pyright: ignore[reportArgumentType]
+                sure=sure,
+                seed=seed,
+                progress=sys.stderr.isatty(),
+            )
+            folder = _write_calibration(name, out, loaded, result, listener)
+            if plot is not None:
+                from listener_reward.reliability import reliability_svg
+
+                curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
+                plot.write_text(reliability_svg(curves), encoding="utf-8")
         if as_json:
-            _print_json(evaluation.to_dict())
+            _print_json(result.to_dict() | {"folder": str(folder)})
         else:
-            _print_evaluation(evaluation)
+            _print_calibrated(result, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@data_app.command("check")
+def check_data(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help='A file in any format read here, or what `eval --data` takes: "imagereward:FOLDER", "org/name:split".',
+        ),
+    ],
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Look at the first N pairs only.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
+    max_broken: Annotated[
+        float | None,
+        typer.Option(
+            "--max-broken",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of pairs with an unreadable image above which the data cannot be used.",
+            show_default="0.2",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is in preference data, and whether it can be used: format, labels, ties, images, duplicates, prompts.
+
+    Every image is read once. The exit code is 2 where the data cannot be used.
+
+    `listener-reward data check pairs.jsonl`
+    """
+    with _errors_in_one_line(debug):
+        with _working("checking", spinner=False):  # the check has its own progress bar
+            from listener_reward.datasets import MAX_BROKEN
+            from listener_reward.datasets.check import check_data
+
+            most = MAX_BROKEN if max_broken is None else max_broken
+            check = check_data(data, limit=limit, seed=seed, max_broken=most, progress=sys.stderr.isatty())
+        if as_json:
+            _print_json(check.to_dict())
+        else:
+            _print_check(check)
+        if not check.usable:
+            raise typer.Exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +481,61 @@ def demo(
         from listener_reward.demo import run_demo
 
         run_demo(out, steps, seed, quick)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="`listener` (scoring a group's thoughts), `grpo` (the loss, and a whole step) or `rank` (judging "
+            "every pair of some images).",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", help='Shape: "60m" for a laptop, "qwen2.5-vl-3b" or "qwen2.5-vl-7b" for a GPU.')
+    ] = "60m",
+    group: Annotated[int, typer.Option("--group", metavar="G", help="Completions of each prompt.")] = 8,
+    groups: Annotated[int, typer.Option("--groups", help="Prompts in a GRPO step, one micro-batch each.")] = 4,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a completion; of a thought, on average.")] = 96,
+    pixels: Annotated[int, typer.Option("--pixels", help="Edge of the square images.")] = 392,
+    images: Annotated[int, typer.Option("--images", help="Images to rank.")] = 6,
+    prompt_words: Annotated[int, typer.Option("--prompt-words", help="Words of the prompt.")] = 40,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    attention: Annotated[
+        str, typer.Option("--attention", help='Of shared rows: "sdpa", or "flex" on a GPU (FlexAttention, compiled).')
+    ] = "sdpa",
+    repeats: Annotated[
+        int | None,
+        typer.Option("--repeats", help="Times each is run; the median counts.", show_default="1 for grpo, else 5"),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time the shared prefix against plain transformers and stock trl, with equal weights, data and seed.
+
+    The weights are random, nothing is downloaded. For each it prints time, tokens, vision patches, peak memory, the
+    share of the machine's own matrix rate, and by how much the results differ. The default `grpo` takes some minutes
+    on two cores and 8 GB of memory; keep the machine idle beside it.
+
+    `listener-reward bench grpo --group 8 --json`
+    """
+    with _errors_in_one_line(debug):
+        _quieten()
+        if what == "grpo":
+            import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
+        from listener_reward.bench.run import report, run_bench
+        from listener_reward.bench.shapes import Size
+
+        times = repeats if repeats is not None else 1 if what == "grpo" else 5
+        size = Size(model, pixels, group, groups, tokens, images, prompt_words, dtype, attention, times)
+        with redirect_stdout(sys.stderr):
+            results = run_bench(what, size, _stderr())
+        if as_json:
+            _print_json(results)
+        else:
+            report(results, Console())
 
 
 @app.command(
@@ -241,17 +576,146 @@ def train(ctx: typer.Context, debug: Debug = False) -> None:
         run_training(list(ctx.args))
 
 
+@app.command("launch-config", no_args_is_help=True)
+def launch_config(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="one_gpu, ddp, fsdp2, zero2, zero3 or multi_node.", show_default=False)
+    ],
+    debug: Debug = False,
+) -> None:
+    """Print an accelerate configuration for `train` on more than one GPU or machine.
+
+    `listener-reward launch-config fsdp2 > accelerate.yaml`
+
+    `accelerate launch --config_file accelerate.yaml --num_processes 8 -m listener_reward.cli train --config train.yaml`
+
+    Each says in its first lines what it shards and when to choose it. docs/launch.md has the rest, vLLM too.
+    """
+    with _errors_in_one_line(debug):
+        folder = resources.files("listener_reward").joinpath("train", "launch")
+        names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+        if name not in names:
+            raise InputError(f"name is {name!r}; choose one of {', '.join(names)}")
+        print(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), end="")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Serving
+
+
+@app.command()
+def serve(
+    judge: JudgeName = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", help='"reference", "group" or "auto"; see `ListenerReward`.')
+    ] = "reference",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            metavar="N",
+            min=2,
+            help="Wait until N images of a prompt have come, in whatever requests, and compare them with one another.",
+            show_default="do not wait",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; mind that there is no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
+    name: Annotated[str, typer.Option("--name", help="What clients call the reward.")] = "listener",
+    debug: Debug = False,
+) -> None:
+    """Serve a judge as a reward over HTTP, as JSON, for trainers that cannot share its environment.
+
+    `POST /compute` is what Flow-Factory's remote rewards and `RemoteReward` ask, `POST /score` what UniRL asks,
+    `GET /health` what both ask first.
+
+    `listener-reward serve --judge tiny`
+    """
+    with _errors_in_one_line(debug):
+        with _working("loading the judge"):
+            from listener_reward.integrations.collector import GroupCollector  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.server import make_server  # pyright: ignore[reportMissingImports]
+            from listener_reward.reward import ListenerReward
+
+            loaded = _load_judge(judge, listener, no_think, thoughts)
+            chosen: Any = "group" if group_size else scheme
+            reward: Any = ListenerReward(loaded, scheme=chosen, on_failure="nan")
+            server = make_server(
+                GroupCollector(reward, group_size) if group_size else reward, host=host, port=port, name=name
+            )
+        with server:
+            _stderr().print(f"serving on http://{host}:{server.server_address[1]}", soft_wrap=True)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Between the commands and the package
 
 
-def _load_judge(name: str | None, listener: str | None, no_think: bool, thoughts: int | None) -> Judge:
+def _load_rater(name: str | None, listener: str | None, no_think: bool, thoughts: int | None) -> Any:
+    """A judge of ours, or a peer; a peer knows of neither listener nor thoughts."""
+    from listener_reward.peers import is_peer, load_peer
+
+    return load_peer(name) if name and is_peer(name) else _load_judge(name, listener, no_think, thoughts)
+
+
+def _load_judge(
+    name: str | None,
+    listener: str | None,
+    no_think: bool,
+    thoughts: int | None,
+    aggregate: str | None = None,
+    orders: str | None = None,
+    early_stop: float | None = None,
+) -> Judge:
     from listener_reward.judge import Judge
     from listener_reward.reward import PAPER_CHECKPOINT
 
-    given = {"listener": listener, "thoughts": thoughts}
+    given = {
+        "listener": listener,
+        "thoughts": thoughts,
+        "aggregate": aggregate,
+        "orders": orders,
+        "early_stop": early_stop,
+    }
     options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=not no_think, **options)
+
+
+def _check_writable(name: str, out: Path | None) -> None:
+    if out is None and not Path(name).is_dir():
+        raise InputError(
+            f"judge is {name!r}, which is no folder of yours to write in; give --out for a calibrated copy"
+        )
+    if out is not None and out.exists():
+        raise InputError(f"out is {str(out)!r}, which exists; give a folder to make")
+
+
+def _write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
+    from listener_reward.checkpoint import Card, resolve
+
+    kept = ("thoughts", "aggregate", "orders", "early_stop")
+    changes: dict[str, Any] = {field: getattr(judge.card, field) for field in kept}
+    changes["calibration" if judge.think else "fast_calibration"] = result.calibration
+    if listener is not None:
+        changes["listener"] = None if listener == "none" else listener
+    if out is None:
+        Card.amend(name, **changes)
+        return Path(name)
+    import shutil
+
+    folder = resolve(name)
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder)
+    shutil.copytree(folder, out)
+    replace(Card.load(folder), **changes).save(out)  # its listener is absolute by now, or a name
+    return out
 
 
 @contextmanager
@@ -348,8 +812,8 @@ def _listener_cell(p_first: float | None, contradicted: bool | None) -> Text:
     return Text(f"{p_first:.2f} contradicts" if contradicted else f"{p_first:.2f}", "red" if contradicted else "")
 
 
-def _print_ranking(ranking: Ranking, images: list[str]) -> None:
-    table = Table("", "image", "score", "std. error")
+def _print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> None:
+    table = Table("", what, "score", "std. error")
     for position, place in enumerate(ranking.order, start=1):
         score, error = ranking.scores[place], ranking.standard_errors[place]
         table.add_row(str(position), Text(_plain(images[place])), f"{score:+.2f}", f"{error:.2f}")
@@ -359,10 +823,69 @@ def _print_ranking(ranking: Ranking, images: list[str]) -> None:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    from listener_reward.leaderboard import protocols_table
+
     table = Table("measure", "value")
     for name, value in evaluation.to_dict().items():
-        table.add_row(name.replace("_", " "), escape(_plain(_cell(value))))
-    Console(highlight=False).print(table)
+        if name != "protocols":
+            table.add_row(name.replace("_", " "), escape(_plain(_cell(value))))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(protocols_table(evaluation.protocols))
+
+
+def _print_leaderboard(board: Leaderboard) -> None:
+    from listener_reward.leaderboard import leaderboard_tables
+
+    console, result = Console(highlight=False), board.evaluations[0].protocols[0]
+    for table in leaderboard_tables(board):
+        console.print(table)
+    console.print(
+        f"{result.pairs} pairs of {result.prompts} prompts count. The difference is to {_plain(board.against)}, on the "
+        "same pairs; intervals and p draw prompts, not pairs.",
+        markup=False,
+    )
+
+
+def _print_check(check: DataCheck) -> None:
+    table = Table("", "found")
+    for name, words in check.lines():
+        table.add_row(name, escape(_plain(words)))
+    console = Console(highlight=False)
+    console.print(table)
+    for title, style, lines in (
+        ("broken", "yellow", check.broken_named),
+        ("note", "yellow", check.notes),
+        ("problem", "bold red", check.problems),
+    ):
+        for line in lines:
+            console.print(Text.assemble((f"{title}: ", style), _plain(line)), soft_wrap=True)
+    verdict = ("This data can be used.", "bold green") if check.usable else ("This data cannot be used.", "bold red")
+    console.print(Text.assemble(verdict))
+
+
+def _print_calibrated(result: Calibrated, folder: Path) -> None:
+    from listener_reward.reliability import reliability
+
+    console = Console(highlight=False)
+    table = Table("measure", "before", "after")
+    for who, before, after in (
+        ("", result.before, result.after),
+        ("listener ", result.listener_before, result.listener_after),
+    ):
+        for name in before or ():
+            table.add_row(who + name, _cell((before or {})[name]), _cell((after or {})[name]))
+    console.print(table)
+    table = Table("confidence", "pairs", "people who agree", "")
+    for one in reliability(result.labels, result.p_after):
+        bar = "\N{FULL BLOCK}" * round(one.agreement * 20)
+        table.add_row(f"{one.low:.2f} to {one.high:.2f}", str(one.n), f"{one.agreement:.3f}", bar)
+    console.print(table)
+    console.print(
+        f"fitted on {result.n_fit} pairs, chosen on {result.n_validation}, measured on {result.n_test}; "
+        f"tie band {result.calibration.tie_band:g}; written to {_plain(str(folder))}",
+        soft_wrap=True,
+    )
 
 
 def _cell(value: Any) -> str:

@@ -78,4 +78,5 @@ def read_answers(
 
 def _prefixes(vlm: VLM, chat_format: ChatFormat, thoughts: Sequence[str]) -> list[str]:
     reserved = chat_format.reserved(vlm.reserved)
-    return [chat_format.answer_slot(neutralise(thought, reserved)) for thought in thoughts]
+    before, after = chat_format.think
+    return [chat_format.answer_slot(neutralise(thought, reserved, before=before, after=after)) for thought in thoughts]

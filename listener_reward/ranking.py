@@ -1,8 +1,12 @@
 """From comparisons of pairs to one score per image: the Bradley-Terry model, and who should meet whom.
 
 Bradley-Terry says that image i beats image j with probability sigmoid(s_i - s_j). A judge's answers are probabilities
-and not wins, so each enters as a soft outcome worth one comparison. A Gaussian prior keeps the scores finite where an
-image wins every comparison, and fixes their level: at the optimum their mean is zero.
+and not wins, so each enters as a soft outcome, worth the more votes, the better the judge's answers fit one another
+(`estimate_votes`). A Gaussian prior keeps the scores finite where an image wins every comparison, and fixes their
+level: at the optimum their mean is zero.
+
+Every pair of n images is n (n - 1) / 2 comparisons. With a budget the images are compared in rounds, each image at most
+once a round, and each round takes the pairs of which most is to be learnt (`next_round`).
 """
 
 from __future__ import annotations
@@ -13,12 +17,19 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, ndtr
 
 from listener_reward.errors import InputError, JudgeError
 
 PRIOR_STD = 2.0
 """Standard deviation of scores before any comparison: two random images are 2.8 log-odds apart, about 94 to 6."""
+
+VOTES = 16.0
+PRIOR_DEGREES = 4.0
+"""A judge's answer is taken for the mean of `VOTES` votes, until `PRIOR_DEGREES` comparisons could have contradicted
+one another; then what they say counts for more."""
+
+MOST_VOTES = 1000.0
 
 FULL_UP_TO = 8
 """Largest number of images of which every pair is compared in a training batch; `pairings` thins the rest."""
@@ -33,7 +44,7 @@ class Ranking:
     scores: list[float]
     """Log-odds in the caller's order, mean zero: image i beats j with probability sigmoid(scores[i] - scores[j])."""
     standard_errors: list[float]
-    """One for each score, in the same order and unit."""
+    """One for each score, in the same order and unit: how far it may be off, relative to the mean of the images."""
     comparisons: int
     """How many pairs the judge compared."""
 
@@ -43,7 +54,7 @@ class Ranking:
 
 
 def fit_bradley_terry(
-    n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD
+    n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD, votes: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most probable scores of `n` images given soft outcomes `(i, j, p)`: "i beats j with probability p".
 
@@ -51,6 +62,7 @@ def fit_bradley_terry(
         n: number of images, at least 1.
         outcomes: any pairs in any number and order; an image in none of them scores zero.
         prior_std: standard deviation of the Gaussian prior on each score, in [0.001, 1000].
+        votes: how many votes an outcome is worth, in [0.001, 1000000]; see `estimate_votes`.
 
     Returns:
         Scores `(n,)` and standard errors `(n,)`, float64. The errors are from the curvature at the optimum, so an
@@ -58,20 +70,30 @@ def fit_bradley_terry(
 
     Raises:
         InputError: no image, an outcome that names an image that is not there or one image twice, a probability
-            outside [0, 1], or a prior out of range.
+            outside [0, 1], or a prior or a number of votes out of range.
     """
+    scores, covariance = _posterior(n, outcomes, prior_std, votes)
+    return scores, np.sqrt(np.diag(covariance))
+
+
+def _posterior(
+    n: int, outcomes: Sequence[tuple[int, int, float]], prior_std: float, votes: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores `(n,)`, and their covariance `(n, n)` by Laplace's approximation."""
     if n < 1:
         raise InputError(f"n is {n}; there must be at least one image to score")
     if not 1e-3 <= prior_std <= 1e3:
         raise InputError(f"prior_std is {prior_std}; choose one in [0.001, 1000] log-odds, 2 being usual")
+    if not 1e-3 <= votes <= 1e6:
+        raise InputError(f"votes is {votes}; an outcome is worth 0.001 to 1000000 of them, 1 being usual")
     wins = np.zeros((n, n))
     for i, j, p in outcomes:
         if not (0 <= i < n and 0 <= j < n) or i == j:
             raise InputError(f"outcomes has ({i}, {j}, {p}); an outcome is between two different images of 0..{n - 1}")
         if not 0 <= p <= 1:
             raise InputError(f"outcomes has ({i}, {j}, {p}); the third value is a probability in [0, 1]")
-        wins[i, j] += p
-        wins[j, i] += 1 - p
+        wins[i, j] += votes * p
+        wins[j, i] += votes * (1 - p)
 
     meetings, precision = wins + wins.T, prior_std**-2
     scores = np.zeros(n)
@@ -83,10 +105,77 @@ def fit_bradley_terry(
         step = np.linalg.solve(curvature, gradient)
         if (stretch := np.ptp(step)) < 1e-6:  # quadratic by now: the last step leaves an error of about its square
             scores += step
-            return scores - scores.mean(), np.sqrt(np.diag(np.linalg.inv(curvature)))
+            return scores - scores.mean(), np.linalg.inv(curvature)
         # log(1 + d) / d is a step length at which Newton's method provably climbs on a logistic likelihood, d being
         # the largest change of a score difference (Sun & Tran-Dinh 2019); it tends to 1 as the steps shrink.
         scores += step * np.log1p(stretch) / stretch
+
+
+def estimate_votes(n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD) -> float:
+    """How many votes one outcome is worth, in [1, 1000]: the inverse of its dispersion around the Bradley-Terry model.
+
+    A share of k votes has the variance p (1 - p) / k. The mean of (outcome - p)^2 / (p (1 - p)) over the degrees of
+    freedom that the outcomes leave estimates 1 / k (McCullagh & Nelder 1989, section 4.5); `VOTES` with
+    `PRIOR_DEGREES` degrees of freedom is added, because the first comparisons of a few images leave none. A judge that
+    contradicts itself is worth one vote, one whose log-odds add up is worth many.
+    """
+    votes = VOTES
+    if not outcomes:
+        return votes
+    rows, columns, p = (np.array(values) for values in zip(*outcomes, strict=True))
+    for _ in range(3):
+        scores, covariance = _posterior(n, outcomes, prior_std, votes)
+        expected = np.clip(expit(scores[rows] - scores[columns]), 1e-3, 1 - 1e-3)
+        spread = expected * (1 - expected)
+        freedom = np.clip(1 - votes * spread * _gap_variance(covariance)[rows, columns], 0, 1).sum()
+        chi_square = float(np.sum((p - expected) ** 2 / spread))
+        votes = float(np.clip((PRIOR_DEGREES + freedom) / (PRIOR_DEGREES / VOTES + chi_square), 1, MOST_VOTES))
+    return votes
+
+
+def next_round(
+    n: int,
+    outcomes: Sequence[tuple[int, int, float]],
+    size: int,
+    *,
+    prior_std: float = PRIOR_STD,
+) -> list[tuple[int, int]]:
+    """At most `size` pairs `(i, j)`, i < j, to compare next: new ones, no image in two of them.
+
+    Taken greedily by the chance that the pair stands in the wrong order now, times the information of its outcome,
+    log(1 + votes p (1 - p) v), where v is the posterior variance of its score difference.
+    """
+    votes = estimate_votes(n, outcomes, prior_std=prior_std)
+    scores, covariance = _posterior(n, outcomes, prior_std, votes)
+    gap, variance = scores[:, None] - scores, _gap_variance(covariance)
+    p_beats = expit(gap)
+    doubt = ndtr(-np.abs(gap) / np.sqrt(variance))
+    gain = np.round(doubt * np.log1p(votes * p_beats * (1 - p_beats) * variance), 12)  # ties must not be rounding's
+    rows, columns = np.triu_indices(n, 1)
+    free, met, chosen = set(range(n)), {frozenset(outcome[:2]) for outcome in outcomes}, []
+    for place in np.argsort(-gain[rows, columns], kind="stable"):
+        i, j = int(rows[place]), int(columns[place])
+        if len(chosen) == size:
+            break
+        if i in free and j in free and frozenset((i, j)) not in met:
+            chosen.append((i, j))
+            free -= {i, j}
+    return chosen
+
+
+def round_size(n: int, made: int) -> int:
+    """How many of `n` images' pairs to compare at once, after `made` comparisons.
+
+    Every image meets one other in the first round, and half of them in the later ones: smaller rounds choose better,
+    and larger ones keep a GPU busier.
+    """
+    return n // 2 if made == 0 else max(n // 4, 1)
+
+
+def _gap_variance(covariance: np.ndarray) -> np.ndarray:
+    """The variance `(n, n)` of every score difference; tiny and positive on the diagonal, which nobody reads."""
+    variances = np.diag(covariance)
+    return np.maximum(variances[:, None] + variances - 2 * covariance, 1e-12)
 
 
 def pairings(n: int) -> list[tuple[int, int]]:
@@ -103,29 +192,54 @@ def pairings(n: int) -> list[tuple[int, int]]:
 
 
 def rank_images(
-    compare_batch: Callable[[list[tuple[int, int]]], Sequence[float]], n: int, *, prior_std: float = PRIOR_STD
+    compare_batch: Callable[[list[tuple[int, int]]], Sequence[float]],
+    n: int,
+    *,
+    budget: int | None = None,
+    prior_std: float = PRIOR_STD,
 ) -> Ranking:
-    """Ranks `n` images by comparing every pair of them once.
+    """Ranks `n` images by comparing pairs of them, no pair twice.
 
     Args:
-        compare_batch: for each pair `(i, j)`, the probability that image i beats image j. Called once with all pairs,
-            or not at all for a single image.
+        compare_batch: for each pair `(i, j)`, the probability that image i beats image j. Called once with all pairs;
+            with a budget, once a round (`round_size`); not at all for a single image.
         n: number of images, at least 1.
+        budget: the most comparisons to make, at least 1; None, and all there are, is the full round robin.
         prior_std: see `fit_bradley_terry`.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or a budget that is no number of comparisons.
         JudgeError: `compare_batch` left out an answer, or gave one that is not a probability.
     """
     if n < 1:
         raise InputError(f"images has {n} images; give at least one to rank")
-    pairs = list(combinations(range(n), 2))
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise InputError(f"budget is {budget!r}; give a number of comparisons, at least 1, or None for every pair")
+    every = list(combinations(range(n), 2))
+    outcomes: list[tuple[int, int, float]] = []
+    if budget is None or budget >= len(every):
+        outcomes += _compared(compare_batch, every)
+    else:
+        while len(outcomes) < budget:
+            size = min(round_size(n, len(outcomes)), budget - len(outcomes))
+            outcomes += _compared(compare_batch, next_round(n, outcomes, size, prior_std=prior_std))
+    votes = estimate_votes(n, outcomes, prior_std=prior_std)
+    scores, covariance = _posterior(n, outcomes, prior_std, votes)
+    if n > 1:  # the mean of the images, which no comparison can tell, is zero by definition and not uncertain
+        centre = np.eye(n) - 1 / n
+        covariance = centre @ covariance @ centre
+    errors = np.sqrt(np.diag(covariance))
+    return Ranking(np.argsort(-scores, kind="stable").tolist(), scores.tolist(), errors.tolist(), len(outcomes))
+
+
+def _compared(
+    compare_batch: Callable[[list[tuple[int, int]]], Sequence[float]], pairs: list[tuple[int, int]]
+) -> list[tuple[int, int, float]]:
+    """The outcomes of `pairs`, checked."""
     answers = [float(p) for p in compare_batch(pairs)] if pairs else []
     if len(answers) != len(pairs):
         raise JudgeError(f"the judge gave {len(answers)} answers to {len(pairs)} comparisons")
     for (i, j), p in zip(pairs, answers, strict=True):
         if not 0 <= p <= 1:
             raise JudgeError(f"the judge answered p_first = {p} for images {i} and {j}; it must be in [0, 1]")
-    outcomes = [(i, j, p) for (i, j), p in zip(pairs, answers, strict=True)]
-    scores, errors = fit_bradley_terry(n, outcomes, prior_std=prior_std)
-    return Ranking(np.argsort(-scores, kind="stable").tolist(), scores.tolist(), errors.tolist(), len(pairs))
+    return [(i, j, p) for (i, j), p in zip(pairs, answers, strict=True)]

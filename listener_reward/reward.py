@@ -150,11 +150,13 @@ class ListenerReward:
                     table[members, 0] = np.where(np.isnan(scores), np.nanmean(scores), scores)
         return table[:, 0].copy(), {name: table[:, 1 + k].copy() for k, name in enumerate(INFO)}
 
-    def rank(self, prompt: str, images: Any) -> Ranking:
-        """Orders images of one prompt by comparing every pair; see `Judge.rank`. `images` as in a call."""
+    def rank(self, prompt: str, images: Any, *, budget: int | None = None) -> Ranking:
+        """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
         pictures = to_pil_batch(images)
         with self._lock:
-            return self._get_judge().rank(prompt, pictures)
+            judge = self._get_judge()
+            # Judges of other makes may have no budget, and are asked for none unless the caller gives one.
+            return judge.rank(prompt, pictures) if budget is None else judge.rank(prompt, pictures, budget=budget)
 
     def compare(self, prompt: str, first: ImageLike, second: ImageLike) -> Verdict:
         """Judges one pair; see `Judge.compare`."""

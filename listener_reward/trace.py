@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -68,6 +69,7 @@ def mask_verdict(thought: str) -> str:
 
 
 def _is_verdict(sentence: str) -> bool:
+    sentence = "".join(char for char in sentence if unicodedata.category(char) != "Cf")  # joiners hide no word
     judges = _NAMES_IMAGE.search(sentence) and _JUDGES.search(sentence)
     return bool(judges or _PICKS_LABEL.search(sentence))
 

@@ -81,12 +81,12 @@ class FakeJudge:
     def compare(self, prompt: str, first: Any, second: Any, *, think: bool | None = None) -> Verdict:
         return self.compare_many([prompt], [first], [second], think=think)[0]
 
-    def rank(self, prompt: str, images: Sequence[Any]) -> Ranking:
+    def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
         def compare_batch(pairs: list[tuple[int, int]]) -> list[float]:
             firsts, seconds = [images[i] for i, _ in pairs], [images[j] for _, j in pairs]
             return [verdict.p_first for verdict in self.compare_many([prompt] * len(pairs), firsts, seconds)]
 
-        return rank_images(compare_batch, len(images))
+        return rank_images(compare_batch, len(images), budget=budget)
 
     def _verdict(self, prompt: str, first: int, second: int) -> Verdict:
         broken = self.breaks_on(prompt, first, second)

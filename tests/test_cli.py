@@ -123,6 +123,21 @@ def test_rank_json_has_the_files_best_first(loads: Any, FakeJudge: Any, pictures
     assert answer["scores"][1] > answer["scores"][0] > answer["scores"][2]
 
 
+def test_rank_within_a_budget(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(FakeJudge())
+    answer = json.loads(run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "2", "--json").stdout)
+    assert (answer["comparisons"], sorted(answer["order"])) == (2, [0, 1, 2])
+    assert run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "0").exit_code == 2
+
+
+def test_ways_of_judging_reach_the_judge(loads: Any, FakeJudge: Any, pictures: Any):
+    calls = loads(FakeJudge())
+    options = ["--thoughts", "4", "--aggregate", "majority", "--orders", "one", "--early-stop", "0.9"]
+    run("compare", "--judge", "tiny", "--prompt", "red", *pictures[:2], *options)
+    wanted = {"think": True, "thoughts": 4, "aggregate": "majority", "orders": "one", "early_stop": 0.9}
+    assert calls == [("tiny", wanted)]
+
+
 def test_rank_for_people_is_in_order(loads: Any, FakeJudge: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "400")
     loads(FakeJudge())

@@ -19,7 +19,9 @@ import listener_reward
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LIGHT = "errors pairs images chat trace shaping verdict ranking reward".split()
+LIGHT = (
+    "errors pairs images chat trace shaping verdict ranking reward protocols intervals measure scores leaderboard peers"
+).split()
 
 needs_tiny = pytest.mark.skipif(
     not (ROOT / "listener_reward/tiny/weights/judge/model.safetensors").exists(),

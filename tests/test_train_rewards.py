@@ -54,13 +54,18 @@ class Batch:
             "trainer_state": None,
         }
         self.extra: dict[str, list[Any]] = defaultdict(list)
-        self.metrics: dict[str, float] = {}
+        self.logged: dict[str, list[float]] = defaultdict(list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The mean of each metric's values, as trl logs it."""
+        return {name: sum(values) / len(values) for name, values in self.logged.items()}
 
     def through(self, reward: ShapedReward) -> list[tuple[float | None, ...]]:
         """(format, accuracy, listener) of each row."""
         logs = {
             "log_extra": lambda name, values: self.extra[name].extend(values),
-            "log_metric": self.metrics.__setitem__,
+            "log_metric": lambda name, value: self.logged[name].append(value),
         }
         parts = [part(completions=self.completions, **self.columns, **logs) for part in reward.functions]
         return list(zip(*parts, strict=True))

@@ -327,24 +327,33 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self._write_judge(folder, whole)
         self.accelerator.wait_for_everyone()
 
-    def _write_judge(self, folder: str | Path, whole: dict[str, torch.Tensor] | None) -> None:
-        """`whole` are the weights where this process's model holds a part of them only."""
+    def _write_judge(self, folder: str | Path, gathered: dict[str, torch.Tensor] | None) -> None:
+        """`gathered` are the weights where this process's model holds a part of them only."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "merge_and_unload"):
-            adapter = Path(folder, "adapter")
-            model.save_pretrained(adapter, state_dict=whole)
-            if whole is not None:  # adapters merge into whole weights only, and the base has not changed
-                model, whole = self._from_adapter(adapter), None
+        adapter = Path(folder, "adapter") if hasattr(model, "merge_and_unload") else None
+        if adapter is not None:
+            model.save_pretrained(adapter, state_dict=gathered)
+        if gathered is not None:
+            model = self._made_whole(gathered, adapter)
+        if adapter is not None:
             model = model.merge_and_unload()
-        model.save_pretrained(folder, state_dict=whole)
+        model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         self.card.save(folder)
 
-    def _from_adapter(self, adapter: Path) -> Any:
-        """The policy whole on this process: what training started from, with the saved adapter."""
-        model: Any = base_model(self.accelerator.unwrap_model(self.model))
+    def _made_whole(self, gathered: dict[str, torch.Tensor], adapter: Path | None) -> Any:
+        """What training started from, loaded anew and whole, with the trained weights or the saved adapter.
+
+        Saving the sharded model with the gathered weights would not do: adapters merge into whole weights only, what is
+        tied has become two, and under ZeRO-3 transformers gives a Qwen2.5-VL's weights names that it cannot read.
+        """
+        sharded: Any = base_model(self.accelerator.unwrap_model(self.model))
         with unsharded():
-            return PeftModel.from_pretrained(type(model).from_pretrained(self.base_folder, dtype=model.dtype), adapter)
+            model = type(sharded).from_pretrained(self.base_folder, dtype=sharded.dtype)
+        if adapter is not None:
+            return PeftModel.from_pretrained(model, adapter)
+        model.load_state_dict(gathered)
+        return model
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):

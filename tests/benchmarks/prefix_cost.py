@@ -21,10 +21,10 @@ SIZES = (2, 4, 8, 16, 32)
 COLORS = {"listener": "#2a6fbb", "loss": "#c2572b"}
 
 
-def measure(repeats: int, largest_loss: int) -> list[dict]:
+def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
     run.BENCHMARKS["loss"] = ("loss",)
     rows = []
-    for arm in ("listener", "loss"):
+    for arm in arms:
         for group in SIZES:
             if arm == "loss" and group > largest_loss:
                 continue
@@ -93,7 +93,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("docs/prefix-cost.svg"), help="Where to draw the plot.")
     parser.add_argument("--repeats", type=int, default=1, help="Times each is run; the median counts.")
     parser.add_argument("--largest-loss", type=int, default=16, help="Largest G of which the copies' loss is run.")
+    parser.add_argument("--only", nargs="*", choices=list(COLORS), help="Run these alone.")
     args = parser.parse_args()
-    found = measure(args.repeats, args.largest_loss)
+    found = measure(args.only or list(COLORS), args.repeats, args.largest_loss)
     print(table(found))
     args.out.write_text(plot(found) + "\n", encoding="utf-8")

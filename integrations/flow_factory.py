@@ -1,0 +1,84 @@
+"""Flow-Factory: two classes for its YAML. Needs Flow-Factory, whose own classes they have to extend.
+
+    rewards:
+      - name: listener
+        reward_model: listener_reward.integrations.flow_factory.ListenerGroupwise
+        judge: tiny               # or a folder, a Hub name, the URL of a `listener-reward serve`
+        video: false              # true for a model of videos, each judged as a storyboard
+        weight: 1.0
+
+`ListenerGroupwise` is given whole groups and compares their members: take it where you can. `ListenerPointwise` is
+given batches cut without regard to groups, so it compares with a reference image of each prompt.
+
+Where the two packages cannot share an environment, the host's own remote classes do, with `server_url` set to that of a
+`listener-reward serve`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from listener_reward.errors import InputError, MissingExtraError
+from listener_reward.reward import PAPER_CHECKPOINT, Scheme
+
+from .contract import as_reward, score
+from .video import as_pictures
+
+try:
+    from flow_factory.rewards.abc import (  # pyright: ignore[reportMissingImports]
+        GroupwiseRewardModel,
+        PointwiseRewardModel,
+        RewardModelOutput,
+    )
+except ImportError as error:
+    raise MissingExtraError(
+        "this adapter extends Flow-Factory's classes: pip install git+https://github.com/X-GenGroup/Flow-Factory"
+    ) from error
+
+
+class ListenerPointwise(PointwiseRewardModel):
+    """Each sample against the reference image of its prompt."""
+
+    required_fields = ("prompt", "image")
+    scheme: Scheme = "reference"
+
+    def __init__(self, config: Any, accelerator: Any):
+        super().__init__(config, accelerator)
+        self.reward = _reward(config, self.scheme)
+        self.required_fields = _fields(config)
+
+    def __call__(self, prompt: list[str], image: Any = None, video: Any = None, **_: Any) -> RewardModelOutput:
+        return _compute(self.reward, prompt, image, video)
+
+
+class ListenerGroupwise(GroupwiseRewardModel):
+    """The samples of a group against one another."""
+
+    required_fields = ("prompt", "image")
+    scheme: Scheme = "group"
+
+    def __init__(self, config: Any, accelerator: Any):
+        super().__init__(config, accelerator)
+        self.reward = _reward(config, self.scheme)
+        self.required_fields = _fields(config)
+
+    def __call__(self, prompt: list[str], image: Any = None, video: Any = None, **_: Any) -> RewardModelOutput:
+        return _compute(self.reward, prompt, image, video)
+
+
+def _fields(config: Any) -> tuple[str, str]:
+    return ("prompt", "video" if getattr(config, "video", False) else "image")
+
+
+def _reward(config: Any, scheme: Scheme) -> Any:
+    """From the entry's extra keys: `judge`, and `judge_options` for `ListenerReward`."""
+    judge = getattr(config, "judge", None) or PAPER_CHECKPOINT
+    return as_reward(judge, getattr(config, "judge_options", None) or {}, scheme=scheme)
+
+
+def _compute(reward: Any, prompt: list[str], image: Any, video: Any) -> RewardModelOutput:
+    """Scores float32 `(B,)`. `image` is a list of PIL images, `video` of lists of PIL frames; one of the two."""
+    if (image is None) == (video is None):
+        raise InputError("give image or video, one of the two; for videos set video: true")
+    scores, info = score(reward, as_pictures(video) if image is None else image, prompt)
+    return RewardModelOutput(rewards=scores, extra_info=info)

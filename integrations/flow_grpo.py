@@ -1,0 +1,72 @@
+"""flow_grpo and DiffusionNFT, which share `flow_grpo/rewards.py`.
+
+As one of the rewards that the host weighs and adds up, in `multi_score`:
+
+    score_functions = {..., "listener": listener_score("tiny")}        # config.reward_fn = {"listener": 1.0}
+
+Or in place of `multi_score`, which also logs how sure the scores are:
+
+    reward_fn = listener_multi_score("tiny")
+
+Both hosts scatter the images of a prompt over processes and batches, and normalise per prompt only after gathering
+them. So the scheme is `reference`: what a process sees is part of a group, whose own mean must not be taken out. Give
+several processes one judge, a `listener-reward serve`, by its URL; else each keeps a reference image of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from listener_reward.reward import PAPER_CHECKPOINT
+
+from .contract import as_reward, score
+from .video import as_pictures
+
+
+def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[Any], Callable]:
+    """An entry of `score_functions`: a plain function of `device` that gives `_fn(images, prompts, metadata)`.
+
+    The host looks into the function's code for the word `device`, so it can be neither a class nor a partial. The judge
+    is loaded once, where `options` say (`device="cuda:1"`), or on the default device.
+    """
+    scorer = as_reward(reward, options, scheme="reference")
+
+    def factory(device: Any) -> Callable:
+        def _fn(images: Any, prompts: Any, metadata: Any) -> tuple[np.ndarray, dict]:
+            return _score(scorer, images, prompts, metadata)[0], {}
+
+        return _fn
+
+    return factory
+
+
+def listener_multi_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable:
+    """Stands in for `multi_score(device, score_dict)`: `_fn(images, prompts, metadata, ...) -> (dict, {})`.
+
+    The dict has `listener` and `avg`, which is the same, and the entries of `ListenerReward`'s info. Every one is
+    float32 `(B,)` and there in every batch, as the host gathers them all; NaN where a quantity does not apply.
+
+    `images` are NCHW floats in [0, 1], or videos (B, F, C, H, W), each judged as a storyboard.
+
+    Raises:
+        InputError, JudgeError: when called, so at `.result()` in the host. `on_failure="group-mean"` gives an image on
+            which the judge broke the mean of its prompt instead: no advantage, which the host then leaves out.
+    """
+    scorer = as_reward(reward, options, scheme="reference")
+
+    def _fn(
+        images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
+    ) -> tuple[dict[str, np.ndarray], dict]:
+        scores, info = _score(scorer, images, prompts, metadata)
+        return {**info, "listener": scores, "avg": scores}, {}
+
+    return _fn
+
+
+def _score(scorer: Any, images: Any, prompts: Any, metadata: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    if getattr(images, "ndim", 0) == 5:
+        images = as_pictures(images)
+    return score(scorer, images, prompts, metadata)

@@ -1,0 +1,90 @@
+"""Pref-GRPO: a dispatcher that knows the reward `listener` and leaves the others to the host's own.
+
+    from .pref_grpo import ListenerDispatcher
+
+    host = RewardDispatcher(args=args, device=device, reward_weights=others) if others else None
+    reward_dispatcher = ListenerDispatcher("tiny", device=device, host=host)
+
+The host's pairwise rewards show each pair in one order, count wins and round to three decimals; a parse failure is half
+a win for both. Here a pair is shown in both orders and its probability enters a Bradley-Terry fit, whose log-odds are
+the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from listener_reward.errors import InputError
+from listener_reward.reward import PAPER_CHECKPOINT
+
+from .contract import as_reward, score
+from .video import as_pictures
+
+NAME = "listener"
+
+
+class ListenerDispatcher:
+    """Stands in for the host's `RewardDispatcher`, whose two methods it has."""
+
+    def __init__(
+        self,
+        reward: Any = PAPER_CHECKPOINT,
+        *,
+        device: str | int | torch.device = "cpu",
+        host: Any = None,
+        modality: str = "image",
+        **options: Any,
+    ):
+        """
+        Args:
+            reward: see `contract.as_reward`. The scheme is `group`: a call holds all images of its prompts.
+            device: where the host wants its tensors.
+            host: the host's dispatcher, if other rewards are asked for beside this one.
+            modality: "image", or "video" for files of videos, each judged as a storyboard.
+        """
+        if modality not in ("image", "video"):
+            raise InputError(f"modality is {modality!r}; choose 'image' or 'video'")
+        self.reward = as_reward(reward, options, scheme="group")
+        self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        self.host = host
+        self.modality = modality
+
+    def build_reward_inputs(self) -> dict[str, list[dict]]:
+        """An empty list for each reward, which the host fills with `{"path": ..., "prompt": ...}`."""
+        return {**(self.host.build_reward_inputs() if self.host else {}), NAME: []}
+
+    def compute_rewards(
+        self, reward_inputs: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """One float32 tensor `(B,)` for each reward, and arrays to log, in the order of the inputs.
+
+        Raises:
+            InputError, JudgeError: a file or prompt that cannot be used, or a judge that broke. The host's rewards
+                raise `ValueError` likewise, and so stop the step.
+        """
+        others = {name: items for name, items in reward_inputs.items() if name != NAME}
+        tensors, logged = self.host.compute_rewards(others) if others and self.host else ({}, {})
+        if others and not self.host:
+            raise InputError(f"reward_inputs has {sorted(others)}; give the host's dispatcher for them as host=")
+        items = reward_inputs.get(NAME)
+        if not items:
+            raise InputError(f"reward_inputs has no {NAME!r} inputs; fill what build_reward_inputs() gave")
+        lost = [key for key in ("path", "prompt") if any(item.get(key) is None for item in items)]
+        if lost:
+            raise InputError(f"reward_inputs[{NAME!r}] has items without {' and '.join(lost)}; each needs both")
+        paths, prompts = [item["path"] for item in items], [item["prompt"] for item in items]
+        scores, info = score(self.reward, as_pictures(paths) if self.modality == "video" else paths, prompts)
+        logged = {
+            **logged,
+            f"{NAME}_score": scores,
+            f"{NAME}_standard_error": info.get("standard_error", _unknown(scores)),
+        }
+        return {**tensors, NAME: torch.as_tensor(scores, device=self.device)}, logged
+
+
+def _unknown(scores: np.ndarray) -> np.ndarray:
+    return np.full_like(scores, np.nan)

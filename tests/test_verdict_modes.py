@@ -1,0 +1,205 @@
+"""How a verdict is made: means and majorities, one order or both, and when thinking stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import t as student
+
+from listener_reward.calibration import Calibration, Curve
+from listener_reward.chat import Chat
+from listener_reward.checkpoint import Card
+from listener_reward.errors import InputError
+from listener_reward.judge import Judge, is_sure
+
+RED, DARK, BLUE = (Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (100, 0, 0), (0, 0, 255)))
+
+
+class Thinker:
+    """Its n-th thought on a chat is `script[n]`, over and over: "1" for the redder image, "2", or "?".
+
+    At the answer slot it gives `p` to the image that the thought chose.
+    """
+
+    reserved: frozenset[str] = frozenset()
+
+    def __init__(self, script: str, p: float = 0.9):
+        self.script, self.p = script, p
+        self.batches: list[int] = []
+        self.told: dict[str, int] = {}
+
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        self.batches.append(len(chats))
+        return [self._think(chat) for chat in chats]
+
+    def _think(self, chat: Chat) -> str:
+        first, second = (image.getpixel((0, 0)) for image in chat.images)
+        key = f"{chat.prompt}{first}{second}"
+        word = self.script[self.told.get(key, 0) % len(self.script)]
+        self.told[key] = self.told.get(key, 0) + 1
+        if word == "?":
+            return "Hm"
+        redder = 1 if first[0] > second[0] else 2  # pyright: ignore
+        answer = redder if word == "1" else 3 - redder
+        return f"<think>{answer}</think><answer>{answer}</answer>"
+
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+        chosen = [self.p if "1" in prefix else 1 - self.p if "2" in prefix else 0.5 for prefix in prefixes]
+        return torch.tensor([[p, 1 - p] for p in chosen]).log()
+
+    def read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+
+
+def judge(script: str, p: float = 0.9, **card) -> Judge:
+    return Judge(Thinker(script, p), card=Card(thoughts=len(script), **card))
+
+
+# ---------------------------------------------------------------- mean and majority
+
+
+def test_a_mean_weighs_how_sure_and_a_majority_counts():
+    # Both orders think "1 1 2": (0.9 + 0.9 + 0.1) / 3, and 4 votes of 6 by the rule of succession.
+    assert judge("112").compare("x", RED, DARK).p_first == pytest.approx(1.9 / 3)
+    assert judge("112", aggregate="majority").compare("x", RED, DARK).p_first == pytest.approx(5 / 8)
+    assert judge("112", aggregate="majority").compare("x", DARK, RED).p_first == pytest.approx(3 / 8)
+
+
+def test_a_malformed_thought_votes_by_its_answer_slot():
+    # "?" leaves the slot at one half, which is half a vote for each.
+    verdict = judge("1?", aggregate="majority").compare("x", RED, DARK)
+    assert verdict.p_first == pytest.approx((3 + 1) / (4 + 2))
+    assert verdict.malformed == 2
+
+
+def test_a_majority_of_none_is_a_tie():
+    verdict = judge("12", aggregate="majority").compare("x", RED, DARK)
+    assert (verdict.p_first, verdict.preferred) == (0.5, None)
+
+
+def test_the_verdict_is_calibrated_after_all_and_ties_inside_the_band():
+    half = Curve(((1.0, 0.5),))
+    expected = 1 / (1 + math.sqrt(3 / 5))  # the odds 5 : 3 under a temperature of 2
+    calibrated = judge("112", aggregate="majority", calibration=Calibration(verdict=half))
+    assert calibrated.compare("x", RED, DARK).p_first == pytest.approx(expected)
+    banded = judge("112", aggregate="majority", calibration=Calibration(verdict=half, tie_band=0.07))
+    assert banded.compare("x", RED, DARK).preferred is None
+    assert banded.compare("x", RED, DARK, think=False).p_first == 0.5  # which has a calibration of its own
+
+
+# ---------------------------------------------------------------- one order
+
+
+def test_one_order_costs_half_and_is_still_a_mirror_image():
+    colors = [Image.new("RGB", (8, 8), (level, 0, 255 - level)) for level in range(0, 250, 12)]
+    once = judge("1", p=0.8, orders="one")
+    straight = once.compare_many(["x"] * 20, colors[1:], colors[:-1])
+    assert once.reasoner.batches == [20]  # pyright: ignore
+    swapped = once.compare_many(["x"] * 20, colors[:-1], colors[1:])
+    for one, other in zip(straight, swapped, strict=True):
+        assert other.p_first == 1 - one.p_first and one.p_first == 1 - other.p_first
+        assert len(one.thoughts) == 1 and math.isnan(one.position_gap)
+        assert {one.thoughts[0].order, other.thoughts[0].order} == {"as given", "swapped"}
+    drawn = [verdict.thoughts[0].order for verdict in straight]
+    assert 3 < drawn.count("swapped") < 17  # a coin for each pair
+
+
+def test_equal_images_tie_in_one_order_too():
+    assert judge("11", orders="one").compare("x", RED, RED.copy()).p_first == 0.5
+
+
+# ---------------------------------------------------------------- early stop
+
+
+def test_sure_by_hand():
+    assert is_sure([1, 1], 1, 1.0) and not is_sure([1, 1], 2, 1.0)  # a lead of two can be caught up with by two
+    assert is_sure([0.9, 0.9, 0.9], 2, 1.0) and not is_sure([0.9, 0.9], 2, 1.0)  # 1.2 ahead, 1 can be lost
+    assert is_sure([], 0, 0.9) is False
+    # Two votes of two, six to come: mean 1/2, variance (0 + 1/4) / 2; the standard error of the mean of all eight is
+    # sqrt(1/8 * 6 / (2 * 8)) = 0.2165, t = 2.309 with 2 degrees of freedom.
+    sure = student.cdf(0.5 / math.sqrt(1 / 8 * 6 / 16), 2)
+    assert sure == pytest.approx(0.926, abs=1e-3)
+    for votes in ([1, 1], [0, 0]):
+        assert is_sure(votes, 6, sure - 1e-6) and not is_sure(votes, 6, sure + 1e-6)
+    assert not is_sure([1, 0], 6, 0.51)
+
+
+def test_sureness_is_how_often_the_side_stays():
+    """Thoughts of a judge that is for the first image 7 times in 10: having stopped, it is right about the rest."""
+    rng, stayed = np.random.default_rng(0), []
+    for _ in range(1500):
+        votes = (rng.random(16) < 0.7).astype(float).tolist()
+        for n in range(2, 16, 2):
+            if is_sure(votes[:n], 16 - n, 0.9):
+                stayed.append((np.mean(votes[:n]) > 0.5) == (np.mean(votes) > 0.5) or np.mean(votes) == 0.5)
+                break
+    assert len(stayed) > 1000 and np.mean(stayed) >= 0.9
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "majority"])
+def test_stopping_at_certainty_prefers_what_all_thoughts_would(aggregate):
+    rng = np.random.default_rng(0)
+    saved = 0
+    for _ in range(40):
+        script = "".join(rng.choice(["1", "2", "?"], 6, p=[0.6, 0.3, 0.1]))
+        whole = judge(script, aggregate=aggregate).compare("x", RED, DARK)
+        short = judge(script, aggregate=aggregate, early_stop=1.0).compare("x", RED, DARK)
+        assert short.preferred == whole.preferred, script
+        assert [t.text for t in short.thoughts if t.order == "as given"] == [
+            t.text for t in whole.thoughts if t.order == "as given"
+        ][: len(short.thoughts) // 2]
+        saved += len(whole.thoughts) - len(short.thoughts)
+    assert saved > 40
+
+
+def test_only_open_pairs_think_on_in_one_batch_a_round():
+    thinker = Thinker("1121", p=0.999)
+    asked = Judge(thinker, card=Card(thoughts=4, early_stop=0.95))
+    # Two pairs agree with themselves twice in both orders, and 2 of 2 is not sure enough. Equal images think once.
+    verdicts = asked.compare_many(["x", "y", "z"], [RED, RED, BLUE], [DARK, BLUE, BLUE.copy()])
+    assert [len(verdict.thoughts) for verdict in verdicts] == [4, 4, 2]
+    assert thinker.batches == [5, 4]
+    split = Thinker("1211", p=0.999)
+    Judge(split, card=Card(thoughts=4, early_stop=0.999)).compare("x", RED, DARK)
+    assert split.batches == [2, 2, 2, 2]
+
+
+def test_replaying_a_stop_on_all_thoughts_gives_the_verdict_that_stopped():
+    for script in ("1111", "1211", "12?1", "2211"):
+        stopping = judge(script, early_stop=0.9)
+        stopped = stopping.compare("x", RED, DARK)
+        everything = judge(script).answers(["x"], [RED], [DARK])[0]
+        assert len(everything) == 8
+        assert stopping.conclude(everything) == stopped
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("aggregate", "median"), ("orders", "three"), ("early_stop", 0.5), ("early_stop", 1.1), ("early_stop", "soon")],
+)
+def test_an_unknown_mode_names_its_field(field, value):
+    with pytest.raises(InputError, match=field):
+        replace(Card(), **{field: value})
+
+
+def test_modes_reach_a_real_judge_and_its_copies(random_judge):
+    import pickle
+
+    loaded = Judge.from_pretrained(
+        random_judge, thoughts=3, aggregate="majority", orders="one", early_stop=0.9, max_new_tokens=4
+    )
+    twin = pickle.loads(pickle.dumps(loaded))
+    assert twin.card == loaded.card
+    assert (twin.card.aggregate, twin.card.orders, twin.card.early_stop) == ("majority", "one", 0.9)
+    one, other = loaded.compare("two red circles", RED, DARK), loaded.compare("two red circles", DARK, RED)
+    assert other.p_first == 1 - one.p_first

@@ -1,0 +1,449 @@
+"""Videos: every form they come in, the moments that are looked at, the three strategies, and the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pickle
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from listener_reward.cli import app
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.integrations.video import (
+    ClipJudge,
+    VideoReward,
+    as_picture,
+    as_pictures,
+    cut,
+    rank_videos,
+    read_clip,
+    storyboard,
+)
+from listener_reward.judge import Judge
+from listener_reward.tiny.motion import draw_clip
+from listener_reward.tiny.world import Scene
+from listener_reward.vlm import TransformersVLM
+
+VIDEOALIGN = Path(__file__).resolve().parents[2] / "shared" / "data" / "videoalign"
+SIZE = (48, 32)
+
+
+def shades(reds, size=SIZE) -> list[Image.Image]:
+    return [Image.new("RGB", size, (red, 0, 0)) for red in reds]
+
+
+def reds(clip) -> list[int]:
+    return [frame.getpixel((5, 5))[0] for frame in clip.frames]
+
+
+def written(path: Path, frames: list[Image.Image], fps: int = 10, codec: str | None = None) -> Path:
+    av = pytest.importorskip("av")
+    codec = (
+        codec or {".mp4": "mpeg4", ".webm": "libvpx", ".mkv": "mpeg4", ".mov": "mpeg4", ".avi": "mpeg4"}[path.suffix]
+    )
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        stream.bit_rate = 2_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode(None))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+RAMP = [20, 60, 100, 140, 180, 220]
+ARRAY = np.stack([np.asarray(frame) for frame in shades(RAMP)])
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        shades(RAMP),
+        tuple(shades(RAMP)),
+        list(ARRAY),
+        ARRAY,
+        ARRAY.astype(np.float32) / 255,
+        ARRAY.transpose(0, 3, 1, 2).astype(np.float32) / 255,
+        torch.tensor(ARRAY).permute(0, 3, 1, 2),
+        (torch.tensor(ARRAY).permute(0, 3, 1, 2) / 255).half(),
+    ],
+    ids=["PIL", "tuple", "arrays", "THWC uint8", "THWC float", "TCHW float", "TCHW uint8", "TCHW half"],
+)
+def test_frames_in_memory(video):
+    clip = read_clip(video, frames=6)
+    assert reds(clip) == RAMP and clip.seconds is None and {frame.size for frame in clip.frames} == {SIZE}
+
+
+def test_frames_are_spread_from_the_first_to_the_last():
+    assert reds(read_clip(shades(RAMP), frames=2)) == [20, 220]
+    assert reds(read_clip(shades(RAMP), frames=3)) == [20, 100, 220]
+    assert reds(read_clip(shades(RAMP), frames=1)) == [20]
+    assert reds(read_clip(shades([20, 60]), frames=4)) == [20, 20, 60, 60]
+
+
+def test_rate_looks_at_moments_and_needs_the_videos_own():
+    """Ten frames per second, looked at five times a second: every second frame; the end of a short video stays."""
+    clip = read_clip(shades(RAMP), frames=4, fps=10, rate=5)
+    assert reds(clip) == [20, 100, 180, 220] and clip.seconds == pytest.approx((0, 0.2, 0.4, 0.5))
+    slow = read_clip(shades(RAMP), frames=4, fps=2.5, rate=5)  # each frame is shown for two looks
+    assert reds(slow) == [20, 20, 60, 60]
+    with pytest.raises(InputError, match="fps="):
+        read_clip(shades(RAMP), rate=5)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".mov", ".avi"])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_files(tmp_path, suffix, as_bytes):
+    path = written(tmp_path / f"a{suffix}", shades(range(10, 250, 12)), fps=10)
+    clip = read_clip(path.read_bytes() if as_bytes else path, frames=5)
+    assert reds(clip) == pytest.approx([10, 70, 130, 178, 238], abs=8)
+    assert clip.seconds == pytest.approx([0, 0.5, 1.0, 1.4, 1.9], abs=0.011)
+
+
+def test_a_files_own_rate_may_be_overridden(tmp_path):
+    path = written(tmp_path / "a.mp4", shades(range(10, 250, 12)), fps=10)
+    assert read_clip(path, frames=2, rate=10).seconds == pytest.approx((0, 0.1), abs=1e-3)
+    assert reds(read_clip(path, frames=2, rate=10, fps=5)) == pytest.approx([10, 10], abs=8)
+
+
+def test_videos_of_different_rates_are_compared_at_the_same_moments(tmp_path):
+    """The same second of motion, once at 10 and once at 20 frames per second."""
+    slow = read_clip(written(tmp_path / "slow.mp4", shades(range(0, 240, 24)), fps=10), frames=4, rate=4)
+    fast = read_clip(written(tmp_path / "fast.mp4", shades(range(0, 240, 12)), fps=20), frames=4, rate=4)
+    assert reds(slow) == pytest.approx(reds(fast), abs=24)
+    assert slow.seconds == pytest.approx(fast.seconds, abs=0.11)
+
+
+def test_gif_with_frames_of_different_durations(tmp_path):
+    frames = shades([20, 100, 220])
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[100, 400, 100])
+    assert read_clip(tmp_path / "a.gif", frames=3).seconds == pytest.approx((0, 0.1, 0.5))
+    assert reds(read_clip(tmp_path / "a.gif", frames=4, rate=5)) == [20, 100, 100, 220]
+    frames[0].save(tmp_path / "still.gif")
+    assert reds(read_clip(tmp_path / "still.gif", frames=2)) == [20, 20]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
+def test_other_animations(kind):
+    file, frames = io.BytesIO(), shades([20, 100, 220])
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=200, lossless=True)
+    assert reds(read_clip(file.getvalue(), frames=3)) == [20, 100, 220]
+
+
+def test_a_file_that_was_cut_short_keeps_its_last_frame(tmp_path):
+    path = written(tmp_path / "a.mkv", shades(range(10, 250, 12)))
+    data = path.read_bytes()
+    clip = read_clip(data[: len(data) * 2 // 3], frames=4)
+    assert len(clip.frames) == 4 and reds(clip)[0] == pytest.approx(10, abs=8)
+
+
+UNREADABLE = {
+    "missing file": "no/such.mp4",
+    "URL": "https://example.org/a.mp4",
+    "folder": ".",
+    "empty bytes": b"",
+    "text": b"a video of a fox, in words",
+    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "concat script": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    "mp4 header only": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
+    "webm header only": b"\x1a\x45\xdf\xa3" + b"\0" * 40,
+    "one image": Image.new("RGB", (4, 4)),
+    "rank 3": np.zeros((4, 4, 3), np.uint8),
+    "rank 5": np.zeros((1, 2, 4, 4, 3), np.uint8),
+    "no frames": [],
+    "no frames, array": np.zeros((0, 4, 4, 3), np.uint8),
+    "NaN": np.full((2, 4, 4, 3), np.nan, np.float32),
+    "wrong range": np.full((2, 4, 4, 3), 255.0),
+    "frames of nothing": [None, None],
+    "a number": 7,
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_video_is_named(name):
+    with pytest.raises(InputError, match=r"^clip"):
+        read_clip(UNREADABLE[name], field="clip")
+
+
+def test_no_codec_is_asked_without_pyav(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtraError, match=r"listener-reward\[video\]"):
+        read_clip(b"\0\0\0\x18ftypmp42" + b"\0" * 40)
+
+
+@pytest.mark.parametrize(
+    "options", [{"frames": 0}, {"frames": 2.0}, {"frames": 1000}, {"fps": 0}, {"rate": -1}, {"fps": math.nan}]
+)
+def test_options_out_of_range(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        read_clip(shades(RAMP), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Storyboards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("size", [(48, 32), (1280, 720), (720, 1280), (3, 3000)])
+def test_a_storyboard_is_cut_into_its_frames_again(n, size):
+    values = [10 + 12 * k for k in range(n)]
+    board = storyboard(shades(values, size))
+    assert max(board.size) <= 2048
+    assert [frame.getpixel((0, 0))[0] for frame in cut(board, n)] == values
+    assert [frame.getpixel((frame.width - 1, frame.height - 1))[0] for frame in cut(board, n)] == values
+
+
+def test_frames_that_fit_are_kept_to_the_pixel():
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8)) for _ in range(8)]
+    assert [frame.tobytes() for frame in cut(storyboard(frames), 8)] == [frame.tobytes() for frame in frames]
+
+
+def test_another_image_is_no_storyboard():
+    with pytest.raises(InputError, match="no storyboard of 4"):
+        cut(Image.new("RGB", (49, 49)), 4)
+    with pytest.raises(InputError, match="empty"):
+        storyboard([])
+
+
+def test_images_pass_and_videos_become_storyboards(tmp_path):
+    assert as_picture(shades([9])[0]).size == SIZE
+    assert as_picture(ARRAY[0]).size == SIZE
+    assert as_picture(ARRAY).width > 4 * SIZE[0]
+    assert as_picture(str(written(tmp_path / "a.mp4", shades(RAMP)))).width > 4 * SIZE[0]
+    for one in (ARRAY, "a.mp4", shades([9])[0]):
+        with pytest.raises(InputError, match="wrap it in a list"):
+            as_pictures(one)
+    with pytest.raises(InputError, match=r"videos\[1\]"):
+        as_pictures([ARRAY, "no/such.mp4"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUTPUT = np.stack([np.stack([np.asarray(f) for f in shades([red, red + 10])]) for red in (100, 200, 20)])
+
+
+@pytest.mark.parametrize("strategy", ["storyboard", "frames"])
+@pytest.mark.parametrize(
+    "videos",
+    [
+        [shades([red, red + 10]) for red in (100, 200, 20)],
+        OUTPUT.astype(np.float32) / 255,
+        torch.tensor(OUTPUT).permute(0, 1, 4, 2, 3) / 255,
+    ],
+    ids=["pil", "np", "pt"],
+)
+def test_the_frames_of_a_pipeline_are_ranked_in_any_output_type(FakeJudge, videos, strategy):
+    ranking = rank_videos(FakeJudge(), "a", videos, strategy=strategy, frames=2)
+    assert ranking.order == [1, 0, 2] and ranking.comparisons == 3
+
+
+def test_frames_are_averaged_worked_by_hand(FakeJudge):
+    """Frame by frame the fake judge says sigmoid(4 * 51 / 255) and sigmoid(-4 * 102 / 255): 0.690 and 0.168."""
+    judge = FakeJudge(listener_slope=4.0)
+    verdict = ClipJudge(judge, "frames", 2).compare("a", storyboard(shades([151, 50])), storyboard(shades([100, 152])))
+    expected = (1 / (1 + math.exp(-0.8)) + 1 / (1 + math.exp(1.6))) / 2
+    assert verdict.p_first == pytest.approx(expected, abs=1e-9) and verdict.preferred == 2
+    assert verdict.listener_p_first == pytest.approx(expected, abs=1e-9) and verdict.contradicted is False
+    assert judge.calls == [[("a", 151, 100), ("a", 50, 152)]] and len(verdict.thoughts) == 2
+
+
+@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip"])
+def test_swapping_gives_exactly_the_rest(random_judge, strategy):
+    judge = ClipJudge(random_judge, strategy, 3, device="cpu", max_new_tokens=4)
+    rng = random.Random(3)
+    boards = [storyboard(draw_clip(Scene("red", "circle", count), rng, 3)) for count in (1, 2, 3)]
+    for i, j in ((0, 1), (1, 2)):
+        there, back = (
+            judge.compare("two red circles", boards[i], boards[j]),
+            judge.compare("two red circles", boards[j], boards[i]),
+        )
+        assert there.p_first == 1 - back.p_first and 0 < there.p_first < 1
+
+
+def test_clip_puts_all_frames_of_a_side_into_the_chat(random_judge):
+    judge = ClipJudge(random_judge, "clip", 3, device="cpu", max_new_tokens=4)
+    seen = []
+    inner = judge._judge()
+    original, inner.reasoner.generate = (
+        inner.reasoner.generate,
+        lambda chats, **k: (seen.extend(chats), original(chats, **k))[1],
+    )
+    judge.compare("a", storyboard(shades([10, 20, 30])), storyboard(shades([40, 50, 60])))
+    chat = seen[0]
+    blocks = [block["type"] for turn in chat.messages if turn["role"] == "user" for block in turn["content"]]
+    assert blocks.count("image") == 6 and blocks[blocks.index("image") :][:3] == ["image"] * 3
+    assert sorted(frame.getpixel((5, 5))[0] for frame in chat.images) == [10, 20, 30, 40, 50, 60]
+    assert inner.listener.chat_format.frames == 3  # type: ignore[union-attr]
+
+
+def test_clip_needs_a_judge_that_writes_chats(FakeJudge):
+    with pytest.raises(InputError, match="'frames'"):
+        rank_videos(FakeJudge(), "a", [ARRAY, ARRAY], strategy="clip")
+
+
+def test_video_reward_has_the_contract_of_the_reward(FakeJudge):
+    reward = VideoReward(FakeJudge(), strategy="frames", frames=2, scheme="group")
+    scores, info = reward(torch.tensor(OUTPUT).permute(0, 1, 4, 2, 3) / 255, ["a"] * 3, ({},) * 3)
+    assert scores.shape == (3,) and scores.dtype == np.float32 and np.argsort(-scores).tolist() == [1, 0, 2]
+    assert info["comparisons"].tolist() == [2, 2, 2]
+
+
+def test_video_reward_keeps_a_clip_as_reference_and_pickles(FakeJudge, random_judge):
+    reward = VideoReward(FakeJudge(), strategy="frames", frames=2, scheme="reference")
+    assert reward([shades([100, 110])], ["a"])[0].tolist() == [0.0]
+    assert reward([shades([200, 210])], ["a"])[0][0] == pytest.approx(4 * 100 / 255, abs=1e-4)
+    by_name = VideoReward(str(random_judge), strategy="clip", frames=2, device="cpu", max_new_tokens=4)
+    videos = [shades([10, 20]), shades([200, 210])]
+    scores = by_name(videos, ["a", "a"])[0]
+    assert pickle.loads(pickle.dumps(by_name))(videos, ["a", "a"])[0].tolist() == scores.tolist()
+
+
+def test_video_reward_fails_like_the_reward(FakeJudge):
+    broken = FakeJudge(breaks_on=lambda *_: True)
+    with pytest.raises(JudgeError):
+        VideoReward(broken, frames=2)(OUTPUT, ["a"] * 3)
+    assert np.isnan(VideoReward(broken, frames=2, on_failure="nan")(OUTPUT, ["a"] * 3)[0]).all()
+
+
+@pytest.mark.parametrize("options", [{"strategy": "first frame"}, {"frames": 0}])
+def test_unknown_options_are_named(FakeJudge, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        VideoReward(FakeJudge(), **options)
+    with pytest.raises(InputError, match="no effect"):
+        VideoReward(FakeJudge(), device="cpu")
+    with pytest.raises(InputError, match="judge is a int"):
+        rank_videos(5, "a", [ARRAY])
+
+
+def test_the_tiny_judge_puts_the_right_clip_first():
+    """tests/benchmarks/videos.py measures how often; here four prompts, one right clip of four each."""
+    judge = ClipJudge(Judge.from_pretrained("tiny", device="cpu"), "frames", 2)
+    rng, hits = random.Random(0), 0
+    for prompt, right in (
+        ("two red circles", Scene("red", "circle", 2)),
+        ("a blue star", Scene("blue", "star", 1)),
+        ("three green squares", Scene("green", "square", 3)),
+        ("a yellow triangle", Scene("yellow", "triangle", 1)),
+    ):
+        scenes = [
+            replace(right, color="purple", count=right.count % 3 + 1),
+            replace(right, shape="square" if right.shape != "square" else "star", color="orange"),
+            right,
+            replace(right, count=(right.count + 1) % 3 + 1, shape="circle" if right.shape != "circle" else "star"),
+        ]
+        ranking = rank_videos_of(judge, prompt, [draw_clip(scene, rng) for scene in scenes])
+        hits += ranking.order[0] == 2
+    assert hits >= 3
+
+
+def rank_videos_of(judge, prompt, clips):
+    return judge.rank(prompt, as_pictures(clips, frames=judge.frames))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rank_videos_command(tmp_path, random_judge):
+    rng = random.Random(1)
+    names = [
+        str(written(tmp_path / f"{k}.mp4", [f.resize((64, 64)) for f in draw_clip(Scene("red", "star", k), rng)]))
+        for k in (1, 2)
+    ]
+    command = [
+        "rank-videos",
+        "--judge",
+        str(random_judge),
+        "--strategy",
+        "frames",
+        "--frames",
+        "2",
+        "--prompt",
+        "a red star",
+    ]
+    done = CliRunner().invoke(app, [*command, "--json", *names])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert sorted(answer["files"]) == sorted(names) and answer["comparisons"] == 1
+    assert answer["files"][0] == names[answer["order"][0]]
+    table = CliRunner().invoke(app, [*command, *names])
+    assert table.exit_code == 0 and "log-odds" in table.stdout and "video" in table.stdout
+
+
+def test_rank_videos_command_names_what_is_wrong(random_judge, tmp_path):
+    for arguments, word in (
+        (["no/such.mp4"], "no file"),
+        (["no/such.mp4", "--strategy", "best"], "strategy"),
+        (["no/such.mp4", "--frames", "500"], "frames"),
+    ):
+        done = CliRunner().invoke(app, ["rank-videos", "--judge", str(random_judge), "--prompt", "a", *arguments])
+        assert done.exit_code == 2 and word in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real clips
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_random_judge(tmp_path_factory) -> Path:
+    """Random weights with a real Qwen2.5-VL's patches: a frame keeps 250,880 pixels, which are 320 visual tokens."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from listener_reward.chat import ChatFormat
+    from listener_reward.checkpoint import Card
+    from listener_reward.tiny.model import QUESTION, build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("large-judge")
+    processor = build_processor()
+    images = processor.image_processor
+    images.patch_size, images.size = 14, {"shortest_edge": 56 * 56, "longest_edge": 320 * 28 * 28}
+    torch.manual_seed(0)
+    configuration = build_model(processor.tokenizer).config
+    configuration.vision_config.patch_size = 14
+    Qwen2_5_VLForConditionalGeneration(configuration).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    Card(format=ChatFormat(question=QUESTION), listener=".").save(folder)
+    return folder
+
+
+@pytest.mark.skipif(not VIDEOALIGN.exists(), reason="the clips of VideoAlign are not here")
+@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip"])
+def test_three_labelled_pairs_of_real_clips_go_the_whole_way(large_random_judge, strategy, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
+    with (VIDEOALIGN / "example.csv").open() as file:
+        rows = {row["path_A"]: row for row in csv.DictReader(file)}.values()
+    assert len(rows) == 3
+    judge = Judge.from_pretrained(large_random_judge, device="cpu", think=False, batch_size=1)
+    for row in rows:
+        paths = [VIDEOALIGN / row[side] for side in ("path_A", "path_B")]
+        clips = [read_clip(path, frames=2, rate=1) for path in paths]
+        for clip, side in zip(clips, "AB", strict=True):
+            assert min(clip.frames[0].size) >= 300 and clip.seconds == pytest.approx(
+                (0, 1), abs=2 / float(row[f"fps_{side}"])
+            )
+        ranking = rank_videos(judge, row["prompt"], paths, strategy=strategy, frames=2, rate=1)
+        assert sorted(ranking.order) == [0, 1] and ranking.scores[0] == pytest.approx(-ranking.scores[1])
+        assert all(map(math.isfinite, ranking.scores))
