@@ -267,7 +267,8 @@ class Calibrated:
     n_validation: int
     n_test: int
     before: dict[str, float]
-    """`ece`, `brier`, `nll` and `preferred` (the share of pairs that the tie band leaves a preference) on the test."""
+    """`ece`, `brier`, `nll` and `preferred` (the share of pairs that the tie band leaves a preference) on the test,
+    without any calibration, an earlier one included."""
     after: dict[str, float]
     listener_before: dict[str, float] | None
     listener_after: dict[str, float] | None

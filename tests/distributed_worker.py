@@ -130,7 +130,7 @@ def run(name: str, out: Path, processes: int, **overrides: Any) -> dict[str, Any
     if name == UNEVEN:
         pairs = pairs.select([0, 0, 1, 2])
 
-    def trainer(**more: Any) -> ListenerGRPOTrainer:
+    def trainer(**more: Any) -> Any:
         args = ListenerGRPOConfig(**(defaults | SCENARIOS[name] | overrides | more))
         kind = ListenerGRPOTrainer if "generation_kwargs" in SCENARIOS[name] or name == RESUMED else Fixed
         lora = LoraConfig(r=4, target_modules=LORA_TARGETS, task_type="CAUSAL_LM") if name == LORA else None
@@ -161,7 +161,7 @@ def run(name: str, out: Path, processes: int, **overrides: Any) -> dict[str, Any
     return result
 
 
-def copy(weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def copy(weights: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in (weights or {}).items()}
 
 

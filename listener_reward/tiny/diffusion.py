@@ -15,6 +15,8 @@ which its encoder computes; then a `UNet2DConditionModel` and a `CLIPTextModel` 
 on from its last checkpoint and ends with the same weights.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# diffusers types its parts more narrowly than it takes them, and numpy its indices.
 from __future__ import annotations
 
 import argparse

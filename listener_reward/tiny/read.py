@@ -5,6 +5,8 @@ they show, and so gives the *true* utility of generated pictures, which no judge
 unframed pictures in the first drawing style.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# diffusers types its parts more narrowly than it takes them, and numpy its indices.
 from __future__ import annotations
 
 import colorsys

@@ -322,7 +322,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         before the folder is there. LoRA adapters are kept in `folder/adapter` and merged into the weights, of the model
         in memory too: this is the end of training.
         """
-        whole = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded() else None
+        whole: Any = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded() else None
         if self.accelerator.is_main_process:
             self._write_judge(folder, whole)
         self.accelerator.wait_for_everyone()
@@ -345,7 +345,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """What training started from, loaded anew and whole, with the trained weights or the saved adapter.
 
         Saving the sharded model with the gathered weights would not do: adapters merge into whole weights only, what is
-        tied has become two, and under ZeRO-3 transformers gives a Qwen2.5-VL's weights names that it cannot read.
+        tied has become two, and of a model loaded under ZeRO-3 transformers 5.23 saves a Qwen2.5-VL as `model.model.*`.
         """
         sharded: Any = base_model(self.accelerator.unwrap_model(self.model))
         with unsharded():

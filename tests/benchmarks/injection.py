@@ -128,6 +128,9 @@ HARMLESS = (
 """Words of which the tiny judge knows one half."""
 
 
+TABLES = ("prompt", "thought", "itself")
+
+
 class Tampered(TransformersVLM):
     """The judge's model. What it once thought about a question it says again, with `edit` done to it."""
 
@@ -299,15 +302,19 @@ def show(title: str, rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--texts", type=int, default=6, help="neutral texts for each attack")
+    parser.add_argument("--texts", type=int, default=7, help="neutral texts for each attack")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     args = parser.parse_args()
     TransformersVLM.told_of_unknown_words = True
     bench = Bench(args.pairs)
-    show("At the end of the prompt", bench.rows(PROMPT_ATTACKS, bench.in_prompts, args.texts))
-    for at in ("start", "end"):
-        rows = bench.rows(THOUGHT_ATTACKS, partial(bench.in_thoughts, at=at), args.texts)
-        show(f"At the {at} of the thought", rows)
-    for masking in ("answer", "verdict"):
+    if "prompt" in args.tables:
+        show("At the end of the prompt", bench.rows(PROMPT_ATTACKS, bench.in_prompts, args.texts))
+    for at in ("start", "end") if "thought" in args.tables else ():
+        show(
+            f"At the {at} of the thought",
+            bench.rows(THOUGHT_ATTACKS, partial(bench.in_thoughts, at=at), args.texts),
+        )
+    for masking in ("answer", "verdict") if "itself" in args.tables else ():
         bench = Bench(args.pairs, masking=masking)
         rows = bench.rows(AGAINST_ITSELF, partial(bench.in_thoughts, at="end"), args.texts)
         show(f'The reasoner against its own answer, masking="{masking}"', rows)
