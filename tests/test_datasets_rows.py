@@ -200,7 +200,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
     for stream in (False, True):
         with pytest.raises(InputError, match="org/name: the Hugging Face Hub cannot be reached"):
             load_pairs("org/name", stream=stream)
-    assert datasets.config.HF_HUB_OFFLINE == before, "later calls may find it again"
+    assert before == datasets.config.HF_HUB_OFFLINE, "later calls may find it again"
 
 
 def test_hub_names_splits_and_configurations(monkeypatch):
