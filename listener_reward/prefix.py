@@ -8,7 +8,8 @@ prompt; here a forward pass sees one row
 in which every token-wise layer does each prompt once, and attention is done in two parts: prompts attend causally to
 themselves, continuations to their own prompt and to themselves. Positions are the ones that each continuation would
 have alone (M-RoPE), so the results are those of the G copies up to rounding, with gradients or without. Memory and work
-grow with prompt + G * continuation; no mask of the whole row is ever made.
+grow with prompt + G * continuation, and no mask of the whole row is ever made; but attention takes a copy of the
+prompt's keys and values for each continuation.
 
 The attention is put in through transformers' public `AttentionInterface`: its "sdpa" entry is wrapped, and does what it
 always did unless a forward pass is given the keyword `shared_prefix`.
@@ -144,13 +145,13 @@ def read_only_at(model: Any, places: Tensor) -> Iterator[None]:
     mlp = base_model(model).model.language_model.layers[-1].mlp
 
     def pick(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        picked.append(args[0])
+        picked.append(args[0].shape)
         return (args[0][:, places], *args[1:])
 
     def place(_: Any, __: Any, output: Tensor) -> Tensor:
-        return torch.zeros_like(picked.pop()).index_copy_(1, places, output)
+        return output.new_zeros(picked.pop()).index_copy_(1, places, output)  # of another dtype under autocast
 
-    picked: list[Tensor] = []
+    picked: list[torch.Size] = []
     hooks = mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(place)
     try:
         yield
@@ -216,16 +217,17 @@ class Layout:
         )
         parts = [first.transpose(1, 2).flatten(0, 1)]
         if short:
-            own = part(query, slots, None, short)
+            # Query heads that share keys stand one after the other: CUDA's fused kernels take a mask only with as many
+            # query heads as key heads, and others would be computed with every score in memory.
+            own = part(query, slots, None, short).unflatten(1, (key.shape[1], -1))
             second = scaled_dot_product_attention(
-                own,
+                own.flatten(2, 3),
                 torch.cat([prefix_key[self.owner], part(key, slots, None, short)], dim=2),
                 torch.cat([prefix_value[self.owner], part(value, slots, None, short)], dim=2),
-                attn_mask=self._mask(query.dtype),
+                attn_mask=self._mask(query.dtype, own.shape[2]),
                 scale=scaling,
-                enable_gqa=True,
             )
-            parts.append(second.transpose(1, 2).flatten(0, 1))
+            parts.append(second.unflatten(2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
         return self._gather(torch.cat(parts))[None]
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -275,8 +277,8 @@ class Layout:
         """(slots, ...) to (S, ...) tokens."""
         return slots if self._index is None else _Pick.apply(slots, *self._index)  # pyright: ignore
 
-    def _mask(self, dtype: torch.dtype) -> Tensor:
-        """What continuations may see of [prompt | themselves]: additive, (N or 1, 1, C, P + C)."""
+    def _mask(self, dtype: torch.dtype, times: int) -> Tensor:
+        """What continuations may see of [prompt | themselves]: additive, (N or 1, 1, times * C, P + C)."""
         if dtype not in self._masks:
             long, short = self.longest
             own = torch.ones(short, short, dtype=torch.bool, device=self.device).tril()
@@ -285,8 +287,8 @@ class Layout:
                 lengths = torch.tensor(self.prefixes, device=self.device)[self.owner]
                 seen = (torch.arange(long, device=self.device) < lengths[:, None, None]).expand(-1, short, -1)
             allowed = torch.cat([seen, own.expand(len(seen), -1, -1)], dim=-1)[:, None]
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
-            self._masks[dtype] = mask.masked_fill_(~allowed, float("-inf"))
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, float("-inf"))
+            self._masks[dtype] = mask.repeat(1, 1, times, 1)
         return self._masks[dtype]
 
 

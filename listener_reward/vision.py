@@ -93,8 +93,10 @@ class ImageFeatures:
 
 
 def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
-    """The forward pass's argument that puts these images, in order, where the placeholders stand."""
+    """The forward pass's argument that puts these images, in order, where the placeholders stand; none for none."""
     encoded = list(encoded)
+    if not encoded:
+        return {}
     deeper = [list(layer) for layer in zip(*(entry.deeper for entry in encoded), strict=True)]
     output = SimpleNamespace(pooler_output=[entry.features for entry in encoded], deepstack_features=deeper)
     return {"mm_encoder_outputs": {"image": output}}

@@ -302,7 +302,7 @@ class TransformersVLM:
 
     def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
         self._warn_of_unknown_words(chat.prompt for chat in chats)
-        images = [image for chat in chats for image in chat.images]
+        images = [image for chat in chats for image in chat.images] or None
         return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
 
     def vision_tokens(self) -> list[int]:

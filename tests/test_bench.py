@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from listener_reward.bench.meter import Reading, matrix_rate, metered
-from listener_reward.bench.run import BENCHMARKS, run_bench
+from listener_reward.bench.run import BENCHMARKS, report, run_bench
 from listener_reward.bench.shapes import SHAPES_BY_NAME, Size
 from listener_reward.cli import app
 from listener_reward.errors import InputError
@@ -41,6 +42,20 @@ def in_this_process(monkeypatch):
     monkeypatch.setitem(SHAPES_BY_NAME, "tiny", TINY)
 
 
+PRINTED = {
+    "seconds": "median_seconds",
+    "language-model tokens": "tokens",
+    "vision patches": "patches",
+    "peak memory over the start, MB": "peak_mb",
+    "language-model tokens a second": "tokens_per_second",
+    "share of the machine's matrix rate": "share_of_matrix_rate",
+}
+COMPARED = {
+    "listener": {"log-probability"},
+    "rank": {"score"},
+    "loss": {"log-probability", "loss", "gradient, relative"},
+    "step": {"sampled token", "reward", "loss", "gradient, relative"},
+}
 SIZE = Size(model="tiny", pixels=84, group=3, groups=2, tokens=6, images=3, prompt_words=4)
 
 
@@ -57,13 +72,21 @@ def test_both_ways_compute_the_same_and_one_computes_less(name, monkeypatch, cap
         assert found["plain"]["patches"] > found["shared"]["patches"] > 0
         assert found["plain"]["tokens"] >= found["shared"]["tokens"] > 0
         assert found["plain"]["weight_flops"] > found["shared"]["weight_flops"]
+        printed = Console(record=True, width=120, file=io.StringIO())
+        report(results, printed)
+        lines = printed.export_text().splitlines()
+        for label, key in PRINTED.items():
+            for way in ("shared", "plain"):
+                assert found[way][key] >= 0
+            assert any(label in line for line in lines), label
+        assert any(f"{found['ratio']:.2f}" in line for line in lines if "seconds" in line)
+        assert set(found["largest_difference"]) == COMPARED[arm]
+        assert sum("largest difference, " in line for line in lines) >= len(COMPARED[arm])
     if name == "rank":
         assert results["arms"]["rank"]["shared"]["patches"] == 3 * 36, "three images, encoded once each"
         assert results["arms"]["rank"]["plain"]["patches"] == 2 * 3 * 2 * 36
     if name == "grpo":
         assert results["arms"]["loss"]["plain"]["patches"] == 3 * results["arms"]["loss"]["shared"]["patches"]
-        assert "sampled token" in results["arms"]["step"]["largest_difference"]
-        assert "gradient, relative" in results["arms"]["step"]["largest_difference"]
 
 
 def test_the_meter_counts_products_with_weights():

@@ -460,6 +460,23 @@ def test_real_architectures_judge(small_judge):
     assert together[1].p_first == 0.5
 
 
+@pytest.mark.parametrize("token_budget", [1, 16384], ids=["a row for each", "one row"])
+def test_real_architectures_read_a_group_as_they_read_copies(small_judge, token_budget):
+    """Image features and prompts once, against plain batches. Qwen3-VL adds features to its first layers too."""
+    model, processor = small_judge.reasoner.model, small_judge.reasoner.processor
+    chat_format = ChatFormat(question=QUESTION)
+    first, second = noise(0, 128, 96), noise(1, 96, 160)
+    chats = [chat_format.chat("two red circles", first, second)] * 3 + [chat_format.chat("one", second, first)]
+    prefixes = [chat_format.answer_slot(thought) for thought in ("", "image 1 : red", "no", "image 2 : a blue star")]
+    shared = TransformersVLM(model, processor, token_budget=token_budget)
+    plain = TransformersVLM(model, processor, shared_prefix=False)
+    expected = plain.read(chats, prefixes, ("1", "2"))
+    for found, wanted in zip(shared.read(chats, prefixes, ("1", "2")), expected, strict=True):
+        assert (found - wanted).abs().max() < 1e-5
+    assert len(set(expected[0][:, 0].tolist())) == 4
+    assert shared.features.encoded == 2
+
+
 def test_real_architectures_see_the_whole_picture(small_judge):
     """512 pixels are not reduced: a change of one corner is seen."""
     image = noise(0, 512, 512)

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from listener_reward import prefix
 from listener_reward.errors import InputError
 from listener_reward.prefix import (
     IGNORED,
@@ -220,7 +221,22 @@ def test_rows_cut_to_a_budget_give_the_same(case, budget):
 def test_memory_of_the_attention_does_not_grow_with_the_square_of_the_row():
     prompt, groups, length = 400, 8, 50
     layout = Layout([prompt], [length] * groups, [groups], "cpu")
-    assert layout._mask(torch.float32).numel() == length * (prompt + length)
+    assert layout._mask(torch.float32, times=2).numel() == 2 * length * (prompt + length)
+
+
+def test_attention_with_a_mask_has_a_kernel_on_cuda(case, monkeypatch):
+    """There fused kernels take a mask only with as many query heads as key heads; else every score is in memory."""
+    calls = []
+
+    def watched(query, key, value, **options):
+        calls.append((query.shape[1] == key.shape[1], options.get("attn_mask") is None))
+        return stock(query, key, value, **options)
+
+    stock = prefix.scaled_dot_product_attention
+    monkeypatch.setattr(prefix, "scaled_dot_product_attention", watched)
+    packed_logprobs(case, continuations(LENGTHS))
+    assert len(calls) == 3 * 2, "prompts and continuations in each layer"
+    assert all(same_heads or no_mask for same_heads, no_mask in calls)
 
 
 def test_other_models_are_turned_down_in_words():

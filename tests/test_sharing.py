@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from trl import GRPOTrainer
 
 from listener_reward.errors import InputError
 from listener_reward.train.config import ALL_OFF
@@ -122,6 +126,17 @@ def assert_logprobs_match_in_any_order(ours: torch.Tensor, stock: torch.Tensor) 
     assert distance.min(1).values.max() < 1e-5
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full weights", "LoRA"])
+def test_mixed_precision_is_that_of_stock_trl(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, lora: bool):
+    """float32 weights and bfloat16 products: trl's default on a GPU, where layers give other dtypes than they get."""
+    options = {"max_steps": 1, "scale_rewards": "none", "beta": 0.1, "num_iterations": 2, "bf16": True}
+    _, ours = train(formed_judge, grpo_config(**options), tiny_pairs, lora)
+    _, stock = train(formed_judge, grpo_config(**(options | ALL_OFF)), tiny_pairs, lora)
+    assert ours["completions"] == stock["completions"]
+    mine, theirs = (torch.cat([grad.flatten() for grad in run["gradients"][0].values()]) for run in (ours, stock))
+    assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_switch_alone_changes_nothing(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, switch: str):
     options = {"max_steps": 1, "scale_rewards": "none"}
@@ -157,18 +172,57 @@ def test_what_cannot_be_shared_is_said(formed_judge: Path, tiny_pairs: Dataset, 
     trainer.train()
 
 
-def test_a_signature_that_changed_is_refused_on_import():
-    import subprocess
-    import sys
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        ("_generate_single_turn", "rollout"),
+        ("_get_per_token_logps_and_entropies", "logprobs"),
+        ("_prepare_inputs", "groups"),
+    ],
+)
+def test_what_trl_has_changed_is_left_to_it_and_said(
+    formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, caplog, monkeypatch, method: str, part: str
+):
+    stock, calls = getattr(GRPOTrainer, method), []
 
-    code = (
-        "from trl import GRPOTrainer\n"
-        "GRPOTrainer._get_per_token_logps_and_entropies = lambda self, model, ids: None\n"
-        "import listener_reward.train.trainer\n"
-    )
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, method, changed)
+    with caplog.at_level(logging.WARNING, "listener_reward"):
+        trainer = ListenerGRPOTrainer(formed_judge, grpo_config(max_steps=1), tiny_pairs)
+    assert trainer.sharing == {"rollout", "logprobs", "groups"} - {part}
+    assert f"share_{part} is on, but trl's own code runs, because trl {trl.__version__} has" in caplog.text
+    assert f"GRPOTrainer.{method}(self, args, kwargs)" in caplog.text and "which trl 1.16 has" in caplog.text
+    trainer.train()
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "GRPOTrainer._save_checkpoint = lambda self, model: None",
+            "has GRPOTrainer._save_checkpoint(self, model), and listener-reward overrides (self, model, trial)",
+        ),
+        ("del grpo_trainer.gather_object", "has no trl.trainer.grpo_trainer.gather_object"),
+    ],
+)
+def test_a_trl_that_nothing_can_fall_back_to_is_refused_on_import(change: str, said: str):
+    trl_changed = f"from trl import GRPOTrainer\nfrom trl.trainer import grpo_trainer\n{change}\n"
+    code = trl_changed + "import listener_reward.train.trainer"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "GRPOTrainer._get_per_token_logps_and_entropies(self, model, ids)" in result.stderr
+    assert f"trl {trl.__version__} {said}" in result.stderr
     assert 'pip install "trl==1.16"' in result.stderr
+
+
+def test_flex_attention_without_a_gpu_falls_back_and_says_so(
+    formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, caplog
+):
+    with caplog.at_level(logging.WARNING, "listener_reward"):
+        ListenerGRPOTrainer(formed_judge, grpo_config(max_steps=1, share_attention="flex"), tiny_pairs).train()
+    assert "share_attention is 'flex', but 'sdpa' runs" in caplog.text
 
 
 # ---------------------------------------------------------------- the parts

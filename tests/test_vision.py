@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from listener_reward.chat import Chat
 from listener_reward.judge import Judge
 from listener_reward.vision import ImageFeatures, as_encoder_output, digest
 from listener_reward.vlm import TransformersVLM
@@ -87,5 +88,16 @@ def test_ranking_n_images_encodes_n_images(random_judge):
     assert judge.listener.vlm.features.encoded == 5
 
 
-def test_nothing_becomes_an_empty_argument():
-    assert as_encoder_output([])["mm_encoder_outputs"]["image"].pooler_output == []
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_chats_without_images_are_read_too(vlm, shared_prefix):
+    words = [{"role": "user", "content": [{"type": "text", "text": "two red circles"}]}]
+    reader = TransformersVLM(vlm.model, vlm.processor, shared_prefix=shared_prefix)
+    found = reader.answer_logprobs([Chat(words, ())] * 2, ["one", "a red star"], ("1", "2"))
+    for prefix, row in zip(("one", "a red star"), found, strict=True):
+        text = vlm.processor.apply_chat_template(words, tokenize=False, add_generation_prompt=True) + prefix
+        inputs = vlm.processor(text=[text], return_tensors="pt")
+        with torch.no_grad():
+            expected = vlm.model(**inputs).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(row, expected[vlm.tokenizer.convert_tokens_to_ids(["1", "2"])], atol=1e-5, rtol=1e-5)
+    assert len(reader.generate([Chat(words, ())], seeds=[0], max_new_tokens=3, temperature=1.0)) == 1
+    assert as_encoder_output([]) == {}

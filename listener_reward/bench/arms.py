@@ -176,7 +176,9 @@ ARMS: dict[str, Callable[[Path, Size, bool], tuple[Reading, Computed]]] = {
 
 
 def _gradients(model: Any) -> Computed:
-    return {f"grad {name}": p.grad.float().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+    """In the weights' own dtype: those of a real model are gigabytes."""
+    named = model.named_parameters()
+    return {f"grad {name}": p.grad.detach().to("cpu", copy=True) for name, p in named if p.grad is not None}
 
 
 def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None = None) -> Any:

@@ -74,9 +74,11 @@ def report(results: dict[str, Any], console: Console) -> None:
             ("language-model tokens", "tokens", "{:,.0f}"),
             ("vision patches", "patches", "{:,.0f}"),
             ("peak memory over the start, MB", "peak_mb", "{:,.0f}"),
+            ("language-model tokens a second", "tokens_per_second", "{:,.0f}"),
             ("share of the machine's matrix rate", "share_of_matrix_rate", "{:.0%}"),
         ):
-            ratio = f"{plain[key] / shared[key]:.2f}" if shared[key] and "share" not in key else ""
+            is_rate = key in ("tokens_per_second", "share_of_matrix_rate")
+            ratio = "" if is_rate or not shared[key] else f"{plain[key] / shared[key]:.2f}"
             table.add_row(label, form.format(shared[key]), form.format(plain[key]), ratio)
         console.print(table)
         console.print(f"  limit by the count of operations: {found['limit']:.2f} times")
@@ -126,6 +128,7 @@ def _compare(readings: dict[str, dict[str, Any]], matrix_rate: float, folder: Pa
     for reading in readings.values():
         reading["median_seconds"] = statistics.median(reading["seconds"])
         reading["median_cpu_seconds"] = statistics.median(reading["cpu_seconds"])
+        reading["tokens_per_second"] = reading["tokens"] / reading["median_seconds"]
         reading["share_of_matrix_rate"] = reading["weight_flops"] / reading["median_seconds"] / matrix_rate
     shared, plain = (torch.load(folder / f"{way}.pt") for way in ("shared", "plain"))
     assert shared.keys() == plain.keys()
@@ -133,8 +136,8 @@ def _compare(readings: dict[str, dict[str, Any]], matrix_rate: float, folder: Pa
     differences = {key: (shared[key] - plain[key]).abs().max().item() for key in plain if key not in gradients}
     if gradients:
         # A weight whose gradient is nothing beside the others' has only rounding in it.
-        whole = sum(plain[key].norm() ** 2 for key in gradients) ** 0.5
-        apart = sum((shared[key] - plain[key]).norm() ** 2 for key in gradients) ** 0.5
+        whole = sum(plain[key].float().norm() ** 2 for key in gradients) ** 0.5
+        apart = sum((shared[key].float() - plain[key].float()).norm() ** 2 for key in gradients) ** 0.5
         differences["gradient, relative"] = (apart / whole).item()
     ratio = readings["plain"]["median_seconds"] / readings["shared"]["median_seconds"]
     # The ratio if the products with weight matrices were all that takes time, and took it at the same rate.

@@ -1,9 +1,9 @@
 """`ListenerGRPOTrainer`: trl's GRPO with the listener's reward, shared prefixes, and a resume that is exact.
 
-These methods of trl and transformers are overridden, each for one reason given there and each with a switch in
-`ListenerGRPOConfig` that leaves it to trl: `_generate_and_score_completions`, `_generate_single_turn`,
-`_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`,
-`_save_checkpoint`; and `__init__`.
+These methods of trl and transformers are overridden, each for one reason given there, with switches in
+`ListenerGRPOConfig` that leave the work to trl: `_generate_and_score_completions`, `_generate_single_turn`,
+`_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`. Two have none:
+`_save_checkpoint` and `__init__`.
 """
 
 from __future__ import annotations
@@ -68,14 +68,30 @@ _EXPECTED = {
     ],
     "_get_train_sampler": ["self", "dataset"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_checkpoint": ["self", "model", "trial"],
 }
-for _name, _parameters in _EXPECTED.items():
-    _found = list(inspect.signature(getattr(GRPOTrainer, _name)).parameters)
-    if _found != _parameters:
-        raise MissingExtraError(
-            f"trl {trl.__version__} has GRPOTrainer.{_name}({', '.join(_found)}), and listener-reward overrides "
-            f'({", ".join(_parameters)}). It is tested with trl 1.16: pip install "trl==1.16"'
-        )
+
+_SHARES = {
+    "rollout": "_generate_single_turn",
+    "logprobs": "_get_per_token_logps_and_entropies",
+    "groups": "_prepare_inputs",
+}
+"""What is left to trl where its method has changed. Without the others a run would not be what it says it is."""
+
+
+def _changed(method: str) -> str | None:
+    """How trl's method differs from the one that is overridden here; None if it does not."""
+    stock = getattr(GRPOTrainer, method, None)
+    found = None if stock is None else list(inspect.signature(stock).parameters)
+    if found == _EXPECTED[method]:
+        return None
+    shown = f"no GRPOTrainer.{method}" if found is None else f"GRPOTrainer.{method}({', '.join(found)})"
+    return f"trl {trl.__version__} has {shown}, and listener-reward overrides ({', '.join(_EXPECTED[method])})"
+
+
+for _method in _EXPECTED:
+    if _method not in _SHARES.values() and (_reason := _changed(_method)):
+        raise MissingExtraError(f'{_reason}. It is tested with trl 1.16: pip install "trl==1.16"')
 for _name in ("gather_object", "shuffle_sequence_dict"):
     if not hasattr(grpo_trainer, _name):
         raise MissingExtraError(
@@ -135,7 +151,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if args.listener not in (None, NO_LISTENER):
             self.card = replace(self.card, listener=_lasting(str(model) if own_base else args.listener))
         _check_size(train_dataset, args)
-        use_kernel(args.share_attention)
+        use_kernel(self._kernel(args))
         self.base_folder = folder
         if args.use_vllm:
             given: Any = args.generation_kwargs
@@ -168,6 +184,14 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self._probe(listener, train_dataset[0])
         self.listener = listener
         self.sharing = self._what_is_shared()
+
+    @staticmethod
+    def _kernel(args: ListenerGRPOConfig) -> str:
+        """How shared rows' attention is computed: as configured, where that can train."""
+        if args.share_attention == "flex" and args.device.type == "cpu":
+            logger.warning("share_attention is 'flex', but 'sdpa' runs, because FlexAttention trains on GPUs alone")
+            return "sdpa"
+        return args.share_attention
 
     def _sharded(self) -> bool:
         """Whether each process holds a part of the weights only: FSDP, or DeepSpeed's ZeRO-3."""
@@ -228,26 +252,35 @@ class ListenerGRPOTrainer(GRPOTrainer):
             fallen.setdefault("rollout", "vLLM samples, and shares prefixes by itself")
         if self.aux_loss_enabled:
             fallen.setdefault("logprobs", "the load-balancing loss of experts wants every copy")
+        for name, method in _SHARES.items():
+            if changed := _changed(method):
+                fallen.setdefault(name, f"{changed}, which trl 1.16 has")
         for name in sorted(wanted & fallen.keys()):
             logger.warning("share_%s is on, but trl's own code runs, because %s", name, fallen[name])
         return frozenset(wanted - fallen.keys())
 
-    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Prefills each prompt once for its G completions; the tokens are those of stock trl with the same seed."""
-        if "rollout" not in self.sharing or images is None:
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        if "rollout" not in self.sharing:
+            return super()._generate_single_turn(*args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
         with shared_rollouts(policy, self.args.token_budget, synced=self._sharded()):
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+            return super()._generate_single_turn(*args, **kwargs)
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Shuffles a generation round by whole groups, so that a micro-batch can share its prompts."""
         if "groups" not in self.sharing:
-            return super()._prepare_inputs(generation_batch)
+            return super()._prepare_inputs(*args, **kwargs)
         with replaced(grpo_trainer, "shuffle_sequence_dict", shuffle_groups):
-            return super()._prepare_inputs(generation_batch)
+            return super()._prepare_inputs(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """Log-probabilities of the policy, the old policy and the reference, and the loss: one row for each group."""
+        if "logprobs" not in self.sharing:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._logprobs_of_groups(*args, **kwargs)
+
+    def _logprobs_of_groups(
         self,
         model: Any,
         input_ids: Any,
@@ -255,21 +288,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
         **vision: Any,
     ) -> Any:
-        """Log-probabilities of the policy, the old policy and the reference, and the loss: one row for each group."""
-        if "logprobs" not in self.sharing or vision.get("image_grid_thw") is None or compute_aux_loss:
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **vision,
-            )
         parts = [
             shared_logprobs(model, *batch, self.accelerator.autocast)
             for batch in micro_batches(input_ids, attention_mask, logits_to_keep, batch_size, vision)
