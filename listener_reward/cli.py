@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from importlib import resources
@@ -278,9 +280,23 @@ def evaluate_pairs(
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Judge the first N pairs.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE.html",
+            help="Also write one page with all of it: reliability, order, contradictions, the worst mistakes.",
+        ),
+    ] = None,
+    mistakes: Annotated[
+        int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
+    ] = 24,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -295,12 +311,20 @@ def evaluate_pairs(
     A model that was run elsewhere, from its scores alone (no picture is read):
 
     `listener-reward eval --data hpdv2:FOLDER --scores mine.jsonl --against theirs.csv`
+
+    A page to look at, with the mistakes it is surest of:
+
+    `listener-reward eval --judge tiny --data tiny:ood --html tiny-ood.html`
     """
     with _errors_in_one_line(debug):
         broken: list[Exception] = []
+        shown: list[dict[str, Any]] = []
+        if html is not None:
+            _check_page(html)
         with _working("judging", spinner=False):  # the evaluation has its own progress bar
             from listener_reward.datasets import load_pairs
             from listener_reward.evaluate import evaluate, evaluate_scores
+            from listener_reward.gallery import Gallery, scored_gallery
             from listener_reward.leaderboard import leaderboard
             from listener_reward.measure import check_protocols
             from listener_reward.scores import read_scores
@@ -313,10 +337,17 @@ def evaluate_pairs(
             pairs = load_pairs(data, **options, stream=True) if stream else load_pairs(data, **options)
             found = [evaluate_scores(file, pairs, protocols=protocol) for file in files]
             other = evaluate_scores(rival, pairs, protocols=protocol) if rival else None
+            if html is not None:
+                for scored in (*found, *([other] if other else [])):
+                    shown += scored_gallery(scored, pairs, mistakes=mistakes)
             for name in names:
                 try:
-                    loaded = _load_rater(name, listener, no_think, thoughts)
-                    found.append(evaluate(loaded, pairs, progress=sys.stderr.isatty(), protocols=protocol))
+                    loaded = _load_rater(name, listener, no_think, thoughts, aggregate, orders, early_stop)
+                    gallery = Gallery(loaded.name, mistakes)
+                    watch = None if html is None else gallery.add
+                    progress = sys.stderr.isatty()
+                    found.append(evaluate(loaded, pairs, progress=progress, protocols=protocol, watch=watch))
+                    shown += gallery.pairs
                 except (InputError, MissingExtraError, JudgeError) as error:
                     if len(names) + len(files) == 1:
                         raise
@@ -327,6 +358,10 @@ def evaluate_pairs(
             _print_json(board.to_dict()) if as_json else _print_leaderboard(board)
         elif found:
             _print_json(found[0].to_dict()) if as_json else _print_evaluation(found[0])
+        if html is not None and found:
+            asked = {"seed": seed, "limit": limit, "listener": listener, "no_think": no_think or None}
+            asked |= {"thoughts": thoughts, "aggregate": aggregate, "orders": orders, "early_stop": early_stop}
+            _write_html(html, data, board.evaluations if board else found, board, shown, asked, broken)
         if broken:
             for error in broken[:-1]:
                 _stderr().print(Text.assemble(("Error: ", "bold red"), _plain(str(error))), soft_wrap=True)
@@ -656,11 +691,11 @@ def serve(
 # Between the commands and the package
 
 
-def _load_rater(name: str | None, listener: str | None, no_think: bool, thoughts: int | None) -> Any:
-    """A judge of ours, or a peer; a peer knows of neither listener nor thoughts."""
+def _load_rater(name: str | None, *options: Any) -> Any:
+    """A judge of ours, with the options that `_load_judge` takes, or a peer, which knows of none of them."""
     from listener_reward.peers import is_peer, load_peer
 
-    return load_peer(name) if name and is_peer(name) else _load_judge(name, listener, no_think, thoughts)
+    return load_peer(name) if name and is_peer(name) else _load_judge(name, *options)
 
 
 def _load_judge(
@@ -716,6 +751,57 @@ def _write_calibration(name: str, out: Path | None, judge: Judge, result: Calibr
     shutil.copytree(folder, out)
     replace(Card.load(folder), **changes).save(out)  # its listener is absolute by now, or a name
     return out
+
+
+def _check_page(path: Path) -> None:
+    """Refuses a page that could not be written, before the judging."""
+    if path.is_dir():
+        raise InputError(f"html is {str(path)!r}, which is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"html is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
+
+
+def _write_html(
+    path: Path,
+    data: str,
+    evaluations: Sequence[Evaluation],
+    board: Leaderboard | None,
+    pairs: list[dict[str, Any]],
+    asked: dict[str, Any],
+    broken: list[Exception],
+) -> None:
+    """The page of `eval`. It names the data and the judges as they were asked for."""
+    from datetime import UTC, datetime
+
+    from listener_reward.diagnostics import diagnose
+    from listener_reward.report import write_report
+
+    rows = board.to_dict()["judges"] if board else [evaluations[0].to_dict()]
+    seen = {"split": evaluations[0].data, "against": board.against if board else None}
+    order = {evaluation.judge: place for place, evaluation in enumerate(evaluations)}
+    protocol, first = evaluations[0].protocols[0], evaluations[0]
+    ties = f", {first.n_ties} of them ties between people" if first.n_ties else ""
+    results = {
+        "title": ", ".join(list(order)[:3]) + (f" and {len(order) - 3} more" if len(order) > 3 else "") + f" on {data}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["listener-reward", *sys.argv[1:]]),
+        "summary": f"{first.n} labelled pairs{ties}. "
+        f"By {protocol.protocol}, {protocol.pairs} pairs of {protocol.prompts} prompts count.",
+        "notes": [f"Not measured: {error}" for error in broken],
+        "table": [
+            row | seen | {"model": evaluation.judge, "diagnostics": diagnose(evaluation)}
+            for row, evaluation in zip(rows, evaluations, strict=True)
+        ],
+        "pairs": sorted(pairs, key=lambda pair: order[pair["model"]]),
+        "pairs_title": "The worst mistakes",
+        "pairs_note": "For each judge the wrong verdicts that are farthest from the people's votes, the worst first; "
+        "then a few right ones, drawn at random, for contrast.",
+        "settings": {"data": data} | {name: value for name, value in asked.items() if value is not None},
+        "versions": {"listener-reward": __version__, "python": platform.python_version()},
+    }
+    _stderr().print(f"report: {write_report(path, results)}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -149,7 +149,8 @@ def train_sft_arm(report: Report, out: str, seed: int, recipe: Recipe) -> None:
 def measure(
     report: Report, model: str, splits: Sequence[str], pairs: int, listener: str | None = None, think: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates one judge on splits of the tiny world; `Evaluation.to_dict()` by split."""
+    """Evaluates one judge on splits of the tiny world; `Evaluation.to_dict()` and its diagnostics by split."""
+    from listener_reward.diagnostics import diagnose
     from listener_reward.evaluate import evaluate
     from listener_reward.judge import Judge
 
@@ -157,7 +158,8 @@ def measure(
     table = {}
     for done, split in enumerate(splits):
         report(done, len(splits), split)
-        table[split] = evaluate(judge, load_pairs(f"tiny:{split}", limit=pairs), progress=False).to_dict()
+        evaluation = evaluate(judge, load_pairs(f"tiny:{split}", limit=pairs), progress=False)
+        table[split] = evaluation.to_dict() | {"diagnostics": diagnose(evaluation)}
     report(len(splits), len(splits), "")
     return table
 

@@ -8,7 +8,7 @@ published protocols of the data set (`measure`), for a judge that is run here as
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,7 @@ def evaluate(
     think: bool | None = None,
     keep: bool = False,
     protocols: Sequence[str] | None = None,
+    watch: Callable[[dict[str, list[Any]], list[Verdict]], None] | None = None,
 ) -> Evaluation:
     """Judges every pair and takes the judge's record.
 
@@ -132,6 +133,8 @@ def evaluate(
         think: passed on to the judge; None is its own setting.
         keep: keep the verdicts.
         protocols: names from `measure.PROTOCOLS`; None for those of the data set.
+        watch: called with each batch (column to list) and its verdicts, such as `Gallery.add`, which keeps the worst
+            mistakes.
 
     Raises:
         InputError: no pairs, a column or a label that is missing or out of range, a batch size below 1, or a protocol
@@ -157,6 +160,8 @@ def evaluate(
             tally.add(verdicts)
             if keep:
                 kept += verdicts
+            if watch:
+                watch(rows, verdicts)
             if again := min(swap_check - checked, len(verdicts)):
                 swapped = _judge(judge, prompts[:again], seconds[:again], firsts[:again], think)
                 mirrored += sum(map(is_mirrored, verdicts, swapped))  # stops at the shorter one
@@ -174,6 +179,9 @@ def evaluate(
         preferred=preferred,
         forward=np.array(tally.forward),
         reverse=np.array(tally.reverse),
+        position_gap=gaps,
+        listened=np.array(tally.listened),
+        contradicted=np.array(tally.contradictions),
     )
     listener = np.array(tally.listener)
     heard = ~np.isnan(listener)

@@ -46,6 +46,12 @@ class Answers:
     """(n,) float64 margins with the pair shown in order; None for a judge that does not know of orders."""
     reverse: np.ndarray | None = None
     """(n,) float64 margins for the same first image with the pair shown swapped."""
+    position_gap: np.ndarray | None = None
+    """(n,) float64 in [-1, 1], `Verdict.position_gap`; NaN for a pair shown in one order."""
+    listened: np.ndarray | None = None
+    """(n,) how many of the pair's thoughts have an answer that a listener agrees with or contradicts."""
+    contradicted: np.ndarray | None = None
+    """(n,) how many of these the listener contradicts."""
     words: Sequence[str | None] | None = None
     """The judge's output with a GenAI-Bench label, about the pair as shown here; else made from the margins."""
     unit: Literal["probability", "score", "answer"] = "probability"

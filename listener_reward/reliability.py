@@ -28,7 +28,7 @@ def reliability(labels: np.ndarray, p_first: np.ndarray, bins: int = 10) -> list
     """The bins of a reliability diagram that hold a pair, from unsure to sure; `bins` of equal width in [0.5, 1]."""
     confidence = np.maximum(p_first, 1 - p_first)
     agreement = np.select([p_first > 0.5, p_first < 0.5], [labels, 1 - labels], 0.5)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    which = bin_of(p_first, bins)
     return [
         Bin(
             0.5 + number / (2 * bins),
@@ -40,6 +40,11 @@ def reliability(labels: np.ndarray, p_first: np.ndarray, bins: int = 10) -> list
         for number in range(bins)
         if (inside := which == number).any()
     ]
+
+
+def bin_of(p_first: np.ndarray, bins: int = 10) -> np.ndarray:
+    """The number of each answer's bin of confidence, from 0 for the unsure to `bins` - 1."""
+    return np.minimum(((np.maximum(p_first, 1 - p_first) - 0.5) * 2 * bins).astype(int), bins - 1)
 
 
 def reliability_svg(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], size: int = 360) -> str:

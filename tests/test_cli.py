@@ -159,6 +159,57 @@ def test_eval_for_people(loads: Any, FakeJudge: Any):
     assert "contradiction rate" in run("eval", "--judge", "tiny", "--data", "tiny:id", "--limit", "4").stdout
 
 
+def test_eval_passes_its_ways_of_judging_on(loads: Any, FakeJudge: Any):
+    calls = loads(FakeJudge())
+    options = ["--thoughts", "4", "--aggregate", "majority", "--orders", "one", "--early-stop", "0.9"]
+    result = run("eval", "--judge", "tiny", "--data", "tiny:id", "--limit", "2", *options)
+    assert result.exit_code == 0, result.output
+    wanted = {"think": True, "thoughts": 4, "aggregate": "majority", "orders": "one", "early_stop": 0.9}
+    assert calls == [("tiny", wanted)]
+
+
+def test_eval_writes_a_page(loads: Any, FakeJudge: Any, tmp_path: Path):
+    loads(FakeJudge(slope=1.0, noise=3.0, listener_slope=4.0))
+    page = tmp_path / "new" / "page.html"
+    options = ["--limit", "30", "--html", str(page), "--mistakes", "2"]
+    result = run("eval", "--judge", "tiny", "--data", "tiny:id", *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n"] == 30
+    assert f"report: {page}" in result.stderr
+    html = page.read_text(encoding="utf-8")
+    assert "<title>fake on tiny:id</title>" in html and "The first is redder." in html
+    assert (html.count("\N{BALLOT X} wrong"), html.count("\N{CHECK MARK} right")) == (2, 6)
+    assert html.count('src="data:image/png;base64,') == 2 * 8
+
+
+def test_a_page_of_judges_and_score_files(loads: Any, FakeJudge: Any, tmp_path: Path):
+    from listener_reward.datasets import load_pairs
+
+    loads(FakeJudge(breaks_on=lambda *_: True))
+    theirs, mine = tmp_path / "theirs.jsonl", tmp_path / "mine.jsonl"
+    rows: Any = load_pairs("tiny:id", limit=20)
+    theirs.write_text("".join(json.dumps({"id": row["id"], "margin": row["p_first"] - 0.6}) + "\n" for row in rows))
+    mine.write_text("".join(json.dumps({"id": row["id"], "p_first": 0.9}) + "\n" for row in rows))
+    page = tmp_path / "page.html"
+    data = ["--data", "tiny:id", "--limit", "20", "--scores", str(mine), "--against", str(theirs)]
+    result = run("eval", *data, "--judge", "tiny", "--html", str(page), "--json")
+    assert result.exit_code == 3  # the judge broke, which costs the others nothing
+    assert [row["judge"] for row in json.loads(result.stdout)["judges"]] == ["theirs.jsonl", "mine.jsonl"]
+    html = page.read_text(encoding="utf-8")
+    assert "Not measured: the fake judge broke on" in html and "difference to <bdi>theirs.jsonl</bdi>" in html
+    assert "score of picture 1 minus picture 2" in html and html.count('src="data:image/png;base64,') > 20
+
+
+@pytest.mark.parametrize("place", [".", "file/page.html"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_judging(
+    loads: Any, FakeJudge: Any, tmp_path: Path, place: str
+):
+    calls = loads(FakeJudge())
+    (tmp_path / "file").write_text("")
+    result = run("eval", "--judge", "tiny", "--data", "tiny:id", "--html", str(tmp_path / place))
+    assert (result.exit_code, calls) == (2, []) and "html is" in result.stderr
+
+
 def test_our_warnings_are_shown_and_others_are_not(loads: Any, FakeJudge: Any, pictures: Any):
     def warn() -> None:
         warnings.warn_explicit("a word it does not know", UserWarning, "judge.py", 1, "listener_reward.judge")

@@ -12,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, Browser
 from PIL import Image
 
-from listener_reward.report import (
-    COLUMNS,
-    DASH,
-    MAX_BANDS,
-    METRICS,
-    MINUS,
-    _bands,
-    _cells,
-    _path,
-    _picture,
-    _smooth,
-    _tick_digits,
-    _ticks,
-    write_report,
-)
+from listener_reward.report import COLUMNS, _cells, _picture, write_report
+from listener_reward.report_plots import MAX_BANDS, METRICS, _bands, _path, _smooth, _tick_digits, _ticks
+from listener_reward.report_values import DASH, MINUS
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.world import split_pairs
 
@@ -285,7 +274,8 @@ def test_any_value_may_be_missing(tmp_path: Path, gap: Any) -> None:
 
 
 def test_an_empty_result_says_so(tmp_path: Path) -> None:
-    page = Page(write_report(tmp_path / "report.html", {}).read_text(encoding="utf-8"))
+    empty: dict[str, Any] = dict.fromkeys(("table", "curves", "ranking", "pairs"))
+    page = Page(write_report(tmp_path / "report.html", empty).read_text(encoding="utf-8"))
     assert [a["id"] for a in page.all("section")] == ["results", "curves", "ranking", "pairs", "settings"]
     assert page.text.count("not recorded") == len(METRICS)
     for text in ("No results were recorded.", "No ranking was recorded.", "No pairs were recorded."):
@@ -449,3 +439,244 @@ def test_the_page_is_whole_without_its_script(tmp_path: Path) -> None:
     assert len(page.all("article")) == 2 and not any("hidden" in a for a in page.all("article"))
     # The filter would do nothing without the script, which is what shows it.
     assert "hidden" in page.all("form")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page of an evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def share(accuracy: float, n: int = 40) -> dict[str, Any]:
+    return {"n": n, "accuracy": accuracy, "interval": [accuracy - 0.05, accuracy + 0.05]}
+
+
+def diagnostics(**changes: Any) -> dict[str, Any]:
+    bins = [{"low": 0.5, "high": 0.55, "confidence": 0.52, "agreement": 0.5} | share(0.5, 100)]
+    bins += [{"low": 0.95, "high": 1.0, "confidence": 0.97, "agreement": 0.75} | share(0.8, 300)]
+    return {
+        "unit": "probability",
+        "bins": bins,
+        "coverage": {"share": [0.1, 0.5, 1.0], "accuracy": [0.95, 0.9, 0.7]},
+        "kept": [{"wanted": w, "share": s} | share(a) for w, s, a in ((0.1, 0.31, 0.95), (0.5, 0.5, 0.9), (1, 1, 0.7))],
+        "position": {
+            "n": 400,
+            "mean": 0.05,
+            "mean_size": 0.11,
+            "counts": [0] * 10 + [300, 100] + [0] * 9,
+            "turned": 0.17,
+            "interval": [0.12, 0.21],
+            "to_first": 0.12,
+            "to_second": 0.05,
+        },
+        "contradictions": {
+            "thoughts": 800,
+            "rate": 0.06,
+            "interval": [0.04, 0.08],
+            "right": 0.03,
+            "wrong": 0.2,
+            "by_pair": {"none": share(0.9, 370), "some": share(0.6, 20), "all": share(0.2, 10)},
+        },
+    } | changes
+
+
+NOTHING = {"unit": "score"} | dict.fromkeys(("bins", "coverage", "kept", "position", "contradictions"))
+
+
+def protocol(value: float, **changes: Any) -> dict[str, Any]:
+    return {"value": value, "interval": [value - 0.04, value + 0.04], "always_first": 0.59} | changes
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    paired = {"difference": -0.11, "interval": [-0.27, 0.02], "p_value": 0.0002}
+    rows = [
+        row("ours", "some data", 0.9, always_first=0.59, diagnostics=diagnostics(), against="ours", paired=None)
+        | {"protocols": {"imagereward": protocol(0.9), "tau-b": protocol(-0.02)}},
+        row("theirs", "some data", 0.79, always_first=0.59, diagnostics=NOTHING, against="ours", paired=paired)
+        | {"protocols": {"imagereward": protocol(0.79), "tau-b": protocol(0.7)}}
+        | dict.fromkeys(("contradiction_rate", "contradiction_interval", "malformed_rate", "position_gap", "ece")),
+    ]
+    wrong = verdict(p_first=0.03, preferred=2, contradicted=True, listener_p_first=0.9)
+    scored = {"p_first": None, "preferred": 2, "thoughts": [], "margin": -3.25}
+    return {
+        "title": "ours and theirs",
+        "summary": "400 labelled pairs.",
+        "notes": ["Not measured: a third, which broke"],
+        "table": rows,
+        "pairs": [
+            pair(model="ours", split="some data", verdict=wrong, id="row 17"),
+            pair(model="ours", split="some data", prompt="two green stars"),
+            pair(model="theirs", split="other data", verdict=scored, first_png=None),
+        ],
+        "pairs_title": "The worst mistakes",
+        "pairs_note": "The worst first.",
+    } | changes
+
+
+def evaluated(folder: Path, **changes: Any) -> tuple[str, Page]:
+    html = write_report(folder / "page.html", judged(**changes)).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_an_evaluation_has_its_own_parts_and_not_those_of_a_training(tmp_path: Path) -> None:
+    _, page = evaluated(tmp_path)
+    names = "results protocols confidence order contradictions pairs settings".split()
+    assert [a["id"] for a in page.all("section")] == names
+    assert "400 labelled pairs." in page.text and "a third, which broke" in page.text
+    assert "½ accuracy" not in page.text and "Learning curves" not in page.text
+    assert "The worst mistakes" in page.text and "The worst first." in page.text
+
+
+def test_the_baseline_stands_beside_every_accuracy(tmp_path: Path) -> None:
+    html, page = evaluated(tmp_path)
+    assert '<tr class="baseline"><th scope="row">always the first</th><td>59.0</td>' in html
+    assert '<tr class="baseline"><th scope="row">always the first</th><td>0.590</td><td>0.590</td>' in html
+    assert len(page.all("tr", "baseline")) == 2
+
+
+def test_protocols_and_paired_tests(tmp_path: Path) -> None:
+    html, page = evaluated(tmp_path)
+    assert f"<td>0.900<small>0.860{DASH}0.940</small></td>" in html
+    assert f"<td>{MINUS}0.020<small>{MINUS}0.060 to 0.020</small></td>" in html
+    assert f"<td>{MINUS}0.110<small>{MINUS}0.270 to +0.020</small></td><td>&lt; 0.001</td>" in html
+    assert "difference to ours" in page.text
+
+
+def test_a_protocol_that_only_repeats_the_accuracy_is_left_out(tmp_path: Path) -> None:
+    alone = row("ours", "some data", 0.9) | {"protocols": {"imagereward": protocol(0.9)}, "paired": None}
+    assert "protocols" not in [a["id"] for a in evaluated(tmp_path, table=[alone])[1].all("section")]
+    other = alone | {"protocols": {"hpsv2": protocol(0.88)}}
+    assert "protocols" in [a["id"] for a in evaluated(tmp_path, table=[other])[1].all("section")]
+
+
+def test_reliability_and_coverage_are_drawn_to_scale(tmp_path: Path) -> None:
+    _, page = evaluated(tmp_path)
+    # x: 36 + 196 * 2 (c - 0.5); y: 176 - 164 * agreement; r: 2 + 9 sqrt(n / 400).
+    dots = [(float(a["cx"]), float(a["cy"]), float(a["r"])) for a in page.all("circle", "bin")]
+    assert dots == [(43.8, 94.0, 6.5), (220.2, 53.0, 9.8)]
+    assert "300 pairs: 97 % sure, 75 % of the people agree" in page.text
+    # Accuracy runs from 40 to 100 %: 0.7 is half-way down.
+    (line,) = (a["d"] for a in page.all("path", "smooth"))
+    assert line == "M55.6 25.7h0L134 39.3L232 94"
+    assert f"95.0 90.0{DASH}100.0 of 31 %" in page.text, "a share that could not be met is told"
+
+
+def test_order_and_contradictions_in_numbers(tmp_path: Path) -> None:
+    _, page = evaluated(tmp_path)
+    assert f"turns 17.0 % (12.0{DASH}21.0) of 400 answers: 12.0 % to the picture shown first, 5.0 %" in page.text
+    bars = [(float(a["y"]), float(a["height"])) for a in page.all("rect", "count")]
+    assert bars[10] == (12.0, 164.0) and bars[11] == (121.3, 54.7) and bars[0] == (176.0, 0.0)
+    assert f"6.0 4.0{DASH}8.0 3.0 20.0 90.0 85.0{DASH}95.0 370 pairs" in page.text
+
+
+def test_what_a_judge_does_not_have_is_said_and_never_zero(tmp_path: Path) -> None:
+    _, page = evaluated(tmp_path)
+    for text in (
+        "No reliability plot where there are no probabilities: theirs .",
+        "As sure of every pair, or silent about it: theirs .",
+        "Not known, for want of probabilities in both orders: theirs .",
+        "No listener read a thought of theirs .",
+        "score of picture 1 minus picture 2: \N{MINUS SIGN}3.250",
+        "no picture",
+    ):
+        assert text in page.text, text
+    same = diagnostics(position=diagnostics()["position"] | {"mean": 0.0, "mean_size": 0.0})
+    table = [row("steady", "some data", 0.9, diagnostics=same)]
+    assert "The same in both orders on every pair: steady ." in evaluated(tmp_path, table=table)[1].text
+
+
+def test_judges_keep_their_colour_in_every_drawing(tmp_path: Path) -> None:
+    table = [row(f"judge {i}", "some data", 0.9, diagnostics=diagnostics()) for i in range(6)]
+    _, page = evaluated(tmp_path, table=table)
+    lines = [a["class"] for a in page.all("path", "smooth")]
+    assert lines == [f"smooth arm-{i}" for i in (1, 2, 3, 4)] + ["smooth arm-1 dashed", "smooth arm-2 dashed"]
+
+
+def test_filters_name_what_there_is_to_choose(tmp_path: Path) -> None:
+    _, page = evaluated(tmp_path)
+    assert [a["name"] for a in page.all("select")] == ["mark", "contradicted", "model", "split"]
+    cards = page.all("article")
+    assert [card["data-model"] for card in cards] == ["0", "0", "1"]
+    assert [card["data-contradicted"] for card in cards] == ["0", "1", "2"]
+    assert "no listener" in page.text
+    _, page = evaluated(tmp_path, pairs=[pair()])
+    assert not page.all("select") and page.all("input")
+
+
+def test_hostile_text_in_an_evaluation_stays_text(tmp_path: Path) -> None:
+    def everywhere(text: str) -> dict[str, Any]:
+        one = row(text, text, 0.5, against=text, paired={"difference": text, "p_value": text}) | {
+            "protocols": {text: protocol(0.4), text + "2": {"value": text}},
+            "diagnostics": diagnostics(unit=text),
+        }
+        pairs = [pair(model=text, split=text, id=text), pair(model=text + "2", split=text + "2")]
+        told = {"summary": text, "notes": [text], "pairs_title": text, "pairs_note": text}
+        return {"table": [one], "pairs": pairs, **told}
+
+    html, page = evaluated(tmp_path, **everywhere(HOSTILE))
+    _, harmless = evaluated(tmp_path, **everywhere("word"))
+    assert [(tag, sorted(a)) for tag, a in page.elements] == [(tag, sorted(a)) for tag, a in harmless.elements]
+    assert page.raw == harmless.raw and html.count("<script>") == 1
+
+
+@pytest.mark.parametrize("gap", [None, float("nan"), "text", [], {}, True, 10**400, object()])
+def test_any_value_of_an_evaluation_may_be_missing(tmp_path: Path, gap: Any) -> None:
+    def holes(value: Any, depth: int) -> Any:
+        if depth == 0:
+            return gap
+        if isinstance(value, dict):
+            return {key: holes(item, depth - 1) for key, item in value.items()}
+        return [holes(item, depth - 1) for item in value] if isinstance(value, (list, tuple)) else gap
+
+    for depth in range(1, 8):
+        path = write_report(tmp_path / "report.html", holes(judged(), depth))
+        page = Page(path.read_text(encoding="utf-8"))
+        assert {"results", "pairs", "settings"} <= {a["id"] for a in page.all("section")}
+        if gap is None:
+            assert not re.search(r"\b(None|nan|inf)\b", page.text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHOWN = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent).length"
+
+
+@pytest.mark.skipif(CHROMIUM is None or not Path("/bin/bash").exists(), reason="needs Chromium and bash")
+def test_in_a_real_browser(tmp_path: Path) -> None:
+    long = "two very " + "long" * 200 + " words"
+    pages = [write_report(tmp_path / "demo.html", results(title=long))]
+    pages.append(write_report(tmp_path / "eval.html", judged(title=long, notes=[long])))
+    named = [row(long + end, long, 0.9, diagnostics=diagnostics()) for end in ("", "2")]
+    crowded = [pair(model=long, split=long, id=long, prompt=long), pair(model=long + "2")]
+    pages.insert(0, write_report(tmp_path / "long.html", judged(table=named, pairs=crowded, summary=long)))
+    colors = {}
+    with Browser(tmp_path / "profile") as browser:
+        for page in pages:
+            for width in (1280, 390):
+                for scheme in ("light", "dark"):
+                    browser.open(page, width=width, scheme=scheme)
+                    assert browser.complaints == []
+                    assert browser.requests == [page.as_uri()], "the page asks for something"
+                    across = browser.run("[document.documentElement.scrollWidth, innerWidth]")
+                    assert across[0] <= width == across[1], "the page scrolls sideways"
+                    colors[scheme] = browser.run("getComputedStyle(document.body).backgroundColor")
+                    assert browser.run("[...document.images].every(image => image.complete && image.naturalWidth)")
+            assert colors["light"] != colors["dark"]
+
+        def search(text: str) -> int:
+            browser.run(f"box = document.querySelector('#filter'); box.value = {text!r}; box.dispatchEvent({event})")
+            return browser.run(SHOWN)
+
+        def choose(name: str, option: int) -> int:
+            choice = f"choice = document.querySelector('select[name={name}]')"
+            browser.run(f"{choice}; choice.selectedIndex = {option}; choice.dispatchEvent({event})")
+            return browser.run(SHOWN)
+
+        event = "new Event('input', {bubbles: true})"
+        assert browser.run(SHOWN) == 3 and browser.run("!document.querySelector('#filters').hidden")
+        assert (search("GREEN  stars"), search("no such word"), search("row 17"), search("")) == (1, 0, 1, 3)
+        assert (choose("mark", 1), choose("model", 2), search("green"), search("")) == (2, 1, 0, 1)
+        assert browser.run("document.querySelector('#count').textContent") == "1 of 3"
+        assert (choose("mark", 0), choose("model", 0), choose("contradicted", 1)) == (1, 3, 1)
+        assert browser.complaints == []

@@ -1,6 +1,7 @@
 """10,000 pairs through `evaluate` with a fake judge: seconds, and how far memory rises above loading the pairs.
 
     python tests/benchmarks/evaluation.py --pixels 64
+    python tests/benchmarks/evaluation.py --pixels 512 --html page.html
 
 The judge decodes every picture it is shown and prefers the redder one; nothing is cached. The pictures are smooth
 gradients with noise, stored as JPEG, which decode about as fast as photographs.
@@ -20,8 +21,11 @@ import numpy as np
 from PIL import Image
 
 from listener_reward.datasets import load_pairs
+from listener_reward.diagnostics import diagnose
 from listener_reward.evaluate import evaluate
+from listener_reward.gallery import Gallery
 from listener_reward.images import to_pil
+from listener_reward.report import write_report
 from listener_reward.verdict import Verdict
 
 PICTURES, PROMPTS = 500, 2500
@@ -62,17 +66,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--html", type=Path, help="also gather the worst mistakes, and write the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = make(Path(folder), options.pairs, options.pixels)
         started = time.perf_counter()
         pairs = load_pairs(str(data))
         loaded, before = time.perf_counter(), peak()
-        record = evaluate(Redder(), pairs, progress=False)  # pyright: ignore[reportArgumentType]
+        gallery = Gallery("redder")
+        watch = gallery.add if options.html else None
+        record = evaluate(Redder(), pairs, progress=False, watch=watch)  # pyright: ignore[reportArgumentType]
+        if options.html:
+            row = record.to_dict() | {"model": "redder", "split": record.data, "diagnostics": diagnose(record)}
+            write_report(options.html, {"title": "redder", "table": [row], "pairs": gallery.pairs})
         seconds, after = time.perf_counter() - loaded, peak()
     print(
         f"{record.n} pairs of {options.pixels} px: loading {loaded - started:.1f} s, evaluation {seconds:.1f} s, "
         f"peak memory {before:.0f} MiB after loading and {after:.0f} MiB after evaluation"
+        + (f", page {options.html.stat().st_size / 2**20:.2f} MiB" if options.html else "")
     )
 
 
