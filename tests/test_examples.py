@@ -13,6 +13,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 SHORT: dict[str, list[str]] = {
+    "ddpo.py": ["--epochs", "1", "--prompts", "2", "--images", "4", "--steps", "3"],
     "best_of_n.py": ["--n", "3", "--steps", "2"],
     "video_rerank.py": ["--frames", "2"],
     "flow_grpo_reward.py": ["--steps", "2"],
@@ -20,6 +21,7 @@ SHORT: dict[str, list[str]] = {
 }
 
 SAYS = {
+    "ddpo.py": "after ddpo/samples/epoch-00001.png",
     "best_of_n.py": "1. seed",
     "video_rerank.py": "1. clips/",
     "flow_grpo_reward.py": "advantage",
