@@ -54,7 +54,7 @@ def score(
     Args:
         images: B images of any kind the reward takes.
         prompts: B prompts; none of them empty.
-        metadata: handed on; None becomes B empty dicts.
+        metadata: B entries in a list or tuple, handed on; None becomes B empty dicts.
         missing: whether the host has a word for a sample without a score. If it has none, NaN is an error.
 
     Returns:
@@ -65,6 +65,8 @@ def score(
         JudgeError: the reward gave something else than B finite scores.
     """
     check_prompts(prompts, len(images))
+    if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
+        raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
     given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)
     scores = _numbers(given)
     if scores is None or scores.shape != (len(prompts),):

@@ -40,7 +40,7 @@ from .schedulers import log_prob_scheduler
 
 try:
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import ProjectConfiguration, gather_object
 except ImportError as error:
     raise MissingExtraError('DDPO needs accelerate: pip install "listener-reward[diffusers]"') from error
 
@@ -301,6 +301,7 @@ class DDPOTrainer:
 
     def _save(self, epochs: int) -> None:
         """A checkpoint of the state after so many epochs; it also holds what `save` writes."""
+        remembered = [self._gather_states(reward) for reward in self._rewards()]
 
         def write(folder: Path) -> None:
             weights = {str(k): weight.detach().cpu() for k, weight in enumerate(self.learner.parameters)}
@@ -310,7 +311,7 @@ class DDPOTrainer:
                     "optimizer": self.learner.optimizer.state_dict(),
                     "statistics": self.statistics.state_dict(),
                     "guard": self.guard.state_dict(),
-                    "reward": self.reward.state_dict() if hasattr(self.reward, "state_dict") else None,  # pyright: ignore
+                    "rewards": remembered,
                 },
                 folder / "state.pt",
             )
@@ -337,9 +338,18 @@ class DDPOTrainer:
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.statistics.load_state_dict(state["statistics"])
         self.guard.load_state_dict(state["guard"])
-        if state["reward"] is not None and hasattr(self.reward, "load_state_dict"):
-            self.reward.load_state_dict(state["reward"])  # pyright: ignore[reportFunctionMemberAccess]
+        for reward, remembered in zip(self._rewards(), state["rewards"], strict=True):
+            if remembered and hasattr(reward, "load_state_dict"):
+                reward.load_state_dict(remembered[self.accelerator.process_index % len(remembered)])
         return epochs
+
+    def _rewards(self) -> tuple[Any, Any]:
+        return self.reward, self.second_reward
+
+    def _gather_states(self, reward: Any) -> list[Any]:
+        """What a reward remembers, in each process; nothing of one that remembers nothing."""
+        state = [reward.state_dict()] if hasattr(reward, "state_dict") else []
+        return state if self.accelerator.num_processes == 1 else gather_object(state)
 
     def _require_fresh(self) -> int:
         if checkpoints(self.folder / "checkpoints"):

@@ -20,7 +20,7 @@ import io
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -116,6 +116,13 @@ class VideoReward:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores B videos: an array or tensor `(B, F, C, H, W)` or `(B, F, H, W, C)`, or a sequence of clips."""
         return self.reward(as_pictures(videos, **self.reading), prompts, metadata)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The storyboards kept as references; see `ListenerReward.state_dict`."""
+        return self.reward.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reward.load_state_dict(state)
 
 
 class ClipJudge:

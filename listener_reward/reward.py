@@ -163,6 +163,26 @@ class ListenerReward:
         with self._lock:
             return self._get_judge().compare(prompt, first, second)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What scores of later calls rest on beside the arguments: each prompt's kept first image, as a PNG's bytes.
+
+        `DDPOTrainer` keeps it in its checkpoints; a run that starts again without it would move the scores' zero.
+        """
+        with self._lock:
+            return {"references": dict(self._kept)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the images of a `state_dict` in the place of those kept so far.
+
+        Raises:
+            InputError: it is no `state_dict` of a `ListenerReward`.
+        """
+        kept = state.get("references") if isinstance(state, Mapping) else None
+        if not isinstance(kept, Mapping) or not all(isinstance(image, bytes) for image in kept.values()):
+            raise InputError(f"state is {state!r:.80}; give what state_dict() of a ListenerReward gave")
+        with self._lock:
+            self._kept = dict(kept)
+
     def __repr__(self) -> str:
         judge = repr(self.judge) if isinstance(self.judge, str) else self.judge.name
         return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r})"

@@ -85,8 +85,18 @@ def _pattern(chat_format: ChatFormat) -> re.Pattern[str]:
 
 
 def _bare(completion: str, chat_format: ChatFormat) -> str:
-    """What a malformed completion thought: its text before any answer, without tags."""
-    text = completion.split(chat_format.answer[0])[0]
+    """What a malformed completion thought: its text before its last answer, without tags and without earlier answers.
+
+    Cut at the first answer, a thought that quotes one ("</think><answer>1") would lose all that follows.
+    """
+    before, tag, after = completion.rpartition(chat_format.answer[0])
+    text = _answers(chat_format).sub(" ", before if tag else after)
     for tag in (*chat_format.think, *chat_format.answer):
         text = text.replace(tag, " ")
     return text.strip()
+
+
+@cache
+def _answers(chat_format: ChatFormat) -> re.Pattern[str]:
+    labels = "|".join(map(re.escape, chat_format.labels))
+    return re.compile(rf"{re.escape(chat_format.answer[0])}(?:\s*(?:{labels})(?!\w))?")

@@ -505,6 +505,27 @@ def test_dance_grpo_stops_on_bad_input(FakeJudge, shade, name):
         scorer.collect()
 
 
+BAD_PATHS: dict[str, tuple[Any, Any]] = {
+    "missing file": (["no/such.mp4"], ["a"]),
+    "URL": (["https://example.org/a.mp4"], ["a"]),
+    "no path": ([None], ["a"]),
+    "header only": ([b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"], ["a"]),
+    "text": ([b"a clip of a fox"], ["a"]),
+    "NaN frames": ([np.full((2, 4, 4, 3), np.nan, np.float32)], ["a"]),
+    "no frames": ([[]], ["a"]),
+    "a prompt too few": (["a.mp4", "b.mp4"], ["a"]),
+    "empty prompt": (["a.mp4"], [""]),
+    "prompt as one text": (["a.mp4"], "a"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_dance_grpo_gives_no_video_score_on_bad_input(FakeJudge, name):
+    """The host's `except` makes -1 of it, which it masks nowhere: the docs say to take the call out of its `try`."""
+    with pytest.raises(ERRORS):
+        ListenerScorer(FakeJudge()).reward(*BAD_PATHS[name])
+
+
 def test_dance_grpo_starts_afresh_after_a_judge_that_broke(FakeJudge, shade):
     scorer = ListenerScorer(broken(FakeJudge))
     with pytest.raises(JudgeError):
@@ -1092,6 +1113,14 @@ def test_metadata_that_is_missing_becomes_empty_dicts():
 
     assert score(reward, pixels(), PROMPTS)[1].keys() == {"fine"}
     assert seen == [({}, {}, {}, {})]
+
+
+@pytest.mark.parametrize("metadata", [[], [{}] * 3, ({},) * 5])
+def test_metadata_that_was_shifted_on_the_way_is_an_error_in_every_host_that_has_some(FakeJudge, metadata):
+    calls = [ddpo_reward(FakeJudge()), listener_reward(FakeJudge()), listener_score(FakeJudge())("cpu")]
+    for call in (*calls, listener_multi_score(FakeJudge())):
+        with pytest.raises(InputError, match=f"metadata has {len(metadata)}"):
+            call(pixels(), PROMPTS, metadata)
 
 
 def test_what_is_no_reward_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tiny_pipelines as tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
+from conftest import FakeJudge
 from peft import PeftModel
 from PIL import Image
 
@@ -28,6 +30,7 @@ from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer, ReplayError
 from listener_reward.integrations.ddpo_log import checkpoints, read_metrics, save_checkpoint
 from listener_reward.integrations.rollout import record
+from listener_reward.integrations.video import VideoReward
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 
@@ -348,27 +351,44 @@ SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     import tiny_pipelines as tiny
-    from test_ddpo import PROMPTS, brightness, resumable
+    from test_ddpo import FAMILY, PROMPTS, resumable, reward_called
     from listener_reward.integrations.ddpo import DDPOTrainer
 
-    calls = []
+    class Deadly:
+        reward, calls = reward_called(sys.argv[3]), 0
 
-    def reward(images, prompts, metadata):
-        calls.append(1)
-        if len(calls) == 6:  # in the third epoch, while the second batch is sampled
-            os.kill(os.getpid(), signal.SIGKILL)
-        return brightness(images, prompts, metadata)
+        def __call__(self, images, prompts, metadata):
+            self.calls += 1
+            if self.calls == 6:  # in the third epoch, while the second batch is sampled
+                os.kill(os.getpid(), signal.SIGKILL)
+            return type(self).reward(images, prompts, metadata)
 
-    DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, resumable(sys.argv[2])).train()
+        def __getattr__(self, name):
+            return getattr(type(self).reward, name)
+
+    family = FAMILY[sys.argv[3]]
+    DDPOTrainer(tiny.build(family), Deadly(), PROMPTS, resumable(sys.argv[2], family)).train()
 """
 
+FAMILY = {"brightness": "sd15", "images": "sd15", "clips": "wan"}
 
-def resumable(folder: str) -> DDPOConfig:
+
+def reward_called(name: str) -> Any:
+    """A reward that remembers nothing, and two that keep the first image, or clip, of each prompt."""
+    if name == "brightness":
+        return brightness
+    judge: Any = FakeJudge(slope=40.0)
+    if name == "images":
+        return ListenerReward(judge, scheme="reference")
+    return VideoReward(judge, frames=2, scheme="reference")
+
+
+def resumable(folder: str, family: str) -> DDPOConfig:
     return DDPOConfig(
         output_dir=folder,
         epochs=4,
         num_inference_steps=3,
-        call=tiny.FAMILIES["sd15"].call(False),
+        call=tiny.FAMILIES[family].call(False),
         prompts_per_epoch=2,
         images_per_prompt=2,
         batch_size=2,
@@ -387,11 +407,11 @@ def resumable(folder: str) -> DDPOConfig:
     )
 
 
-def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(Path(__file__).parent), str(cut)], capture_output=True
-    )
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_killed_run_resumes_to_the_same_result(name: str, tmp_path: Path):
+    whole, cut, family = tmp_path / "whole", tmp_path / "cut", FAMILY[name]
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(Path(__file__).parent), str(cut), name]
+    done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert list(checkpoints(cut / "checkpoints")) == [1, 2]
     (cut / "checkpoints" / ".writing").mkdir()  # as if the kill had come in the middle of a third
@@ -399,20 +419,61 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path):
         file.write('{"epoch": 2, "rew')
 
     with pytest.raises(InputError, match="resume=True"):
-        DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, resumable(str(cut))).train()
+        DDPOTrainer(tiny.build(family), brightness, PROMPTS, resumable(str(cut), family)).train()
     pipelines = []
     for folder in (whole, cut):
-        pipelines.append(tiny.build("sd15"))
-        DDPOTrainer(pipelines[-1], brightness, PROMPTS, resumable(str(folder))).train(resume=True)
+        pipelines.append(tiny.build(family))
+        DDPOTrainer(pipelines[-1], reward_called(name), PROMPTS, resumable(str(folder), family)).train(resume=True)
     assert not changed(*map(weights, pipelines))
     rows = [read_metrics(folder / "metrics.jsonl") for folder in (whole, cut)]
     assert [row["epoch"] for row in rows[1]] == [0, 1, 2, 3]
     for row, other in zip(*rows, strict=True):
         assert row.keys() == other.keys()
         assert all(row[name] == other[name] for name in row if not name.startswith("seconds_"))
-    for name in ("epoch-00000.png", "epoch-00002.png", "epoch-00004.png"):
-        drawn = [np.asarray(Image.open(folder / "samples" / name)) for folder in (whole, cut)]
-        assert drawn[0].shape == (16, 32, 3) and np.array_equal(*drawn)
+    for file in ("epoch-00000.png", "epoch-00002.png", "epoch-00004.png"):
+        drawn = [np.asarray(Image.open(folder / "samples" / file)) for folder in (whole, cut)]
+        assert drawn[0].shape[1] == 2 * drawn[0].shape[0] and np.array_equal(*drawn)
+
+
+TWO_PROCESSES = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import tiny_pipelines as tiny
+    import torch
+    from test_ddpo import PROMPTS, resumable, reward_called
+    from listener_reward.integrations.ddpo import DDPOTrainer
+
+    states, weights = [], []
+    for resume in (False, True):
+        reward, second = reward_called("images"), reward_called("images")
+        config = resumable(sys.argv[2], "sd15")
+        config.epochs, config.sample_every = 1, 0
+        trainer = DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config, second_reward=second)
+        trainer.train(resume=resume)
+        states.append([each.state_dict()["references"] for each in (reward, second)])
+        weights.append([weight.detach() for weight in trainer.learner.parameters])
+    torch.save((states, weights), f"{sys.argv[2]}-{trainer.accelerator.process_index}.pt")
+"""
+
+
+def test_each_of_two_processes_has_its_own_references_back(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [torch.load(tmp_path / f"run-{process}.pt", weights_only=True) for process in (0, 1)]
+    for (before, after), _ in found:
+        assert before == after and all(before)
+    assert found[0][0] != found[1][0], "each has drawn its own images"
+    learnt = [weight for _, weights in found for weight in weights]
+    assert all(torch.equal(a, b) for other in learnt[1:] for a, b in zip(learnt[0], other, strict=True))
 
 
 def test_what_a_reward_remembers_is_kept_in_the_checkpoints(config: Callable[..., DDPOConfig]):

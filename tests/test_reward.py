@@ -247,6 +247,20 @@ def test_loads_once_with_its_options(loads, shade, tmp_path):
     assert loads == [(str(tmp_path), {"thoughts": 2, "device": "cpu"})]
 
 
+def test_its_state_is_the_images_it_has_kept(FakeJudge, shade, tmp_path):
+    reward = ListenerReward(FakeJudge(slope=3.0), scheme="reference")
+    reward([shade(100), shade(7)], ["a", "b"])
+    torch.save(reward.state_dict(), tmp_path / "state.pt")
+    other = ListenerReward(FakeJudge(slope=3.0), scheme="reference")
+    other([shade(250), shade(250)], ["a", "c"])
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other([shade(200), shade(50)], ["a", "c"])[0].tolist() == pytest.approx([3 * 100 / 255, 0], abs=1e-4)
+    assert reward.state_dict()["references"].keys() == {"a", "b"}, "a copy: calls of the other do not reach it"
+    for state in (None, {}, {"references": {"a": "an image"}}, {"references": [b""]}):
+        with pytest.raises(InputError, match="state_dict"):
+            other.load_state_dict(state)  # type: ignore[arg-type]
+
+
 def test_pickles_by_its_configuration_without_the_judge(loads, shade):
     reward = ListenerReward("tiny", scheme="reference", on_failure="nan", thoughts=2)
     reward([shade(85)], ["a"])

@@ -89,6 +89,15 @@ def test_a_thought_that_was_cut_short_is_kept():
     assert parse("<think>a</think><answer>maybe 1</answer>", FORMAT) == Trace("a", None)
 
 
+def test_an_answer_in_the_middle_of_a_thought_costs_it_nothing_and_says_nothing():
+    quotes = ("</think><answer>1</answer>", "<answer>1</answer><answer>1</answer>", "</think><answer>", "<answer> 2")
+    for quoted in quotes:
+        for said in (f"{quoted} a fox", f"a fox {quoted}"):
+            trace = parse(f"<think>{said}</think><answer>2</answer>", FORMAT)
+            assert trace == Trace("a fox", None), said
+    assert parse("<think><answer>10 foxes</think><answer>1</answer>", FORMAT).thought == "10 foxes"
+
+
 def test_other_tags_and_labels():
     other = ChatFormat(labels=("first", "second"), think=("[r]", "[/r]"), answer=("(((", ")))"))
     assert parse("[r]a <think> 1[/r] (((second)))", other) == Trace("a <think> 1", 2)

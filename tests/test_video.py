@@ -312,6 +312,9 @@ def test_video_reward_keeps_a_clip_as_reference_and_pickles(FakeJudge, random_ju
     reward = VideoReward(FakeJudge(), strategy="frames", frames=2, scheme="reference")
     assert reward([shades([100, 110])], ["a"])[0].tolist() == [0.0]
     assert reward([shades([200, 210])], ["a"])[0][0] == pytest.approx(4 * 100 / 255, abs=1e-4)
+    resumed = VideoReward(FakeJudge(), strategy="frames", frames=2, scheme="reference")
+    resumed.load_state_dict(reward.state_dict())
+    assert resumed([shades([200, 210])], ["a"])[0][0] == pytest.approx(4 * 100 / 255, abs=1e-4)
     by_name = VideoReward(str(random_judge), strategy="clip", frames=2, device="cpu", max_new_tokens=4)
     videos = [shades([10, 20]), shades([200, 210])]
     scores = by_name(videos, ["a", "a"])[0]

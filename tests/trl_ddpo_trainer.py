@@ -1,7 +1,7 @@
 """Three steps of trl's own `DDPOTrainer` with the tiny judge as its reward: python trl_ddpo_trainer.py sync|async
 
-For an environment of its own, with trl 0.23.1, diffusers, peft and tensorboardX, and this package installed by
-`pip install --no-deps`; `tests/test_adapters.py` runs it where TRL_DDPO_PYTHON names that environment's interpreter.
+For an environment of its own, `pip install ".[diffusers]" trl==0.23.1 tensorboardX`; `tests/test_adapters.py` runs it
+where TRL_DDPO_PYTHON names that environment's interpreter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether text in a prompt or a thought can move a verdict further than harmless text of its length does.
 
-    python tests/benchmarks/injection.py            # all tables, about five minutes on one core
+    python tests/benchmarks/injection.py            # all tables, about ten minutes on one core
 
 An attack is put at the end of every prompt, or at the start or the end of every thought that the judge had, and each
 pair is judged in both orders, as ever. Its change is |p_first with it - p_first without it|. The same is done with
