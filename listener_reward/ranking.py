@@ -5,8 +5,8 @@ and not wins, so each enters as a soft outcome, worth the more votes, the better
 (`estimate_votes`). A Gaussian prior keeps the scores finite where an image wins every comparison, and fixes their
 level: at the optimum their mean is zero.
 
-Every pair of n images is n (n - 1) / 2 comparisons. With a budget the images are compared in rounds, each image at most
-once a round, and each round takes the pairs of which most is to be learnt (`next_round`).
+Every pair of n images is n (n - 1) / 2 comparisons. With a budget they are compared in rounds, and each round
+takes the pairs of which most is to be learnt (`next_round`).
 """
 
 from __future__ import annotations
@@ -140,34 +140,42 @@ def next_round(
     *,
     prior_std: float = PRIOR_STD,
 ) -> list[tuple[int, int]]:
-    """At most `size` pairs `(i, j)`, i < j, to compare next: new ones, no image in two of them.
+    """At most `size` pairs `(i, j)`, i < j, to compare next; none that `outcomes` has.
 
-    Taken greedily by the chance that the pair stands in the wrong order now, times the information of its outcome,
-    log(1 + votes p (1 - p) v), where v is the posterior variance of its score difference.
+    Taken one after the other, each by how much its answer lowers the variance v of all score differences, those whose
+    order is in doubt first: a difference counts doubt^2 / v, doubt being the chance that it stands in the wrong order.
+    After each pair the covariance is updated as if the answer were in, so no two pairs of a round tell the same.
     """
     votes = estimate_votes(n, outcomes, prior_std=prior_std)
     scores, covariance = _posterior(n, outcomes, prior_std, votes)
-    gap, variance = scores[:, None] - scores, _gap_variance(covariance)
-    p_beats = expit(gap)
-    doubt = ndtr(-np.abs(gap) / np.sqrt(variance))
-    gain = np.round(doubt * np.log1p(votes * p_beats * (1 - p_beats) * variance), 12)  # ties must not be rounding's
-    rows, columns = np.triu_indices(n, 1)
-    free, met, chosen = set(range(n)), {frozenset(outcome[:2]) for outcome in outcomes}, []
-    for place in np.argsort(-gain[rows, columns], kind="stable"):
-        i, j = int(rows[place]), int(columns[place])
-        if len(chosen) == size:
-            break
-        if i in free and j in free and frozenset((i, j)) not in met:
-            chosen.append((i, j))
-            free -= {i, j}
+    gap = scores[:, None] - scores
+    error = 1 / np.maximum(votes * expit(gap) * expit(-gap), 1e-9)  # the variance of an answer, in squared log-odds
+    open_pairs = np.triu(np.ones((n, n), bool), 1)
+    for i, j, _ in outcomes:
+        open_pairs[min(i, j), max(i, j)] = False
+    chosen: list[tuple[int, int]] = []
+    for _ in range(min(size, int(open_pairs.sum()))):
+        variance = _gap_variance(covariance)
+        weight = ndtr(-np.abs(gap) / np.sqrt(variance)) ** 2 / variance
+        np.fill_diagonal(weight, 0)
+        # With u = covariance (e_i - e_j), the answer lowers variance[a, b] by (u_a - u_b)^2 / (variance + error)[i, j],
+        # and the weighted sum of squared differences is the quadratic form of the graph's Laplacian.
+        spread = covariance @ (np.diag(weight.sum(1)) - weight) @ covariance
+        gain = _gap_variance(spread) / (variance + error)
+        gain = np.where(open_pairs, np.round(gain / max(gain.max(), 1e-300), 9), -1)  # ties must not be rounding's
+        i, j = (int(place) for place in np.unravel_index(np.argmax(gain), gain.shape))
+        chosen.append((i, j))
+        open_pairs[i, j] = False
+        u = covariance[:, i] - covariance[:, j]
+        covariance = covariance - np.outer(u, u) / (variance + error)[i, j]
     return chosen
 
 
 def round_size(n: int, made: int) -> int:
     """How many of `n` images' pairs to compare at once, after `made` comparisons.
 
-    Every image meets one other in the first round, and half of them in the later ones: smaller rounds choose better,
-    and larger ones keep a GPU busier.
+    Before the first answers there is nothing to choose by, so the first round is twice as large as the later ones:
+    small rounds choose better, and large ones keep a GPU busier.
     """
     return n // 2 if made == 0 else max(n // 4, 1)
 

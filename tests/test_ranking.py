@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import kendalltau
@@ -220,15 +221,27 @@ def test_standard_errors_say_how_far_scores_are_off():
     assert 0.6 < np.mean(inside) < 0.85
 
 
-def test_a_round_has_new_pairs_and_no_image_twice():
+def test_a_round_has_new_pairs():
     outcomes = []
     p = a_judge(9, 0.5, 1)
-    for _ in range(8):
+    for _ in range(9):
         pairs = next_round(9, outcomes, 4)
-        assert 1 <= len(pairs) <= 4 and all(i < j for i, j in pairs)
-        assert len({k for pair in pairs for k in pair}) == 2 * len(pairs)
+        assert len(set(pairs)) == 4 and all(0 <= i < j < 9 for i, j in pairs)
         assert not set(pairs) & {outcome[:2] for outcome in outcomes}
         outcomes += [(i, j, float(p[i, j])) for i, j in pairs]
+    assert next_round(9, outcomes, 4) == []  # all 36 have been compared
+    turned = [(j, i, 1 - p) for i, j, p in outcomes[:-1]]
+    assert next_round(9, turned, 4) == [outcomes[-1][:2]]
+
+
+@pytest.mark.parametrize("n", [2, 5, 16, 33])
+def test_as_few_pairs_as_can_connect_all_images(n):
+    """With nothing known, n - 1 pairs place every image; none is spent where two are already connected."""
+    component = list(range(n))
+    for i, j in next_round(n, [], n - 1):
+        assert component[i] != component[j]
+        component = [component[i] if c == component[j] else c for c in component]
+    assert len(set(component)) == 1
 
 
 def test_a_round_asks_where_the_order_is_in_doubt():
@@ -288,9 +301,57 @@ def test_few_comparisons_order_a_group_as_all_would(n, share, groups):
 
         full = rank_images(compare_batch, n).scores
         budget = int(share * n * (n - 1) / 2)
-        ours.append(kendalltau(rank_images(compare_batch, n, budget=budget).scores, full).statistic)
+        ours.append(np.asarray(kendalltau(rank_images(compare_batch, n, budget=budget).scores, full))[0])
         outcomes = [all_outcomes(p)[k] for k in rng.permutation(n * (n - 1) // 2)[:budget]]
         scores, _ = fit_bradley_terry(n, outcomes, votes=estimate_votes(n, outcomes))
-        drawn.append(kendalltau(scores, full).statistic)
+        drawn.append(np.asarray(kendalltau(scores, full))[0])
     assert np.mean(ours) >= 0.95
     assert np.mean(drawn) < np.mean(ours) - 0.01
+
+
+# ---------------------------------------------------------------- the embedded judge
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from listener_reward import Judge
+
+    return Judge.from_pretrained("tiny", listener="none", think=False)
+
+
+def shades(n):
+    return [Image.new("RGB", (64, 64), (200 * k // n + 30, 40, 60)) for k in range(n)]
+
+
+def test_a_judge_compares_in_batches_under_a_budget(tiny, monkeypatch):
+    sizes, compare_many = [], tiny.compare_many
+
+    def counted(prompts, firsts, seconds):
+        sizes.append(len(prompts))
+        return compare_many(prompts, firsts, seconds)
+
+    monkeypatch.setattr(tiny, "compare_many", counted)
+    ranking = tiny.rank("a red circle", shades(12), budget=20)
+    assert (sizes, ranking.comparisons) == ([6, 3, 3, 3, 3, 2], 20)
+    sizes.clear()
+    assert tiny.rank("a red circle", shades(5), budget=1000).comparisons == 10 and sizes == [10]
+    sizes.clear()
+    assert tiny.rank("a red circle", shades(1), budget=3).order == [0] and sizes == []
+
+
+@pytest.mark.parametrize("budget", [None, 1, 5])
+def test_a_judge_scores_equal_images_equally(tiny, budget):
+    ranking = tiny.rank("a red circle", shades(1) * 4, budget=budget)
+    assert ranking.order == [0, 1, 2, 3] and ranking.scores == pytest.approx([0] * 4)
+
+
+def test_two_equal_images_among_others_are_neighbours(tiny):
+    one, two, three = shades(3)
+    ranking = tiny.rank("a red circle", [one, two, three, two])
+    assert ranking.scores[1] == pytest.approx(ranking.scores[3], abs=1e-6)
+    assert abs(ranking.order.index(1) - ranking.order.index(3)) == 1
+
+
+def test_a_round_where_nothing_is_in_doubt_any_more_still_has_pairs():
+    outcomes = [(0, 1, 1.0), (1, 2, 1.0)] * 400
+    assert next_round(3, outcomes, 2, prior_std=50.0) == [(0, 2)]

@@ -360,7 +360,8 @@ def main() -> None:
     first = SEE["steps"] if args.steps is None else min(args.steps, SEE["steps"])
     train_decoder(pipeline.vae, pictures, latents, args.seed, args.scratch, first)
     train_denoiser(pipeline, captions, latents, args.seed, args.scratch, steps)
-    pipeline.unet.half(), pipeline.vae.half()  # not the text encoder: transformers would load it in half precision
+    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: transformers would load it in half precision
+        part.half()
     pipeline.save_pretrained(args.out)
 
     measured = measure(load_pipeline(args.out), args.samples, args.seed)

@@ -7,15 +7,17 @@ A simulated judge answers sigmoid(s_i - s_j + e_ij), the true scores with a stan
 error of the pair, so a judge with errors is inconsistent, as real ones are. The embedded judge compares pictures of the
 tiny world: one prompt, candidates as a generator would make them. "random" draws pairs, "Swiss" lets neighbours in the
 standing meet, every image once a round; both are fitted by the same model and never repeat a pair, so only the choice
-of pairs differs. "Itself again" is the tau between two full round robins of the embedded judge that differ in the seed
-of its thoughts: how much of an order is the judge's and not the dice's.
+of pairs differs. Every group is ranked from `STARTS` orders of its images, because the first pairs depend on it.
+"Itself again" is the tau between two full round robins of the embedded judge that differ in the seed of its thoughts:
+how much of an order is the judge's and not the dice's.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -30,7 +32,8 @@ Outcomes = list[tuple[int, int, float]]
 Schedule = Callable[[int, Outcomes, int, np.random.Generator], list[tuple[int, int]]]
 
 SHARES = {16: (16, 24, 30, 40, 60), 64: (96, 128, 161, 242, 504)}
-MODES = {"thinking": {}, "8 thoughts": {"thoughts": 8}, "fast": {"think": False}}
+STARTS = {16: 3, 64: 1}
+MODES = {"thinking": {}, "8 thoughts": {"thoughts": 8}, "fast": {"think": False}, "fast uncalibrated": {"think": False}}
 
 
 def ours(n: int, outcomes: Outcomes, size: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -68,8 +71,19 @@ def taus(p: np.ndarray, schedule: Schedule, budgets: tuple[int, ...], seed: int)
             pairs = schedule(n, outcomes, size, rng) or random_pairs(n, outcomes, size, rng)
             outcomes += [(i, j, float(p[i, j])) for i, j in pairs]
         scores, _ = fit_bradley_terry(n, outcomes, votes=estimate_votes(n, outcomes))
-        found.append(float(kendalltau(scores, full).statistic))
+        found.append(tau(scores, full))
     return found
+
+
+def over_starts(p: np.ndarray, schedule: Schedule, budgets: tuple[int, ...], seed: int) -> np.ndarray:
+    """The mean of `taus` over `STARTS` orders in which the images are given."""
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(p)) for _ in range(STARTS[len(p)])]
+    return np.mean([taus(p[np.ix_(order, order)], schedule, budgets, seed) for order in orders], axis=0)
+
+
+def tau(scores: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
+    return float(np.asarray(kendalltau(scores, others))[0])
 
 
 def full_scores(p: np.ndarray) -> list[float]:
@@ -85,6 +99,7 @@ def simulated(n: int, error: float, seed: int) -> np.ndarray:
 def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int = 0) -> np.ndarray:
     """Round robins (prompts, n, n) of the embedded judge, kept in `folder`."""
     from listener_reward import Judge
+    from listener_reward.calibration import Calibration
     from listener_reward.tiny.draw import draw
     from listener_reward.tiny.world import sample_candidate, sample_prompt, wording
 
@@ -95,6 +110,8 @@ def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int =
         kept = folder / f"{mode.replace(' ', '-')}-{n}-{number}{f'-seed-{seed}' * bool(seed)}.npy"
         if not kept.exists():
             judge = judge or Judge.from_pretrained("tiny", batch_size=128, listener="none", seed=seed, **MODES[mode])
+            if mode == "fast uncalibrated":
+                judge.card = replace(judge.card, fast_calibration=Calibration())
             rng = random.Random(f"rank/{n}/{number}")
             prompt = sample_prompt(rng, held=False)
             words = wording(prompt, rng)
@@ -119,7 +136,7 @@ def table(n: int, judges: dict[str, np.ndarray]) -> None:
     for name, games in judges.items():
         votes = np.mean([estimate_votes(n, [(i, j, p[i, j]) for i, j in combinations(range(n), 2)]) for p in games])
         for schedule in (ours, swiss, random_pairs):
-            found = np.array([taus(p, schedule, budgets, seed) for seed, p in enumerate(games)])
+            found = np.array([over_starts(p, schedule, budgets, seed) for seed, p in enumerate(games)])
             cells = [f"{column.mean():.3f} ({np.median(column):.3f})" for column in found.T]
             label = {ours: "ours", swiss: "Swiss", random_pairs: "random"}[schedule]
             print(f"| {name}, {len(games)} groups | {votes:.0f} | {label} | {' | '.join(cells)} |", flush=True)
@@ -148,7 +165,7 @@ def main() -> None:
         if args.again and args.tiny:
             for mode in args.modes:
                 one, other = (of_the_tiny_judge(n, args.again, mode, args.tiny, seed) for seed in (0, 1))
-                found = [kendalltau(full_scores(p), full_scores(q)).statistic for p, q in zip(one, other, strict=True)]
+                found = [tau(full_scores(p), full_scores(q)) for p, q in zip(one, other, strict=True)]
                 print(
                     f"\nItself again: tiny, {mode}, {args.again} groups: {np.mean(found):.3f} ({np.median(found):.3f})"
                 )
