@@ -3,38 +3,53 @@
     python tests/benchmarks/prefix_cost.py --out docs/prefix-cost.svg
 
 Prints the Markdown table of docs/performance.md and draws its plot. The copies' loss needs about 0.7 GB of memory for
-every completion; sizes of which it does not fit are left out by `--largest-loss`.
+every completion; sizes above `--largest-loss` are run with a shared prefix only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from listener_reward.bench import run
-from listener_reward.bench.shapes import Size
+from listener_reward.bench.shapes import Size, build_checkpoint
 
 SIZES = (2, 4, 8, 16, 32)
+KEPT = ("median_seconds", "tokens", "patches", "peak_mb", "weight_flops")
 COLORS = {"listener": "#2a6fbb", "loss": "#c2572b"}
 
 
 def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
     run.BENCHMARKS["loss"] = ("loss",)
-    rows = []
+    rows: list[dict] = []
     for arm in arms:
         for group in SIZES:
+            size = Size(group=group, repeats=repeats)
             if arm == "loss" and group > largest_loss:
-                continue
-            found = run.run_bench(arm, Size(group=group, repeats=repeats), Console(stderr=True))["arms"][arm]
-            row = {"what": arm, "group": group, "ratio": found["ratio"], "limit": found["limit"]}
-            for way in ("shared", "plain"):
-                row[way] = {key: found[way][key] for key in ("median_seconds", "tokens", "patches", "peak_mb")}
+                row = shared_alone(arm, size, rows[-1])
+            else:
+                found = run.run_bench(arm, size, Console(stderr=True))["arms"][arm]
+                row = {"what": arm, "group": group, "ratio": found["ratio"], "limit": found["limit"]}
+                row |= {way: {key: found[way][key] for key in KEPT} for way in ("shared", "plain")}
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
+
+
+def shared_alone(arm: str, size: Size, smaller: dict) -> dict:
+    """A row without copies, which would not fit; their operations are those of a `smaller` row's, times the sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_checkpoint(Path(folder, "model"), size)
+        shared = run._in_a_process(arm, Path(folder, "model"), size, True, Path(folder, "shared.pt"))
+    shared["median_seconds"] = statistics.median(shared["seconds"])
+    flops = smaller["plain"]["weight_flops"] * size.group / smaller["group"]
+    row = {"what": arm, "group": size.group, "ratio": None, "limit": flops / shared["weight_flops"], "plain": None}
+    return row | {"shared": {key: shared[key] for key in KEPT}}
 
 
 def table(rows: list[dict]) -> str:
@@ -44,10 +59,11 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         shared, plain = row["shared"], row["plain"]
+        copies, memory = (f"{plain['median_seconds']:.2f}", f"{plain['peak_mb']:,.0f}") if plain else ("no room", "")
+        ratio, share = (f"{row['ratio']:.2f}", f"{row['ratio'] / row['limit']:.0%}") if plain else ("", "")
         lines.append(
-            f"| {row['what']} | {row['group']} | {shared['median_seconds']:.2f} | {plain['median_seconds']:.2f} "
-            f"| {row['ratio']:.2f} | {row['limit']:.2f} | {row['ratio'] / row['limit']:.0%} "
-            f"| {shared['peak_mb']:,.0f} | {plain['peak_mb']:,.0f} |"
+            f"| {row['what']} | {row['group']} | {shared['median_seconds']:.2f} | {copies} | {ratio} "
+            f"| {row['limit']:.2f} | {share} | {shared['peak_mb']:,.0f} | {memory} |"
         )
     return "\n".join(lines)
 
@@ -79,7 +95,9 @@ def plot(rows: list[dict]) -> str:
     parts.append(f'<text x="8" y="{top - 6}">times faster than copies</text>')
     for what, color in COLORS.items():
         for key, dash in (("ratio", ""), ("limit", ' stroke-dasharray="5 4"')):
-            points = [at(row["group"], row[key]) for row in rows if row["what"] == what]
+            points = [at(row["group"], row[key]) for row in rows if row["what"] == what and row[key]]
+            if not points:
+                continue
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
             parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
             x, y = points[-1]
