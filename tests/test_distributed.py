@@ -9,9 +9,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_worker as worker
@@ -24,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 
 from listener_reward.checkpoint import Card
 from listener_reward.judge import Judge
+from listener_reward.train.run import _leave
 
 ROOT = Path(__file__).parents[1]
 Results = Callable[[str, str], list[dict[str, Any]]]
@@ -215,3 +218,19 @@ bf16: false
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "judge", dtype="float32")
     assert Judge.from_pretrained(tmp_path / "judge").card.listener == "tiny-listener"
     assert all(weight.isfinite().all() for weight in plain.parameters())
+
+
+def test_the_wrapped_model_goes_before_the_process_group():
+    """Else its destructor takes the group along while it holds the interpreter's lock, and may wait for ever."""
+
+    class Wrapper:
+        pass
+
+    wrapper = Wrapper()
+    alive, kept, freed = weakref.ref(wrapper), [wrapper], []
+    accelerator = SimpleNamespace(free_memory=kept.clear)
+    trainer: Any = SimpleNamespace(model="model", model_wrapped=wrapper, accelerator=accelerator)
+    trainer.end = lambda: freed.append(alive() is None)
+    del wrapper
+    _leave(trainer)
+    assert freed == [True]

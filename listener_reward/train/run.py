@@ -105,8 +105,20 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     assert args.output_dir is not None
     trainer.save_judge(args.output_dir)
     trainer.accelerator.print(f"The judge is in {args.output_dir}: Judge.from_pretrained({args.output_dir!r})")
-    trainer.end()
+    _leave(trainer)
     return trainer
+
+
+def _leave(trainer: ListenerGRPOTrainer) -> None:
+    """Ends the trackers and the process group, after which the other processes cannot be reached.
+
+    The model's distributed wrapper goes first. If it were the last to hold the group, the group would be destroyed
+    while the interpreter's lock is held, and wait for a thread of gloo's that may be waiting for that lock: the run
+    would be done and not end (seen with torch 2.13).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.end()
 
 
 def checkpoint_to_resume(args: ListenerGRPOConfig) -> str | None:

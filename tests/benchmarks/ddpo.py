@@ -142,9 +142,10 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         before, after = ([np.mean(list(r["utility"].values())[k]) for r in runs] for k in (0, -1))
         rise, half = interval([b - a for a, b in zip(before, after, strict=True)])
+        spread = f" ± {half:.2f}" if len(runs) > 1 else ""
         minutes = np.mean([r["seconds"] for r in runs]) / 60
         lines.append(
-            f"| {name} | {len(runs)} | {np.mean(before):.2f} | {np.mean(after):.2f} | {rise:+.2f} ± {half:.2f} "
+            f"| {name} | {len(runs)} | {np.mean(before):.2f} | {np.mean(after):.2f} | {rise:+.2f}{spread} "
             f"| {minutes:.0f} |"
         )
     return "\n".join(lines)
@@ -171,11 +172,11 @@ def curve(results: list[dict[str, Any]]) -> str:
         f'<text x="{left}" y="14">true utility on held-out prompts (at most 6.7)</text>',
         f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">epochs</text>',
     ]
-    for tick in np.arange(np.ceil(low * 4) / 4, high, 0.25):
+    for tick in np.arange(np.ceil(low * 2) / 2, high, 0.5):
         y = top + height * (high - tick) / (high - low)
-        lines.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.2f}</text>')
+        lines.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
         lines.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#eee"/>')
-    for tick in range(0, epochs + 1, max(1, epochs // 6)):
+    for tick in range(0, epochs + 1, max(1, epochs // 4)):
         x = left + width * tick / epochs
         lines.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{tick}</text>')
     for name, color in zip(REWARDS, ("#2a6fbb", "#3e8c4b", "#888"), strict=True):
