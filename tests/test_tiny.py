@@ -115,7 +115,11 @@ def test_an_attentive_reasoner_is_always_right_and_says_so() -> None:
 
 # -------------------------------------------------------------------------------------------------------- the weights
 def test_the_embedded_weights_are_small_and_have_a_card() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 8e6
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert sum(size(WEIGHTS / model) for model in ("base", "listener", "judge")) <= 8e6
+    assert size(WEIGHTS / "diffusion") <= 5e6
     card = (WEIGHTS / "README.md").read_text()
     assert "python -m listener_reward.tiny.pretrain" in card
 
