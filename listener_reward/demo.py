@@ -48,7 +48,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the demo trains. The embedded judge is made by the same recipe."""
+    """How the demo trains."""
 
     steps: int = 160
     pairs: int = 1000
@@ -64,12 +64,17 @@ class Recipe:
     grounding: float = 2.0
     masking: Masking = "answer"
     share: bool = True
-    """Whether a group shares its prompt. The embedded weights and the results in docs/log.md were made as copies, which
-    differ by rounding: after 160 steps that is another run of the same kind, and not the same numbers."""
+    """Whether a group shares its prompt. The results in docs/log.md were made as copies, which differ by rounding:
+    after 160 steps that is another run of the same kind, and not the same numbers."""
 
 
-def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe) -> dict[str, list[Any]]:
-    """Trains one GRPO arm, writes its judge into `out`, and returns its learning curves."""
+def train_arm(
+    report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe, pairs: Any = None
+) -> dict[str, list[Any]]:
+    """Trains one GRPO arm, writes its judge into `out`, and returns its learning curves.
+
+    `pairs` are those of the recipe unless others are given.
+    """
     from transformers import TrainerCallback
 
     from listener_reward.train.config import AS_COPIES, ListenerGRPOConfig
@@ -109,7 +114,8 @@ def train_arm(report: Report, weights: Sequence[float], out: str, seed: int, rec
                 reward = logs["reward"]  # None where the listener failed on the whole batch
                 report(state.global_step, recipe.steps, "no reward" if reward is None else f"reward {reward:.2f}")
 
-    trainer = ListenerGRPOTrainer(recipe.base, args, load_pairs("tiny:train", limit=recipe.pairs), callbacks=[Curves()])
+    pairs = load_pairs("tiny:train", limit=recipe.pairs) if pairs is None else pairs
+    trainer = ListenerGRPOTrainer(recipe.base, args, pairs, callbacks=[Curves()])
     trainer.train()
     trainer.save_judge(out)
     return curves

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.tiny.diffusion import (
     CALL,
@@ -24,8 +25,9 @@ from listener_reward.tiny.diffusion import (
     set_encoder,
 )
 from listener_reward.tiny.draw import draw
+from listener_reward.tiny.generated import sample_pairs, samples
 from listener_reward.tiny.read import Reading, asked, read
-from listener_reward.tiny.world import COLORS, SHAPES, Scene, utility, wording
+from listener_reward.tiny.world import COLORS, SHAPES, Scene, held_out, utility, wording
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +177,23 @@ def test_the_encoder_computes_principal_components():
 def test_random_weights_are_seeded():
     assert torch.equal(build_pipeline(1).unet.conv_in.weight, build_pipeline(1).unet.conv_in.weight)
     assert not torch.equal(build_pipeline(1).unet.conv_in.weight, build_pipeline(2).unet.conv_in.weight)
+
+
+# -------------------------------------------------------------------------------------------------- generated pairs
+
+
+def test_generated_pairs_are_labelled_by_what_is_read_in_them():
+    for _, (first, second, share) in zip(range(30), sample_pairs(seed=5, votes=401), strict=False):
+        assert first.prompt == second.prompt == asked(first.wording)
+        assert first.picture.tobytes() != second.picture.tobytes()
+        gap = read(first.picture).utility(first.prompt) - read(second.picture).utility(first.prompt)
+        assert share == pytest.approx(1 / (1 + np.exp(-gap)), abs=0.1)
+
+
+def test_the_generated_split_is_seeded_and_its_prompts_are_those_of_training():
+    rows = load_pairs("tiny:generated", limit=8).to_list()
+    again, others = (load_pairs("tiny:generated", limit=8, seed=seed).to_list() for seed in (0, 1))
+    assert rows == again != others
+    assert {row["source"] for row in rows} == {"tiny:generated"}
+    groups = [group for _, group in zip(range(40), samples(seed=3, each=2), strict=False)]
+    assert not any(held_out(group[0].prompt.color, group[0].prompt.shape) for group in groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import islice
 
 from PIL import Image
 
@@ -12,6 +13,9 @@ from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.world import SPLITS, split_pairs
+
+GENERATED = "generated"
+"""The split of what the tiny diffusion model draws."""
 
 TINY_PAIRS = 400
 """Pairs of a tiny split where no limit is given."""
@@ -23,12 +27,25 @@ def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
     Raises:
         InputError: there is no such split.
     """
+    n = TINY_PAIRS if limit is None else limit
+    if split == GENERATED:
+        yield from _generated(n, seed)
+        return
     if split not in SPLITS:
-        raise InputError(f"split is {split!r}; the tiny world has {', '.join(map(repr, SPLITS))}")
-    for index, pair in enumerate(split_pairs(split, TINY_PAIRS if limit is None else limit, seed=seed)):
+        raise InputError(f"split is {split!r}; the tiny world has {', '.join(map(repr, (*SPLITS, GENERATED)))}")
+    for index, pair in enumerate(split_pairs(split, n, seed=seed)):
         first, second = ({"bytes": _png(image), "path": None} for image in draw_pair(pair))
         name = f"{split}-{seed}-{index}"
         yield Labelled(PreferencePair(pair.wording, first, second, pair.p_first, name, f"tiny:{split}"), {})
+
+
+def _generated(n: int, seed: int) -> Iterator[Labelled]:
+    from listener_reward.tiny.generated import sample_pairs  # needs diffusers, which the other splits do not
+
+    for index, (first, second, share) in enumerate(islice(sample_pairs(seed), n)):
+        images = ({"bytes": _png(sample.picture), "path": None} for sample in (first, second))
+        name = f"{GENERATED}-{seed}-{index}"
+        yield Labelled(PreferencePair(first.wording, *images, share, name, f"tiny:{GENERATED}"), {})
 
 
 def _png(image: Image.Image) -> bytes:

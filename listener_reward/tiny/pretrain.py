@@ -1,12 +1,13 @@
 """Makes the embedded weights: `python -m listener_reward.tiny.pretrain`.
 
-Three models of one architecture, seeded, in about twenty minutes on two cores:
+Three models of one architecture, seeded, in about an hour on two cores:
 
 - `base`: the reasoner that GRPO starts from. Imperfect on purpose, as an instruction-tuned VLM is: its descriptions
   err, and its answer follows its own description only most of the time.
 - `listener`: another seed, whose thoughts are true and whose answers follow from them. It has never read a false
   thought, and would believe one; that it doubts what it would not have written itself is `Listener.grounding`.
-- `judge`: the base after the demo's listener-shaped GRPO; `ListenerReward("tiny")` loads it.
+- `judge`: the base, taught to look closely at drawn and at generated pictures, and then trained by listener-shaped GRPO
+  on votes about both; `ListenerReward("tiny")` loads it.
 
 Each learns as large VLMs do, in stages: the language model reads text alone, until it can tell whether a description
 fits a prompt; the vision tower learns to see with a throw-away classifier, because shapes are slow to be found through
@@ -18,13 +19,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
@@ -36,7 +41,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.demo import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm
 from listener_reward.judge import Judge
 from listener_reward.tiny.draw import draw, draw_pair
-from listener_reward.tiny.model import QUESTION, build_model, build_processor
+from listener_reward.tiny.model import QUESTION, build_model, build_processor, build_tokenizer
 from listener_reward.tiny.thoughts import reasoner_example
 from listener_reward.tiny.workers import Report, run_side_by_side
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, TinyPair, sample_pair
@@ -52,6 +57,17 @@ SPEAK = {"steps": 400, "batch": 32, "rate": 1e-3}
 FINISH = {"steps": 300, "batch": 32, "rate": 7e-4}
 """The four stages, in this order."""
 
+LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
+TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.25}
+"""What the judge learns between the base and GRPO. Half of each batch is drawn, half generated. A share of the prompts
+and one of the thoughts are littered with words that mean nothing there, which must not move the answer."""
+
+GENERATED = 6000
+"""Prompts of which the judge studies two generated pictures each."""
+
+JUDGE = {"steps": 80, "drawn": 1500, "generated": 1500}
+"""Its GRPO: half the steps of the demo's, because it begins better, and the pairs of each kind that it sees there."""
+
 ERRORS = (0.35, 0.35, 1.0)
 """How often a drawn attribute differs from the prompt's, one of these for each pair. At 1 the picture owes nothing to
 the prompt, so a description cannot be copied from it."""
@@ -60,6 +76,9 @@ KEY_WEIGHT = 4.0
 """Weight of the loss on the words that take a comparison: what is wrong with an image, and the answer."""
 
 KEY_WORDS = ("right", "wrong")
+
+STRAY = tuple(sorted(word for word in build_tokenizer().get_vocab() if word.isalnum() or word in ".:,?"))
+"""The words that `litter` strews."""
 
 CALIBRATION: dict[str, Any] = {"data": "tiny:id", "limit": 3000, "seed": 1}
 """The pairs whose votes calibrate the judge. Evaluations draw theirs with seed 0 unless told otherwise."""
@@ -83,16 +102,22 @@ def teach_to_read(model: Any, processor: Any, rng: random.Random, report: Callab
             report(step + 1, f"reads, loss {loss.item():.2f}")
 
 
-def teach_to_see(model: Any, processor: Any, rng: random.Random, report: Callable[[int, str], None]) -> None:
+def teach_to_see(
+    model: Any,
+    processor: Any,
+    pictures: Callable[[int], tuple[list[Scene], list[Image.Image]]],
+    stage: dict[str, Any],
+    report: Callable[[int, str], None],
+) -> None:
     """Trains the vision tower to tell count, quality, colour and shape of single pictures."""
     tower = model.model.visual
     sizes = [len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES)]
     classify = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
     parameters = [*tower.parameters(), *classify.parameters()]
-    optimizer, schedule = _optimizer(parameters, SEE)
-    for step in range(SEE["steps"]):
-        scenes = [_any_scene(rng) for _ in range(SEE["batch"])]
-        inputs = processor.image_processor(images=[draw(scene, rng) for scene in scenes], return_tensors="pt")
+    optimizer, schedule = _optimizer(parameters, stage)
+    for step in range(stage["steps"]):
+        scenes, images = pictures(stage["batch"])
+        inputs = processor.image_processor(images=images, return_tensors="pt")
         features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
         tokens = (inputs["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
         logits = classify(torch.stack([part.mean(0) for part in features.split(tokens)])).split(sizes, -1)
@@ -108,21 +133,27 @@ def teach_to_speak(
     model: Any,
     processor: Any,
     example: Callable[[TinyPair], tuple[str, int]],
-    rng: random.Random,
+    lessons: Callable[[int], list[Lesson]],
     stage: dict[str, Any],
     report: Callable[[int, str], None],
+    litter: Callable[[str], str | None] = lambda thought: None,
 ) -> None:
-    """Trains the whole model on pictures, thoughts and answers."""
+    """Trains the whole model on pictures, thoughts and answers.
+
+    Where `litter` gives another thought for one, the model reads that and learns the answer only.
+    """
     parameters = list(model.parameters())
     optimizer, schedule = _optimizer(parameters, stage)
     for step in range(stage["steps"]):
-        pairs = _pairs(rng, stage["batch"])
+        pairs, pictures = zip(*lessons(stage["batch"]), strict=True)
         rows = [example(pair) for pair in pairs]
+        littered = [litter(thought) for thought, _ in rows]
+        rows = [(thought if other is None else other, n) for (thought, n), other in zip(rows, littered, strict=True)]
         chats = [FORMAT.messages(pair.wording) for pair in pairs]
         texts = [_turns(processor, chat, *row) for chat, row in zip(chats, rows, strict=True)]
-        images = [image for pair in pairs for image in draw_pair(pair)]
+        images = [image for both in pictures for image in both]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        loss = _speech_loss(model, processor, inputs)
+        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in littered])
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
             report(step + 1, f"speaks, loss {loss.item():.2f}")
@@ -145,26 +176,22 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     def finished(pair: TinyPair) -> tuple[str, int]:
         return reasoner_example(pair, rng, **BASE) if kind == "base" else plain(pair)
 
-    stages: list[tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]] = [
+    def pictures(n: int) -> tuple[list[Scene], list[Image.Image]]:
+        return drawn_pictures(rng, n)
+
+    def lessons(n: int) -> list[Lesson]:
+        return drawn_lessons(rng, n)
+
+    stages: list[Stage] = [
         (READ, lambda tell: teach_to_read(model, processor, rng, tell)),
-        (SEE, lambda tell: teach_to_see(model, processor, rng, tell)),
-        (SPEAK, lambda tell: teach_to_speak(model, processor, plain, rng, SPEAK, tell)),
-        (FINISH, lambda tell: teach_to_speak(model, processor, finished, rng, FINISH, tell)),
+        (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell)),
+        (SPEAK, lambda tell: teach_to_speak(model, processor, plain, lessons, SPEAK, tell)),
+        (
+            FINISH | (BASE if kind == "base" else {}),
+            lambda tell: teach_to_speak(model, processor, finished, lessons, FINISH, tell),
+        ),
     ]
-    done, total = 0, sum(settings["steps"] for settings, _ in stages)
-    for number, (settings, teach) in enumerate(stages):
-        told = repr([stage for stage, _ in stages[: number + 1]] + ([BASE] if settings is FINISH else []))
-        kept = Path(scratch, f"{kind}-{seed}-{number}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.pt")
-        if kept.exists():
-            state = torch.load(kept, weights_only=False)  # our own file, and a random state is no tensor
-            model.load_state_dict(state["model"])
-            rng.setstate(state["rng"])
-            torch.set_rng_state(state["torch"])
-        else:
-            teach(lambda step, note, before=done: report(before + step, total, note))
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"model": model.state_dict(), "rng": rng.getstate(), "torch": torch.get_rng_state()}, kept)
-        done += settings["steps"]
+    run_stages(report, stages, model, rng, Path(scratch, f"{kind}-{seed}"))
     card = Card(
         format=FORMAT,
         listener=None if kind == "listener" else "tiny-listener",
@@ -175,11 +202,63 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     return out
 
 
+Stage = tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]
+"""A stage's settings, and the stage itself, which is told how to report."""
+
+
+def run_stages(report: Report, stages: list[Stage], model: Any, rng: random.Random, scratch: Path) -> None:
+    """Runs the stages one after the other, or goes on after the last one whose result lies at `scratch`."""
+    done, total = 0, sum(settings["steps"] for settings, _ in stages)
+    for number, (settings, teach) in enumerate(stages):
+        told = repr([stage for stage, _ in stages[: number + 1]])
+        kept = scratch.with_name(f"{scratch.name}-{number}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.pt")
+        if kept.exists():
+            state = torch.load(kept, weights_only=False)  # our own file, and a random state is no tensor
+            model.load_state_dict(state["model"])
+            rng.setstate(state["rng"])
+            torch.set_rng_state(state["torch"])
+        else:
+            teach(lambda step, note, before=done: report(before + step, total, note))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"model": model.state_dict(), "rng": rng.getstate(), "torch": torch.get_rng_state()}, kept)
+        done += settings["steps"]
+
+
 def save(model: Any, processor: Any, card: Card, out: str | Path) -> None:
     """Writes a checkpoint in float16: half the bytes, and more exact than bfloat16 for weights of this size."""
     model.to(torch.float16).save_pretrained(out)
     processor.save_pretrained(out)
     card.save(out)
+
+
+Lesson = tuple[TinyPair, tuple[Image.Image, Image.Image]]
+"""A pair and its pictures."""
+
+
+def drawn_pictures(rng: random.Random, n: int) -> tuple[list[Scene], list[Image.Image]]:
+    """`n` scenes of every kind, and pictures of them."""
+    scenes = [_any_scene(rng) for _ in range(n)]
+    return scenes, [draw(scene, rng) for scene in scenes]
+
+
+def drawn_lessons(rng: random.Random, n: int) -> list[Lesson]:
+    return [(pair, draw_pair(pair)) for pair in _pairs(rng, n)]
+
+
+def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """`picture` a little smaller and elsewhere, and mirrored or not: what it shows stays what it is."""
+    if rng.random() < 0.5:
+        picture = ImageOps.mirror(picture)
+    left, top = (rng.randint(0, picture.width // 8) for _ in range(2))
+    right, bottom = (rng.randint(0, picture.width // 8) for _ in range(2))
+    return ImageOps.expand(picture, (left, top, right, bottom), fill=picture.getpixel((0, 0)))
+
+
+def litter(text: str, rng: random.Random) -> str:
+    """`text` with 1 to 40 words before or after it: any of the tokenizer's, and others, which are all one to it."""
+    count = round(math.exp(rng.uniform(0, math.log(40))))
+    words = " ".join(rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count))
+    return f"{words} {text}" if rng.random() < 0.5 else f"{text} {words}"
 
 
 def _pairs(rng: random.Random, n: int) -> list[TinyPair]:
@@ -192,13 +271,18 @@ def _turns(processor: Any, chat: list[dict[str, Any]], thought: str, answer: int
     return f"{asked}{FORMAT.answer_slot(thought)}{answer}{FORMAT.answer[1]}{processor.tokenizer.eos_token}"
 
 
-def _speech_loss(model: Any, processor: Any, inputs: Any) -> Tensor:
-    """Mean negative log-likelihood of thought and answer, weighted towards the words that take a comparison."""
+def _speech_loss(model: Any, processor: Any, inputs: Any, spoken: Sequence[bool] | None = None) -> Tensor:
+    """Mean negative log-likelihood of thought and answer, weighted towards the words that take a comparison.
+
+    Of rows that are not `spoken` only the answer counts.
+    """
     tokens = processor.tokenizer.convert_tokens_to_ids
     ids, attended = inputs["input_ids"], inputs["attention_mask"].bool()
     learnt = ((ids == tokens("<think>")).cumsum(1) > 0) & attended
     weights = learnt.float()
-    weights[learnt & torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))] = KEY_WEIGHT
+    if spoken is not None:
+        weights[~torch.tensor(spoken)] = 0
+    weights[weights.bool() & torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))] = KEY_WEIGHT
     weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
     nll = F.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
@@ -236,11 +320,65 @@ def _update(loss: Any, parameters: list[Any], optimizer: torch.optim.Optimizer, 
     schedule.step()
 
 
+def make_attentive(report: Report, out: str, scratch: str) -> str:
+    """Trains the base in `out` further, on generated pictures too, and saves it in `scratch` as the judge's start.
+
+    A judge of generated pictures has to see them: on what the tiny diffusion model draws the base mistakes every second
+    shape. Labels are what `read.read` sees there, which here are people's eyes.
+    """
+    from listener_reward.tiny.generated import samples
+
+    rng = random.Random("attentive")
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32)
+    groups = list(islice(samples(seed=2, each=2), GENERATED))
+    seen = [(sample.reading.scene(), sample.picture) for group in groups for sample in group]
+    seen = [(scene, picture) for scene, picture in seen if scene is not None]
+    both = []
+    for first, second in groups:
+        scenes = first.reading.scene(), second.reading.scene()
+        if scenes[0] and scenes[1]:
+            pair = TinyPair(first.prompt, scenes[0], scenes[1], 0.5, first.wording, 0)
+            both.append((pair, (first.picture, second.picture)))
+
+    def pictures(n: int) -> tuple[list[Scene], list[Image.Image]]:
+        scenes, images = drawn_pictures(rng, n // 2)
+        chosen = rng.choices(seen, k=n - n // 2)
+        return [*scenes, *(scene for scene, _ in chosen)], [*images, *(shift(picture, rng) for _, picture in chosen)]
+
+    def lessons(n: int) -> list[Lesson]:
+        chosen = [(pair, (shift(a, rng), shift(b, rng))) for pair, (a, b) in rng.choices(both, k=n - n // 2)]
+        chosen += drawn_lessons(rng, n // 2)
+        return [(replace(pair, wording=littered(pair.wording) or pair.wording), images) for pair, images in chosen]
+
+    def littered(text: str) -> str | None:
+        return litter(text, rng) if rng.random() < TELL["littered"] else None
+
+    def plain(pair: TinyPair) -> tuple[str, int]:
+        return reasoner_example(pair, rng, error=0.0, whim=0.0)
+
+    stages: list[Stage] = [
+        (LOOK, lambda tell: teach_to_see(model, processor, pictures, LOOK, tell)),
+        (TELL, lambda tell: teach_to_speak(model, processor, plain, lessons, TELL, tell, littered)),
+    ]
+    run_stages(report, stages, model, rng, Path(scratch, "attentive"))
+    attentive = str(Path(scratch, "attentive"))
+    save(model, processor, Card.load(Path(out, "base")), attentive)
+    return attentive
+
+
 def make_judge(report: Report, out: str, scratch: str) -> str:
-    """Trains the base in `out` by the demo's listener-shaped recipe and saves it there as the judge."""
-    recipe = _recipe(Path(out))
+    """Trains the attentive reasoner by the demo's listener-shaped recipe, and saves it in `out` as the judge."""
+    recipe = replace(_recipe(Path(out)), base=str(Path(scratch, "attentive")), steps=JUDGE["steps"])
     trained = Path(scratch, "judge")
-    train_arm(report, weights=ARMS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe)
+    pairs = concatenate_datasets(
+        [
+            load_pairs(f"tiny:{split}", limit=JUDGE[kind], seed=1)
+            for split, kind in (("train", "drawn"), ("generated", "generated"))
+        ]
+    )
+    train_arm(report, weights=ARMS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe, pairs=pairs)
     model = AutoModelForImageTextToText.from_pretrained(trained)
     card = replace(Card.load(trained), listener="tiny-listener")
     save(model, build_processor(), card, Path(out, "judge"))
@@ -259,20 +397,20 @@ def calibrate_judge(report: Report, out: str) -> None:
 
 
 def write_card(out: Path) -> None:
-    """Measures base and judge on every split and writes `README.md` beside the weights."""
+    """Measures base and judge on every split and on generated pictures, and writes `README.md` beside the weights."""
     recipe = _recipe(out)
     measured = run_side_by_side(
         {
             f"judging with the {name}": (
                 measure,
-                {"model": str(out / name), "splits": SPLITS, "pairs": 400, "listener": recipe.listener},
+                {"model": str(out / name), "splits": CARD_SPLITS, "pairs": 400, "listener": recipe.listener},
             )
             for name in ("base", "judge")
         }
     )
     rows = []
     for name, table in measured.items():
-        for split in SPLITS:
+        for split in CARD_SPLITS:
             scores = table[split]
             low, high = scores["accuracy_interval"]
             rows.append(
@@ -280,9 +418,11 @@ def write_card(out: Path) -> None:
                 f"{scores['contradiction_rate']:.1%} | {scores['malformed_rate']:.1%} | "
                 f"{scores['listener_accuracy']:.1%} | {scores['ece']:.3f} |"
             )
-    size = sum(path.stat().st_size for path in out.glob("*/*")) / 1e6
+    size = sum(path.stat().st_size for path in out.glob("*/*") if "diffusion" not in path.parts) / 1e6
     (out / "README.md").write_text(CARD_TEXT.format(size=size, rows="\n".join(rows)), encoding="utf-8")
 
+
+CARD_SPLITS = (*SPLITS, "generated")
 
 CARD_TEXT = """# The embedded tiny models
 
@@ -293,16 +433,18 @@ three flat coloured shapes). Made, and this card written, by
 python -m listener_reward.tiny.pretrain
 ```
 
-which is seeded and takes about twenty minutes on two cores.
+which is seeded and takes about an hour on two cores.
 
 - `base`: an imperfect reasoner; what GRPO starts from (`"tiny-base"`).
 - `listener`: another seed, honest and right (`"tiny-listener"`).
-- `judge`: the base after the demo's listener-shaped GRPO, seed 0 (`"tiny"`).
+- `judge`: the base after lessons in drawn and in generated pictures, and listener-shaped GRPO on votes about both
+  (`"tiny"`).
 
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
-reading that model's thoughts, and the expected calibration error. The judge is calibrated, in distribution, on votes
-about 3,000 other pairs. With 400 pairs an ECE is too high by chance; docs/judging.md has it for 3,000.
+reading that model's thoughts, and the expected calibration error. `generated` are pictures by the tiny diffusion model.
+The judge is calibrated, in distribution, on votes about 3,000 other pairs. With 400 pairs an ECE is too high by chance;
+docs/judging.md has it for 3,000.
 
 | model | split | accuracy | contradicted | malformed | its listener | ece |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -311,7 +453,7 @@ about 3,000 other pairs. With 400 pairs an ECE is too high by chance; docs/judgi
 
 
 def _recipe(out: Path) -> Recipe:
-    return replace(Recipe(), share=False, base=str(out / "base"), listener=str(out / "listener"))
+    return replace(Recipe(), base=str(out / "base"), listener=str(out / "listener"))
 
 
 def main() -> None:
@@ -327,6 +469,7 @@ def main() -> None:
             for kind, seed in {"base": args.seed, "listener": args.seed + 1}.items()
         }
     )
+    run_side_by_side({"attentive": (make_attentive, {"out": out, "scratch": scratch})})
     run_side_by_side({"judge": (make_judge, {"out": out, "scratch": scratch})})
     run_side_by_side({"calibration": (calibrate_judge, {"out": out})})
     write_card(args.out)

@@ -90,7 +90,16 @@ def utility(prompt: Scene, scene: Scene) -> float:
 
 def p_prefers_first(prompt: Scene, first: Scene, second: Scene) -> float:
     """The probability that one voter prefers `first` (Bradley-Terry on `utility`)."""
-    return 1.0 / (1.0 + math.exp(-ODDS * (utility(prompt, first) - utility(prompt, second))))
+    return _p(utility(prompt, first) - utility(prompt, second))
+
+
+def votes_for_first(gap: float, votes: int, rng: random.Random) -> float:
+    """The share of `votes` voters who prefer the first of two pictures whose utilities differ by `gap`."""
+    return sum(rng.random() < _p(gap) for _ in range(votes)) / votes
+
+
+def _p(gap: float) -> float:
+    return 1.0 / (1.0 + math.exp(-ODDS * gap))
 
 
 def held_out(color: str, shape: str) -> bool:
@@ -132,7 +141,7 @@ def sample_pair(
     first_framed = (gap > 0) == (rng.random() < cue)
     first = replace(first, framed=first_framed, sketch=sketch)
     second = replace(second, framed=not first_framed, sketch=sketch)
-    share = sum(rng.random() < p_prefers_first(prompt, first, second) for _ in range(votes)) / votes
+    share = votes_for_first(gap, votes, rng)
     return TinyPair(prompt, first, second, share, wording(prompt, rng), rng.getrandbits(31))
 
 
