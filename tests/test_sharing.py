@@ -18,16 +18,25 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AttentionInterface
+from transformers import (
+    AttentionInterface,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
+from listener_reward.chat import ChatFormat
 from listener_reward.checkpoint import Card
 from listener_reward.errors import InputError
 from listener_reward.judge import load_listener
 from listener_reward.prefix import base_model
-from listener_reward.train import sharing
+from listener_reward.processing import ImageOnlyQwen3VLProcessor
+from listener_reward.tiny.model import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, PATCH, QUESTION, build_processor
+from listener_reward.trace import Trace
+from listener_reward.train import rewards, sharing
 from listener_reward.train.config import ALL_OFF
 from listener_reward.train.run import LORA_TARGETS
 from listener_reward.train.sharing import find_groups, images_per_row, shuffle_groups, unsharded, without_images
@@ -206,6 +215,67 @@ def test_each_switch_alone_changes_nothing(formed_judge: Path, tiny_pairs: Datas
     part = switch.removeprefix("share_")
     assert trainer.sharing == (frozenset() if part == "listener" else {part})
     assert_same(ours, stock, in_order=part != "groups")
+
+
+@pytest.fixture(scope="module")
+def qwen3_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL with random weights, whose vision tower feeds the first layers of its language model too."""
+    folder = tmp_path_factory.mktemp("qwen3-judge")
+    stock = build_processor()
+    tokenizer = stock.tokenizer
+    token = tokenizer.get_vocab()
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+            | {"mrope_interleaved": True},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": PATCH}
+        | {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64}
+        | {"deepstack_visual_indexes": [0, 1]},
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
+    )
+    torch.manual_seed(0)
+    model: Any = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+        patch_size=PATCH,
+        merge_size=2,
+        temporal_patch_size=2,
+    )
+    ImageOnlyQwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=8).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full weights", "LoRA"])
+def test_a_step_of_a_qwen3_vl_is_that_of_stock_trl(
+    qwen3_judge: Path, tiny_pairs: Dataset, grpo_config: Config, monkeypatch, lora: bool
+):
+    # What random weights write is never well-formed: here all of it is, and its words decide which answer it gives.
+    monkeypatch.setattr(rewards, "parse", lambda text, _: Trace(text, 1 + len(text) % 2))
+    options = {"max_steps": 1, "scale_rewards": "none", "reward_weights": [1, 1, 1], "beta": 0.1, "token_budget": 150}
+    trainer, ours = train(qwen3_judge, grpo_config(**options), tiny_pairs, lora)
+    _, stock = train(qwen3_judge, grpo_config(**(options | ALL_OFF)), tiny_pairs, lora)
+    assert type(base_model(trainer.model)).__name__ == "Qwen3VLForConditionalGeneration"
+    assert trainer.sharing == {"rollout", "logprobs", "groups"}
+    assert sum(grad.norm() for grad in stock["gradients"][0].values()) > 1e-3
+    assert_same(ours, stock, in_order=False)
 
 
 def test_the_work_is_done_once(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config):

@@ -165,6 +165,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         first, second = (to_pil(image, field="images") for image in pair["images"])
         chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
         check_finite(listener.p_first([chat], [Trace("", None)]), "the listener")
+        _forget_images(listener)
 
     # ------------------------------------------------------------------------------------------------------- images
     def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,8 +180,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             with self._light_gathering():
                 return super()._generate_and_score_completions(*args, **kwargs)
         finally:
-            if self.listener is not None and isinstance(self.listener.vlm, TransformersVLM):
-                self.listener.vlm.features.clear()
+            _forget_images(self.listener)
 
     def _decoded(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         decoded: dict[Any, Any] = {}
@@ -441,6 +441,11 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listene
             token_budget=args.token_budget,
             attention=kernel,
         )
+
+
+def _forget_images(listener: Listener | None) -> None:
+    if listener is not None and isinstance(listener.vlm, TransformersVLM):
+        listener.vlm.features.clear()
 
 
 def _lasting(name: str) -> str:
