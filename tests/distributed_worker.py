@@ -63,7 +63,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "token_budget": 1,
         "ds3_gather_for_generation": False,
     },
-    SPLIT: {"num_generations": 8, "beta": 0.1, "token_budget": 125},  # more passes where completions are longer
+    SPLIT: {"num_generations": 8, "beta": 0.1, "token_budget": 90},  # more passes where completions are longer
     RESUMED: {
         "num_generations": 4,
         "save_strategy": "steps",
