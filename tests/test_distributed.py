@@ -117,10 +117,10 @@ def test_an_update_is_that_of_one_process(two: Results, one: Any, launch: str, n
 
 
 @by_launch(SPLIT)
-def test_processes_with_sharded_weights_run_equally_many_passes(two: Results, one: Any, launch: str, name: str):
+def test_processes_with_sharded_weights_run_equally_many_passes(two: Results, launch: str, name: str):
     """All gather the weights together. Where each has them whole, a process runs what its own completions need."""
     first, second = (result["passes"] for result in two(launch, name))
-    assert one(name)["passes"] > 2 and min(first, second) > 2, "two updates, none of them in one pass"
+    assert first > 2, "two updates, whose longer completions do not fit one pass"
     assert (first == second) == (launch in ("fsdp2", "zero3"))
 
 
