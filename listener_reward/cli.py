@@ -541,9 +541,17 @@ def bench(
     attention: Annotated[
         str, typer.Option("--attention", help='Of shared rows: "sdpa", or "flex" on a GPU (FlexAttention, compiled).')
     ] = "sdpa",
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters; without it every weight.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
     repeats: Annotated[
         int | None,
-        typer.Option("--repeats", help="Times each is run; the median counts.", show_default="1 for grpo, else 5"),
+        typer.Option(
+            "--repeats",
+            help="Times each is run, after a warm-up if there are several; the median counts.",
+            show_default="1 for grpo, else 5",
+        ),
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -564,7 +572,8 @@ def bench(
         from listener_reward.bench.shapes import Size
 
         times = repeats if repeats is not None else 1 if what == "grpo" else 5
-        size = Size(model, pixels, group, groups, tokens, images, prompt_words, dtype, attention, times)
+        shape = (model, pixels, group, groups, tokens, images, prompt_words, dtype, attention, times)
+        size = Size(*shape, lora, gradient_checkpointing)
         with redirect_stdout(sys.stderr):
             results = run_bench(what, size, _stderr())
         if as_json:

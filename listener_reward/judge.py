@@ -103,6 +103,9 @@ class Judge:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int = 32,
+        shared_prefix: bool = True,
+        token_budget: int = 16384,
+        vision_bytes: int = 2**29,
         thoughts: int | None = None,
         aggregate: Aggregate | None = None,
         orders: Orders | None = None,
@@ -116,7 +119,8 @@ class Judge:
         Args:
             name: the reasoner's checkpoint. Its `listener_reward.json` says how it is asked and who listens.
             listener: another listener than the checkpoint's own; "none" for no listener.
-            device, dtype, batch_size: where and how both models run.
+            device, dtype, batch_size, shared_prefix, token_budget, vision_bytes: where and how both models run; see
+                `TransformersVLM`.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
             aggregate: "mean" averages the thoughts' probabilities, "majority" counts their answers.
             orders: "both", or "one" for a random order at half the cost.
@@ -139,7 +143,14 @@ class Judge:
             "max_new_tokens": max_new_tokens,
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
+        options: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "shared_prefix": shared_prefix,
+            "token_budget": token_budget,
+            "vision_bytes": vision_bytes,
+        }
         reasoner = TransformersVLM.from_pretrained(folder, **options)
         if not isinstance(listener, Listener):
             chosen = card.listener if listener is None else None if listener == "none" else str(listener)

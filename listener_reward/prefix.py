@@ -60,6 +60,8 @@ def unsupported(model: Any) -> str | None:
         return f"{config.model_type!r} is not one of the architectures {', '.join(MODEL_TYPES)}"
     if text._attn_implementation != "sdpa":
         return f"the model was loaded with attn_implementation={text._attn_implementation!r}; it has to be 'sdpa'"
+    if (entry := AttentionInterface()["sdpa"]) not in (sdpa_attention_forward, _sdpa):
+        return f"{getattr(entry, '__qualname__', entry)} stands in for transformers' 'sdpa' attention"
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         return "the model uses sliding-window attention"
     if getattr(text, "attention_dropout", 0.0):
@@ -86,12 +88,14 @@ class Row(NamedTuple):
     """The token that each position predicts, (1, S) int64; `IGNORED` in prompts and after a continuation's end."""
 
 
-def pack(prompts: Sequence[Prompt], continuations: Sequence[Sequence[Tensor]], *, open_end: bool) -> Row:
+def pack(
+    prompts: Sequence[Prompt], continuations: Sequence[Sequence[Tensor]], *, open_end: bool, kernel: str = "sdpa"
+) -> Row:
     """One row of several groups; `continuations[i]` are the token ids (C,) that follow `prompts[i]`.
 
     A prompt's last token opens each of its continuations, so that every prediction of a continuation is made inside its
     own segment. With `open_end` the row also holds each continuation's last token, which predicts what comes next;
-    without, that token is only a label.
+    without, that token is only a label. `kernel`, one of `KERNELS`, computes the row's attention.
     """
     segments = [(prompt, c) for prompt, group in zip(prompts, continuations, strict=True) for c in group]
     ids = [prompt.ids[:-1] for prompt in prompts]
@@ -106,7 +110,7 @@ def pack(prompts: Sequence[Prompt], continuations: Sequence[Sequence[Tensor]], *
         lengths.append(len(shown))
     row = torch.cat(ids)[None]
     prefixes, groups = [len(prompt.ids) - 1 for prompt in prompts], [len(group) for group in continuations]
-    layout = Layout(prefixes, lengths, groups, row.device)
+    layout = Layout(prefixes, lengths, groups, row.device, kernel)
     inputs = {"input_ids": row, "position_ids": torch.cat(positions, dim=1)[:, None], **attention_inputs(layout, row)}
     ends = sum(layout.prefixes) + torch.tensor(lengths, dtype=torch.long, device=row.device).cumsum(0) - 1
     return Row(inputs, ends, torch.cat(labels)[None])
@@ -168,7 +172,12 @@ class Layout:
     """
 
     def __init__(
-        self, prefixes: Sequence[int], segments: Sequence[int], groups: Sequence[int], device: torch.device | str
+        self,
+        prefixes: Sequence[int],
+        segments: Sequence[int],
+        groups: Sequence[int],
+        device: torch.device | str,
+        kernel: str = "sdpa",
     ):
         """
         Args:
@@ -176,7 +185,14 @@ class Layout:
             segments: tokens of each continuation, (N), in the order of their prompts.
             groups: continuations of each prompt, (B), N in all.
             device: where the row is.
+            kernel: one of `KERNELS`. "flex" compiles for CUDA on first use, and has no backward pass on CPU.
+
+        Raises:
+            InputError: another kernel.
         """
+        if kernel not in KERNELS:
+            raise InputError(f"kernel is {kernel!r}; choose one of {', '.join(map(repr, KERNELS))}")
+        self.kernel = kernel
         self.device = device
         self.prefixes = list(prefixes)
         self.segments = list(segments)
@@ -200,7 +216,7 @@ class Layout:
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of one layer: `query` (1, H, S, D), `key` and `value` (1, Hkv, S, D) give (1, S, H, D)."""
         self.seen += 1
-        if _kernel == "flex" and self.kept is None:
+        if self.kernel == "flex" and self.kept is None:
             return self._flex(query, key, value, scaling)
         long, short = self.longest
         slots = len(self.prefixes) * long
@@ -231,7 +247,7 @@ class Layout:
         return self._gather(torch.cat(parts))[None]
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        attention = _compiled_flex() if query.is_cuda else flex_attention
+        attention = _compiled(flex_attention) if query.is_cuda else flex_attention
         out: Any = attention(query, key, value, block_mask=self._blocks, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
 
@@ -242,15 +258,15 @@ class Layout:
         group = torch.cat([torch.arange(len(self.prefixes)), self.owner.cpu()])
         number = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)  # prompt or continuation
         group = group.repeat_interleave(lengths).to(self.device)
-        prompts = len(self.prefixes)
+        prompt = number < len(self.prefixes)
 
         def seen(_: Any, __: Any, q: Tensor, k: Tensor) -> Tensor:
-            own = number[q] == number[k]
-            prompt = (number[k] < prompts) & (group[q] == group[k])
-            return (q >= k) & (own | prompt)
+            return (q >= k) & ((number[q] == number[k]) | (prompt[k] & (group[q] == group[k])))
 
         total = int(lengths.sum())
-        return create_block_mask(seen, None, None, total, total, device=self.device)
+        # Uncompiled, it writes the whole row's mask, S times S, before it looks at the blocks.
+        create: Any = _compiled(create_block_mask) if number.is_cuda else create_block_mask
+        return create(seen, None, None, total, total, device=self.device)
 
     @cached_property
     def _index(self) -> tuple[Tensor, Tensor] | None:
@@ -292,24 +308,9 @@ class Layout:
         return self._masks[dtype]
 
 
-_kernel = "sdpa"
-
-
-def use_kernel(name: str) -> None:
-    """Chooses among `KERNELS` for this process. "flex" compiles for CUDA on first use, and has no backward pass on CPU.
-
-    Raises:
-        InputError: another name.
-    """
-    global _kernel
-    if name not in KERNELS:
-        raise InputError(f"the shared prefix's attention is {name!r}; choose one of {', '.join(map(repr, KERNELS))}")
-    _kernel = name
-
-
 @cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 class _Place(torch.autograd.Function):
@@ -451,7 +452,8 @@ def check_used(layout: Layout | Decoding, model: Any) -> None:
     if layout.seen < layers:
         raise RuntimeError(
             f"{type(base_model(model)).__name__} hands `shared_prefix` to {layout.seen} of its {layers} attention "
-            "layers; turn the shared prefix off (shared_prefix=False)"
+            "layers; turn the shared prefix off: share_rollout, share_logprobs and share_listener are the training "
+            "configuration's fields for it, shared_prefix=False is that of a judge or a TransformersVLM"
         )
 
 

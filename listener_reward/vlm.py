@@ -11,7 +11,7 @@ import contextlib
 import logging
 import string
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -70,6 +70,9 @@ class VLM(Protocol):
         ...
 
 
+_Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
+"""Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
+
 LEAST_LOGPROB = -5.0
 """Where a surprising token stops counting: one odd word must not outweigh all the others of a thought."""
 
@@ -93,21 +96,27 @@ class TransformersVLM:
         adapters_off: bool = False,
         shared_prefix: bool = True,
         token_budget: int = 16384,
+        attention: str = "sdpa",
+        vision_bytes: int = 2**29,
     ):
         """
         Args:
             model: a frozen transformers model, inside PEFT's wrapper or not.
             processor: its processor, as `load_processor` gives it.
-            batch_size: completions sampled, or thoughts read, in one forward pass.
+            batch_size: completions sampled, or thoughts read, in one forward pass. With a shared prefix, the thoughts
+                of one chat are read together however many they are, and `token_budget` bounds the pass.
             adapters_off: whether a PEFT model's adapters are off while this VLM runs: the base as its own listener.
             shared_prefix: off runs every chat for itself, as plain transformers does.
             token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
+            attention: one of `prefix.KERNELS`, for rows that are read with a shared prefix.
+            vision_bytes: how much of the images' features to keep between calls, in bytes.
         """
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
         self.adapters_off = adapters_off
         self.token_budget = token_budget
+        self.attention = attention
         self.tokenizer = processor.tokenizer
         if self.tokenizer.padding_side != "left":
             raise InputError(
@@ -121,7 +130,7 @@ class TransformersVLM:
         if shared_prefix and (reason := unsupported(model)):
             self.shared_prefix = False
             logger.warning("every chat pays for its own prompt, because %s", reason)
-        self.features = ImageFeatures(base_model(model).model, processor.image_processor)
+        self.features = ImageFeatures(base_model(model).model, processor.image_processor, max_bytes=vision_bytes)
 
     @classmethod
     def from_pretrained(
@@ -133,6 +142,8 @@ class TransformersVLM:
         batch_size: int = 32,
         shared_prefix: bool = True,
         token_budget: int = 16384,
+        attention: str = "sdpa",
+        vision_bytes: int = 2**29,
         **kwargs: Any,
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
@@ -161,6 +172,8 @@ class TransformersVLM:
             batch_size=batch_size,
             shared_prefix=shared_prefix,
             token_budget=token_budget,
+            attention=attention,
+            vision_bytes=vision_bytes,
         )
 
     @torch.inference_mode()
@@ -168,11 +181,10 @@ class TransformersVLM:
         self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
         texts = self._texts(chats)
-        order = self._order(chats, texts)
         completions = [""] * len(chats)
-        for batch in _batches(len(chats), self.batch_size):
-            rows = [order[place] for place in batch]
-            options = {
+
+        def options(rows: Sequence[int]) -> dict[str, Any]:
+            return {
                 "do_sample": False,
                 "num_beams": 1,
                 "repetition_penalty": 1.0,  # a released checkpoint may ask for one, which is not its own softmax
@@ -180,14 +192,17 @@ class TransformersVLM:
                 "max_new_tokens": max_new_tokens,
                 "suppress_tokens": self.vision_tokens(),
             }
+
+        for batch in self._batches(chats, texts):
+            shown = [chats[row] for row in batch], [texts[row] for row in batch]
             with self._adapters():
-                if self.shared_prefix:
-                    new = self._sample([chats[row] for row in rows], [texts[row] for row in rows], options)
-                else:
-                    inputs = self._encode([chats[row] for row in rows], [texts[row] for row in rows])
-                    new = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-            for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                completions[row] = text
+                sampler = self._sampler(*shown) if self.shared_prefix else self._plain_sampler(*shown)
+                for start in range(0, len(batch), self.batch_size):
+                    places = range(start, min(start + self.batch_size, len(batch)))
+                    rows = [batch[place] for place in places]
+                    new = sampler(places, options(rows))
+                    for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                        completions[row] = text
         return completions
 
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
@@ -203,19 +218,17 @@ class TransformersVLM:
         """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
         ids = self._tokens_of(answers)
         texts = self._texts(chats)
-        order = self._order(chats, texts)
         last, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
         read = self._read_groups if self.shared_prefix else self._read_copies
-        for batch in _batches(len(chats), self.batch_size):
-            rows = [order[place] for place in batch]
+        for rows in self._batches(chats, texts):
             some = [chats[row] for row in rows], [texts[row] for row in rows], [prefixes[row] for row in rows]
             with self._adapters():
                 last[rows], means[rows] = read(*some, ids, likelihood)
         return last, means
 
     # ------------------------------------------------------------------------------------------- with a shared prefix
-    def _sample(self, chats: list[Chat], texts: list[str], options: dict[str, Any]) -> Tensor:
-        """Token ids (B, longest completion) of one completion per chat."""
+    def _sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
+        """Prefills the chats' prompts, for completions of any of them."""
         prompts, groups = self._prompts(chats, texts)
         kept = prefill(self.model, prompts, _images, token_budget=self.token_budget)
         width = max(len(prompt.ids) for prompt in prompts)
@@ -224,7 +237,12 @@ class TransformersVLM:
             for row in rows:
                 owner[row] = number
         pad_id = self.tokenizer.pad_token_id
-        return sample(self.model, prompts, owner, kept, pad_token_id=pad_id, **options)[:, width:]
+
+        def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
+            rows = [owner[place] for place in places]
+            return sample(self.model, prompts, rows, kept, pad_token_id=pad_id, **options)[:, width:]
+
+        return draw
 
     def _read_groups(
         self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
@@ -238,7 +256,8 @@ class TransformersVLM:
         for row in budgeted(lengths, self.token_budget):
             shown = [prompts[group] for group, _ in row]
             members = [[groups[group][member] for member in some] for group, some in row]
-            packed = pack(shown, [[tokens[m] for m in some] for some in members], open_end=True)
+            written = [[tokens[m] for m in some] for some in members]
+            packed = pack(shown, written, open_end=True, kernel=self.attention)
             own = packed.labels[0] != IGNORED
             wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
             with read_only_at(core, wanted):
@@ -275,14 +294,32 @@ class TransformersVLM:
         template = self.processor.apply_chat_template
         return [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
 
-    def _order(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[int]:
-        """The chats' places, those of equal chats next to one another, else as they come."""
-        first: dict[Any, int] = {}
+    def _batches(self, chats: Sequence[Chat], texts: Sequence[str]) -> Iterator[list[int]]:
+        """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
+
+        With a shared prefix equal chats are never parted, since their prompt would be paid for again.
+        """
+        groups: dict[Any, list[int]] = {}
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            first.setdefault((text, *map(id, chat.images)), row)
-        return sorted(range(len(chats)), key=lambda row: first[(texts[row], *map(id, chats[row].images))])
+            groups.setdefault((text, *map(id, chat.images)), []).append(row)
+        whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
+        batch: list[int] = []
+        for rows in whole:
+            if batch and len(batch) + len(rows) > self.batch_size:
+                yield batch
+                batch = []
+            batch = batch + rows
+        if batch:
+            yield batch
 
     # ------------------------------------------------------------------------------------------------ plain batches
+    def _plain_sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
+        def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
+            inputs = self._encode([chats[place] for place in places], [texts[place] for place in places])
+            return self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+        return draw
+
     def _read_copies(
         self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
     ) -> tuple[Tensor, Tensor]:
@@ -394,8 +431,3 @@ def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024
         logits = head(states).float()
         parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
-
-
-def _batches(n: int, size: int) -> Iterator[range]:
-    for start in range(0, n, size):
-        yield range(start, min(start + size, n))

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from trl.trainer import grpo_trainer
 
 from listener_reward.datasets import load_pairs
+from listener_reward.prefix import base_model
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.run import LORA_TARGETS
 from listener_reward.train.trainer import ListenerGRPOTrainer
@@ -40,6 +41,7 @@ LORA = "LoRA with everything"
 GREEDY = "rollouts"
 GATHERED = "rollouts with images gathered"
 UNEVEN = "rollouts of one prompt here and two there"
+SPLIT = "rows split by the token budget"
 RESUMED = "resumed"
 
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -61,6 +63,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "token_budget": 1,
         "ds3_gather_for_generation": False,
     },
+    SPLIT: {"num_generations": 8, "beta": 0.1, "token_budget": 90},  # more passes where completions are longer
     RESUMED: {
         "num_generations": 4,
         "save_strategy": "steps",
@@ -74,9 +77,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 LAUNCHES = {
     "ddp": tuple(SCENARIOS),
-    "fsdp2": (SPANNING, OWN, LORA, UNEVEN, RESUMED),
-    "zero2": (SPANNING, LORA, RESUMED),
-    "zero3": (SPANNING, OWN, LORA, UNEVEN, RESUMED),
+    "fsdp2": (SPANNING, OWN, LORA, SPLIT, UNEVEN, RESUMED),
+    "zero2": (SPANNING, LORA, SPLIT, RESUMED),
+    "zero3": (SPANNING, OWN, LORA, SPLIT, UNEVEN, RESUMED),
 }
 """What is run by which launch: all by DDP, and what weights in parts could break by the others."""
 
@@ -139,6 +142,10 @@ def run(name: str, out: Path, processes: int, **overrides: Any) -> dict[str, Any
     first = trainer()
     start = copy(first.model.state_dict())
     heard = listened(first)
+    passes: list[bool] = []
+    base_model(first.model).model.language_model.register_forward_pre_hook(
+        lambda *_: passes.append(torch.is_grad_enabled())
+    )
     with gathered() as sizes:
         first.train()
     end = copy(first.accelerator.get_state_dict(first.model_wrapped))
@@ -151,6 +158,7 @@ def run(name: str, out: Path, processes: int, **overrides: Any) -> dict[str, Any
         "start": start,  # whole in a single process
         "end": end,  # sharded weights are gathered by the first process
         "heard": heard,
+        "passes": sum(passes),
         "gathered": sum(sizes),
     }
     first.save_judge(out / name / f"judge-{first.accelerator.process_index}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from listener_reward.bench.meter import Reading, matrix_rate, metered
@@ -35,6 +37,8 @@ def in_this_process(monkeypatch):
         pipe = Pipe()
         run._work(pipe, *arguments)
         kind, content = pipe.message
+        if kind == "no room":
+            raise run.NoRoom(content)
         assert kind == "done", content
         return content
 
@@ -80,26 +84,99 @@ def test_both_ways_compute_the_same_and_one_computes_less(name, monkeypatch, cap
                 assert found[way][key] >= 0
             assert any(label in line for line in lines), label
         assert any(f"{found['ratio']:.2f}" in line for line in lines if "seconds" in line)
-        assert set(found["largest_difference"]) == COMPARED[arm]
-        assert sum("largest difference, " in line for line in lines) >= len(COMPARED[arm])
+        ways = ("", "_last_logit") if arm == "listener" else ("",)
+        for suffix in ways:
+            assert set(found["largest_difference" + suffix]) == COMPARED[arm]
+            assert max(found["largest_difference" + suffix].values()) < 1e-5
+        expected = len(ways) * sum(len(COMPARED[each]) for each in BENCHMARKS[name])
+        assert sum("largest difference, " in line for line in lines) == expected
+    if name == "listener":
+        arm = results["arms"]["listener"]
+        assert arm["plain"]["tokens"] == arm["last_logit"]["tokens"]
+        head = TINY[0]["hidden_size"] * TINY[0]["vocab_size"]
+        positions = arm["plain"]["tokens"] - SIZE.group  # of which plain code computes the logits in vain
+        assert arm["plain"]["weight_flops"] - arm["last_logit"]["weight_flops"] == 2 * head * positions
+        assert arm["limit_last_logit"] < arm["limit"]
     if name == "rank":
         assert results["arms"]["rank"]["shared"]["patches"] == 3 * 36, "three images, encoded once each"
         assert results["arms"]["rank"]["plain"]["patches"] == 2 * 3 * 2 * 36
     if name == "grpo":
+        found = results["arms"]["step"]
+        images = 3 * 2 * 2 * 36, 3 * 2 * 2 * 36 * 3  # rollout, loss and listener each see two groups of two images
+        assert (found["shared"]["patches"], found["plain"]["patches"]) == images, "the listener's count too"
         assert results["arms"]["loss"]["plain"]["patches"] == 3 * results["arms"]["loss"]["shared"]["patches"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_checkpointing_and_a_warm_up(monkeypatch):
+    in_this_process(monkeypatch)
+    size = replace(SIZE, groups=1, repeats=2, lora=True, gradient_checkpointing=True)
+    results = run_bench("grpo", size, Console(stderr=True))
+    for found in results["arms"].values():
+        assert len(found["shared"]["seconds"]) == 2, "the warm-up does not count"
+        assert max(found["largest_difference"].values()) < 1e-5
+        assert found["largest_difference"]["gradient, relative"] > 0
+    monkeypatch.setitem(BENCHMARKS, "loss", ("loss",))
+    kept = run_bench("loss", replace(size, repeats=1, gradient_checkpointing=False), Console(stderr=True))
+    again, once = (r["arms"]["loss"]["shared"]["weight_flops"] for r in (results, kept))
+    assert again > once
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_said_and_the_rest_is_kept(monkeypatch):
+    from listener_reward.bench import arms
+
+    in_this_process(monkeypatch)
+    stock = arms.ARMS["listener"]
+
+    def full(folder, size, way):
+        if way == "plain":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(folder, size, way)
+
+    monkeypatch.setitem(arms.ARMS, "listener", full)
+    results = run_bench("listener", SIZE, Console(stderr=True))
+    found = results["arms"]["listener"]
+    assert found["plain"] is found["ratio"] is found["limit"] is None
+    assert found["shared"]["tokens"] > 0 and found["ratio_last_logit"] > 0
+    printed = Console(record=True, width=140, file=io.StringIO())
+    report(results, printed)
+    assert "no room" in printed.export_text()
+    json.dumps(results)
 
 
 def test_the_meter_counts_products_with_weights():
     model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(4, 2, bias=False))
     reading = Reading()
-    with metered(model, reading):
+    with metered([model], reading):
         model(torch.zeros(5, 3, 8))
     assert reading.weight_flops == 2 * 15 * (8 * 4 + 4 * 2)
-    with metered(model, reading, backward=True):
+    with metered([model], reading, backward=True):
         model(torch.zeros(1, 8)).sum().backward()
-    assert reading.weight_flops == 3 * 2 * (8 * 4 + 4 * 2)
-    assert len(reading.seconds) == len(reading.cpu_seconds) == 2
+    assert reading.weight_flops == 2 * (2 * 8 * 4 + 3 * 4 * 2), "what the first layer gets has no gradient"
+    model[0].weight.requires_grad_(False)
+    with metered([model, torch.nn.Linear(1, 1)], reading, backward=True):
+        model(torch.zeros(1, 8)).sum().backward()
+    assert reading.weight_flops == 2 * (1 * 8 * 4 + 2 * 4 * 2)
+    with metered([model], reading, backward=True):
+        checkpoint(model, torch.zeros(1, 8, requires_grad=True), use_reentrant=False).sum().backward()
+    assert reading.weight_flops == 2 * ((2 + 1) * 8 * 4 + 3 * 4 * 2), "the first once more, for the last's input"
+    assert len(reading.seconds) == len(reading.cpu_seconds) == 4
     assert not model[0]._forward_hooks
+
+
+def test_the_meter_counts_trls_fused_head():
+    """Which multiplies by the head's weight without calling its layer, and in the backward pass once more."""
+    from trl.trainer import utils
+
+    weight, hidden = torch.randn(16, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    targets, stock = torch.arange(5), utils._ChunkedLogProbFunction
+    for grad, times in ((False, 1), (True, 4)):
+        reading = Reading()
+        with metered([], reading, backward=True), torch.set_grad_enabled(grad):
+            utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)
+        assert reading.weight_flops == 2 * times * 16 * 8 * 5
+    assert utils._ChunkedLogProbFunction is stock
 
 
 def test_the_machine_has_a_rate():
@@ -122,10 +199,11 @@ def test_a_size_that_cannot_be_is_refused(options, message):
 
 
 def test_a_failed_arm_says_why(tmp_path):
-    from listener_reward.bench.run import _in_a_process
+    from listener_reward.bench.run import NoRoom, _in_a_process
 
-    with pytest.raises(RuntimeError, match=r"rank \(plain\)"):
-        _in_a_process("rank", tmp_path / "nothing", Size(), False, tmp_path / "out.pt")
+    with pytest.raises(RuntimeError, match=r"rank \(plain\)") as error:
+        _in_a_process("rank", tmp_path / "nothing", Size(), "plain", tmp_path / "out.pt")
+    assert not isinstance(error.value, NoRoom)
 
 
 def test_sizes_are_checked_before_anything_is_made():

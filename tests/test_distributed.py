@@ -20,7 +20,7 @@ import distributed_worker as worker
 import pandas
 import pytest
 import torch
-from distributed_worker import GATHERED, GREEDY, LAUNCHES, LORA, OWN, RESUMED, SPANNING, UNEVEN
+from distributed_worker import GATHERED, GREEDY, LAUNCHES, LORA, OWN, RESUMED, SPANNING, SPLIT, UNEVEN
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -104,7 +104,7 @@ def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any], but: tu
 # --- the same as one process
 
 
-@by_launch(SPANNING, OWN, LORA)
+@by_launch(SPANNING, OWN, LORA, SPLIT)
 def test_an_update_is_that_of_one_process(two: Results, one: Any, launch: str, name: str):
     alone, (first, second) = one(name), two(launch, name)
     assert (first["processes"], second["processes"], alone["processes"]) == (2, 2, 1)
@@ -114,6 +114,14 @@ def test_an_update_is_that_of_one_process(two: Results, one: Any, launch: str, n
     assert (found - whole).norm() / whole.norm() < 1e-5
     # trl's own entropy is a mean of micro-batches' means over tokens, and one's micro-batches are not two's.
     assert_same_metrics(first, alone, but=("entropy",) if name == LORA else ())
+
+
+@by_launch(SPLIT)
+def test_processes_with_sharded_weights_run_equally_many_passes(two: Results, launch: str, name: str):
+    """All gather the weights together. Where each has them whole, a process runs what its own completions need."""
+    first, second = (result["passes"] for result in two(launch, name))
+    assert first > 2, "two updates, whose longer completions do not fit one pass"
+    assert (first == second) == (launch in ("fsdp2", "zero3"))
 
 
 @by_launch(GREEDY, UNEVEN)

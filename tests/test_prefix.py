@@ -28,7 +28,6 @@ from listener_reward.prefix import (
     pack,
     prompt_positions,
     unsupported,
-    use_kernel,
 )
 from listener_reward.rollout import prefill, sample
 
@@ -124,8 +123,8 @@ def continuations(lengths) -> list[list[Tensor]]:
     return [[torch.randint(40, 200, (n,), generator=generator) for n in group] for group in lengths]
 
 
-def packed_logprobs(case: Case, groups: list[list[Tensor]], prompts=None, vision=None) -> Tensor:
-    row = pack(prompts or case.prompts, groups, open_end=False)
+def packed_logprobs(case: Case, groups: list[list[Tensor]], prompts=None, vision=None, kernel="sdpa") -> Tensor:
+    row = pack(prompts or case.prompts, groups, open_end=False, kernel=kernel)
     logits = case.model(**row.inputs, **(vision or case.vision), use_cache=False).logits[0]
     check_used(row.inputs["shared_prefix"], case.model)
     wanted = row.labels[0] != IGNORED
@@ -259,15 +258,29 @@ def test_a_model_that_drops_the_keyword_does_not_go_unnoticed():
 def test_flex_attention_gives_the_same(case):
     groups = continuations(LENGTHS)
     expected = packed_logprobs(case, groups)
-    use_kernel("flex")
-    try:
-        found = packed_logprobs(case, groups)
-    finally:
-        use_kernel("sdpa")
+    found = packed_logprobs(case, groups, kernel="flex")
     assert not torch.equal(found, expected), "it was another kernel"
     assert (found - expected).abs().max() < 1e-5
-    with pytest.raises(InputError, match="is 'flash'; choose one of 'sdpa', 'flex'"):
-        use_kernel("flash")
+    assert torch.equal(packed_logprobs(case, groups), expected), "the next row is computed as it says itself"
+    with pytest.raises(InputError, match="kernel is 'flash'; choose one of 'sdpa', 'flex'"):
+        packed_logprobs(case, groups, kernel="flash")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on CUDA alone")
+@pytest.mark.parametrize("lengths", [LENGTHS, EQUAL])
+def test_flex_attention_on_cuda_gives_the_same_gradients(lengths):
+    case = make_case(build("qwen2_5_vl").cuda(), same_prompts=lengths is EQUAL)
+    case.prompts = [Prompt(prompt.ids.cuda(), prompt.positions.cuda()) for prompt in case.prompts]
+    case.pixels, case.grids = [p.cuda() for p in case.pixels], [g.cuda() for g in case.grids]
+    groups = [[tokens.cuda() for tokens in group] for group in continuations(lengths)]
+    expected = packed_logprobs(case, groups)
+    stock = gradients(case.model, expected.sum())
+    found = packed_logprobs(case, groups, kernel="flex")
+    assert not torch.equal(found, expected), "it was another kernel"
+    assert (found - expected).abs().max() < 1e-4
+    ours = gradients(case.model, found.sum())
+    apart = sum((ours[name] - stock[name]).norm() ** 2 for name in stock) ** 0.5
+    assert apart <= 1e-4 * sum(grad.norm() ** 2 for grad in stock.values()) ** 0.5
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import random
 import shutil
 import warnings
@@ -14,6 +16,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.judge import Judge
+from listener_reward.prefix import Layout
 from listener_reward.processing import load_processor
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.model import QUESTION, build_model, build_processor
@@ -183,6 +187,97 @@ def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):
         expected = logprobs[-written - 1 : -1].gather(-1, tokens[:, None]).mean()
         torch.testing.assert_close(mean, expected, atol=2e-5, rtol=1e-4)
     assert vlm.read([], [], ("1", "2"))[0].shape == (0, 2)
+
+
+@contextlib.contextmanager
+def counted(vlm: TransformersVLM):
+    """The tokens of the language model, pass by pass."""
+    passes: list[int] = []
+
+    def count(module, args, kwargs):
+        passes.append(kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1])
+
+    hook = vlm.model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def tokens_of(vlm: TransformersVLM, chat: Chat) -> int:
+    """Tokens of a chat as stock transformers reads it, images and all."""
+    text = vlm.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
+    return vlm.processor(images=list(chat.images), text=[text], return_tensors="pt")["input_ids"].shape[1]
+
+
+def test_a_prompt_is_read_once_for_all_its_thoughts(random_judge, chats):
+    """To the token, though there are more thoughts than a batch takes, and they come mixed with another chat's."""
+    vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", batch_size=4)
+    prefixes = [FORMAT.answer_slot(thought) for thought in ("", "so", "image 1 : two clean red circles .") * 4]
+    asked = [chats[row % 2] for row in range(12)]
+    written = [len(part) for part in vlm.tokenizer(prefixes, add_special_tokens=False)["input_ids"]]
+    prompts = [tokens_of(vlm, chat) for chat in chats[:2]]
+    for read in (vlm.answer_logprobs, vlm.read):
+        with counted(vlm) as passes:
+            read(asked, prefixes, ("1", "2"))
+        # A prompt's last token opens each of its thoughts.
+        expected = [prompts[chat] - 1 + sum(1 + n for n in written[chat::2]) for chat in (0, 1)]
+        assert passes == expected, "more than four of a chat are never parted, and two such chats are not one batch"
+    vlm.batch_size = 32
+    with counted(vlm) as passes:
+        vlm.answer_logprobs(asked, prefixes, ("1", "2"))
+    assert passes == [sum(expected)]
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_completions(random_judge, chats):
+    vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", batch_size=4)
+    with counted(vlm) as passes:
+        together = vlm.generate([chats[0]] * 10, seeds=list(range(10)), max_new_tokens=3, temperature=1.0)
+    assert passes[0] == tokens_of(vlm, chats[0]) - 1
+    drawn = passes[1:]
+    assert max(drawn) == 4 and sum(drawn) <= 3 * 10, "four at a time, as asked"
+    alone = [vlm.generate(chats[:1], seeds=[seed], max_new_tokens=3, temperature=1.0)[0] for seed in range(10)]
+    assert together == alone
+
+
+def test_the_budget_of_tokens_splits_thoughts_and_prompts(random_judge, chats):
+    vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", token_budget=1)
+    prefixes = [FORMAT.answer_slot("so")] * 6
+    with counted(vlm) as passes:
+        split = vlm.answer_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
+    assert len(passes) == 6
+    with counted(vlm) as passes:
+        vlm.generate(chats[:3], seeds=[0, 1, 2], max_new_tokens=1, temperature=1.0)
+    assert passes[:3] == [tokens_of(vlm, chat) - 1 for chat in chats[:3]]
+    vlm.token_budget = 16384
+    with counted(vlm) as passes:
+        whole = vlm.answer_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
+    assert len(passes) == 1
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_judge_hands_on_how_its_models_run(random_judge):
+    options = {"batch_size": 3, "shared_prefix": False, "token_budget": 77, "vision_bytes": 1000}
+    judge = Judge.from_pretrained(random_judge, device="cpu", **options)
+    for vlm in (judge.reasoner, judge.listener.vlm):
+        assert (vlm.batch_size, vlm.shared_prefix, vlm.token_budget, vlm.features.max_bytes) == (3, False, 77, 1000)
+    again = pickle.loads(pickle.dumps(judge))
+    assert again.reasoner.token_budget == 77 and not again.listener.vlm.shared_prefix
+
+
+def test_attention_of_a_row_is_the_models_own_choice(random_judge, chats, monkeypatch):
+    calls: list[int] = []
+    stock = Layout._flex
+    monkeypatch.setattr(Layout, "_flex", lambda *args: (calls.append(1), stock(*args))[1])
+    prefixes = [FORMAT.answer_slot("so")] * 2
+    sdpa, flex = (TransformersVLM.from_pretrained(random_judge, device="cpu", attention=a) for a in ("sdpa", "flex"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FlexAttention is slow uncompiled
+        found = flex.answer_logprobs(chats[:2], prefixes, ("1", "2"))
+    assert len(calls) == 3, "layers"
+    expected = sdpa.answer_logprobs(chats[:2], prefixes, ("1", "2"))
+    assert len(calls) == 3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_labels_must_be_one_known_token_each(vlm, chats):

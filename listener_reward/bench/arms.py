@@ -1,5 +1,8 @@
 """The work that is timed, each as the user's alternative does it ("plain") and as this package does ("shared").
 
+The listener has two alternatives: `model(**inputs).logits[:, -1]` ("plain"), which computes all logits to read the
+last, and the last alone, by `logits_to_keep=1` ("last_logit").
+
 Every arm runs in a process of its own, so that its peak of memory is its own, and leaves what it computed in a file, so
 that the two can be compared number by number.
 """
@@ -32,23 +35,27 @@ from listener_reward.vlm import TransformersVLM
 Computed = dict[str, torch.Tensor]
 
 
-def listener_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+def listener_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """The listener's answers after the thoughts of a group. The first run warms up and does not count."""
-    vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20)
+    vlm = TransformersVLM.from_pretrained(
+        folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20, attention=size.attention
+    )
     chats, thoughts = group_chats(size, vlm.reserved)
     prefixes = [ChatFormat().answer_slot(thought) for thought in thoughts]
     reading = Reading()
     answers = torch.empty(0)
+    kept = {"logits_to_keep": 1} if way == "last_logit" else {}
+    ask = vlm.answer_logprobs if way == "shared" else partial(_plain_answers, vlm, **kept)
     for number in range(size.repeats + 1):
         vlm.features.clear()
-        with metered(vlm.model, reading) if number else contextlib.nullcontext():
-            answers = (vlm.answer_logprobs if shared else partial(_plain_answers, vlm))(chats, prefixes, ("1", "2"))
+        with metered([vlm.model], reading) if number else contextlib.nullcontext():
+            answers = ask(chats, prefixes, ("1", "2"))
     return reading, {"log-probability": answers}
 
 
 @torch.inference_mode()
 def _plain_answers(
-    vlm: TransformersVLM, chats: list[Chat], prefixes: list[str], answers: Sequence[str]
+    vlm: TransformersVLM, chats: list[Chat], prefixes: list[str], answers: Sequence[str], **kept: int
 ) -> torch.Tensor:
     """What one writes without this package."""
     template = vlm.processor.apply_chat_template
@@ -56,14 +63,16 @@ def _plain_answers(
     texts = [text + prefix for text, prefix in zip(texts, prefixes, strict=True)]
     images = [image for chat in chats for image in chat.images]
     inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt").to(vlm.model.device)
-    logits = vlm.model(**inputs).logits[:, -1]
+    logits = vlm.model(**inputs, **kept).logits[:, -1]
     ids = vlm.tokenizer.convert_tokens_to_ids(list(answers))
     return logits.float().log_softmax(-1)[:, ids].cpu()
 
 
-def rank_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+def rank_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """Ranks images by a judge that compares every pair in both orders. The first run warms up and does not count."""
-    vlm = TransformersVLM.from_pretrained(folder, dtype=size.dtype, batch_size=16, shared_prefix=shared)
+    vlm = TransformersVLM.from_pretrained(
+        folder, dtype=size.dtype, batch_size=16, shared_prefix=way == "shared", attention=size.attention
+    )
     judge = Judge(vlm, None, Card.load(folder), think=False)
     shown = pictures(size.images, size)
     reading = Reading()
@@ -71,14 +80,14 @@ def rank_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]
     prompt = words(size.prompt_words, random.Random(size.seed))
     for number in range(size.repeats + 1):
         vlm.features.clear()
-        with metered(vlm.model, reading) if number else contextlib.nullcontext():
+        with metered([vlm.model], reading) if number else contextlib.nullcontext():
             scores = torch.tensor(judge.rank(prompt, shown).scores)
     return reading, {"score": scores}
 
 
-def loss_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+def loss_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """The GRPO loss of fixed completions, forward and backward."""
-    trainer = _trainer(folder, size, shared)
+    trainer = _trainer(folder, size, way == "shared")
     model = trainer.accelerator.unwrap_model(trainer.model)
     chats, _ = group_chats(size, frozenset())
     rng = random.Random(size.seed)
@@ -115,15 +124,15 @@ def loss_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]
     trainer.current_gradient_accumulation_steps = 1  # which `train` would have set
     reading = Reading()
     loss = torch.tensor(0.0)
-    for _ in range(size.repeats):
+    for number in range(size.warm_up + size.repeats):
         model.zero_grad(set_to_none=True)
-        with metered(model, reading, backward=True):
+        with metered([model], reading, backward=True) if number >= size.warm_up else contextlib.nullcontext():
             loss = trainer._compute_loss(trainer.model, batch)
             loss.backward()
     return reading, {"log-probability": seen[-1], "loss": loss.detach().cpu()[None], **_gradients(model)}
 
 
-def step_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]:
+def step_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """One optimizer step: rollout, listener, loss, update."""
     from transformers import TrainerCallback
 
@@ -131,34 +140,36 @@ def step_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]
     reading = Reading()
 
     class Watch(TrainerCallback):
-        """Meters the steps; the last one's gradients are compared."""
+        """Meters the steps; the first one's gradients are compared, for later ones are of two models by rounding."""
 
         meter: Any = None
 
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.meter = metered(model, reading, backward=True)
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            counts = state.global_step >= size.warm_up
+            self.meter = metered(models, reading, backward=True) if counts else contextlib.nullcontext()
             self.meter.__enter__()
 
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            computed.clear()
-            computed.update(_gradients(model))
+            if not computed:
+                computed.update(_gradients(model))
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.meter.__exit__(None, None, None)
 
-    trainer = _trainer(folder, size, shared, callbacks=[Watch()])
+    trainer = _trainer(folder, size, way == "shared", callbacks=[Watch()])
     model = trainer.accelerator.unwrap_model(trainer.model)
+    models = [model, trainer.heard_by.vlm.model]
     rollout = trainer._generate_single_turn
     tokens: list[torch.Tensor] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         completions, more = rollout(*args, **kwargs)
-        tokens[:] = [torch.tensor(completions).float()]
+        tokens.append(torch.tensor(completions).float())
         return completions, more
 
     trainer._generate_single_turn = watched
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
+    logged = next(entry for entry in trainer.state.log_history if "reward" in entry)
     return reading, {
         "sampled token": tokens[0],
         "reward": torch.tensor([logged["reward"]]),
@@ -167,7 +178,7 @@ def step_arm(folder: Path, size: Size, shared: bool) -> tuple[Reading, Computed]
     }
 
 
-ARMS: dict[str, Callable[[Path, Size, bool], tuple[Reading, Computed]]] = {
+ARMS: dict[str, Callable[[Path, Size, str], tuple[Reading, Computed]]] = {
     "listener": listener_arm,
     "rank": rank_arm,
     "loss": loss_arm,
@@ -182,12 +193,14 @@ def _gradients(model: Any) -> Computed:
 
 
 def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None = None) -> Any:
-    """Our trainer, or stock trl's with the same rewards and a listener that is called naively."""
+    """Our trainer, or stock trl's with the same rewards and a listener that is called naively: its `heard_by`."""
     import trl
+    from peft import LoraConfig
 
     from listener_reward.processing import load_processor
     from listener_reward.train.config import ListenerGRPOConfig
     from listener_reward.train.rewards import ShapedReward
+    from listener_reward.train.run import LORA_TARGETS
     from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
 
     warnings.simplefilter("ignore")
@@ -201,14 +214,14 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
         gradient_accumulation_steps=size.groups,
         num_generations=size.group,
         max_completion_length=size.tokens,
-        max_steps=size.repeats,
+        max_steps=size.warm_up + size.repeats,
         learning_rate=1e-6,
         generation_kwargs={"suppress_tokens": _not_words(folder, processor.tokenizer)},
         model_init_kwargs={"dtype": size.dtype},
         listener_dtype=size.dtype,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        gradient_checkpointing=size.gradient_checkpointing,
         logging_steps=1,
         log_completions=False,
         save_strategy="no",
@@ -219,8 +232,9 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
         token_budget=2**20,
     )
     pairs = _pairs(size)
+    adapters = LoraConfig(target_modules=LORA_TARGETS, r=16) if size.lora else None
     if shared:
-        trainer = ListenerGRPOTrainer(folder, args, pairs, callbacks=callbacks)
+        trainer: Any = ListenerGRPOTrainer(folder, args, pairs, peft_config=adapters, callbacks=callbacks)
         reward = trainer.reward
     else:
         listener = load_listener(folder, card, dtype=size.dtype, batch_size=size.group, shared_prefix=False)
@@ -232,8 +246,14 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
             args,
             chats,
             processing_class=processor,
+            peft_config=adapters,
             callbacks=callbacks,
         )
+    generator = torch.Generator().manual_seed(size.seed)  # equal adapters, and none that is zero
+    for name, weight in sorted(trainer.model.named_parameters()):
+        if "lora_" in name:
+            weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    trainer.heard_by = reward.listener
     reward.read_completion = _read_anything
     return trainer
 
@@ -254,7 +274,7 @@ def _not_words(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def _pairs(size: Size) -> Dataset:
-    number = size.groups * size.repeats
+    number = size.groups * (size.warm_up + size.repeats)
     shown = pictures(2 * number, size)
     rng = random.Random(size.seed)
     rows = {

@@ -6,9 +6,10 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,24 +29,31 @@ class Reading:
     patches: int = 0
     """Image patches that went through the vision tower, in the last repeat."""
     weight_flops: float = 0.0
-    """Floating-point operations of the products with weight matrices, forward and (if there is one) backward."""
+    """Floating-point operations of the products with weight matrices, the head's included, forward and (if there is
+    one) backward."""
     peak_mb: float = 0.0
     """Most memory of the process or of the GPU over what it had before, in MB (1e6 bytes)."""
 
 
 @contextlib.contextmanager
-def metered(model: Any, reading: Reading, *, backward: bool = False) -> Iterator[None]:
-    """Adds one repeat to `reading`. `backward` counts each product three times where gradients are on.
+def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) -> Iterator[None]:
+    """Adds one repeat to `reading`: what all `models` do together. `backward` counts the products of gradients too.
 
-    The counting is a hook on every linear layer, some microseconds each.
+    The counting is a hook on every linear layer, some microseconds each. trl's fused head multiplies by the head's
+    weight without calling its layer, and is counted where it does.
     """
     reading.tokens = reading.patches = 0
     reading.weight_flops = 0.0
     hooks = []
 
     def linear(module: nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        times = 3 if backward and torch.is_grad_enabled() else 1
+        times = 1 + _gradients(args[0], module.weight, backward)
         reading.weight_flops += 2 * times * module.weight.numel() * (output.numel() // output.shape[-1])
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        gradients = _gradients(hidden, weight, backward)
+        times = 1 + gradients + bool(gradients)  # its backward pass multiplies once more, not to keep logits
+        reading.weight_flops += 2 * times * weight.numel() * len(hidden)
 
     def tokens(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         shown = kwargs.get("inputs_embeds")
@@ -54,7 +62,7 @@ def metered(model: Any, reading: Reading, *, backward: bool = False) -> Iterator
     def patches(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         reading.patches += len(args[0] if args else kwargs["hidden_states"])
 
-    for module in model.modules():
+    for module in (module for model in models for module in model.modules()):
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(linear))
         name = type(module).__name__
@@ -69,7 +77,8 @@ def metered(model: Any, reading: Reading, *, backward: bool = False) -> Iterator
     before = torch.cuda.memory_allocated() if cuda else resident()
     start, processor = time.perf_counter(), time.process_time()
     try:
-        yield
+        with _fused_heads(head):
+            yield
     finally:
         if cuda:
             torch.cuda.synchronize()
@@ -79,6 +88,34 @@ def metered(model: Any, reading: Reading, *, backward: bool = False) -> Iterator
         reading.peak_mb = max(reading.peak_mb, (peak - before) / 1e6)
         for hook in hooks:
             hook.remove()
+
+
+def _gradients(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> int:
+    """How many products the backward pass of `x @ weight` has; a forward pass computed again has had them counted."""
+    again = torch._C._current_graph_task_id() != -1  # inside a backward pass
+    if not backward or again or not torch.is_grad_enabled():
+        return 0
+    return int(x.requires_grad) + int(weight.requires_grad)
+
+
+@contextlib.contextmanager
+def _fused_heads(count: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, `count` is told of each `(hidden, weight)` that trl's fused head multiplies."""
+    utils: Any = sys.modules.get("trl.trainer.utils")
+    if utils is None:  # nothing has loaded trl, so nothing has such a head
+        yield
+        return
+    stock = utils._ChunkedLogProbFunction
+
+    def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
+        count(hidden, weight)
+        return stock.apply(hidden, weight, *rest)
+
+    utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+    try:
+        yield
+    finally:
+        utils._ChunkedLogProbFunction = stock
 
 
 def resident() -> int:

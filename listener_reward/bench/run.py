@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,14 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 """What each benchmark times."""
 
+ALTERNATIVES = {"plain": "plain", "last_logit": "last logit"}
+"""What an arm is compared with, as the table calls it; `arms` says what each does."""
+
+
+class NoRoom(RuntimeError):
+    """An arm did not fit into memory."""
+
+
 TITLES = {
     "listener": "Listener: the thoughts of a group, against a padded batch in plain transformers",
     "loss": "GRPO loss, forward and backward, against stock trl",
@@ -37,6 +46,8 @@ TITLES = {
 
 def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
     """Times `name` at `size`, both ways, and returns what `report` prints and `--json` gives.
+
+    An arm that does not fit into memory is None there, and so is what would compare it.
 
     Raises:
         InputError: an unknown model or dtype, or a size that is not positive.
@@ -53,10 +64,13 @@ def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
             build_checkpoint(folder / "model", size)
             results["matrix_rate_gflops"] = matrix_rate(size.dtype) / 1e9
         for arm in BENCHMARKS[name]:
-            readings = {}
-            for way in ("shared", "plain"):
+            readings: dict[str, dict[str, Any] | None] = {}
+            for way in ("shared", "plain", *(["last_logit"] if arm == "listener" else [])):
                 with console.status(f"{arm}, {way}"):
-                    readings[way] = _in_a_process(arm, folder / "model", size, way == "shared", folder / f"{way}.pt")
+                    try:
+                        readings[way] = _in_a_process(arm, folder / "model", size, way, folder / f"{way}.pt")
+                    except NoRoom:
+                        readings[way] = None
             results["arms"][arm] = _compare(readings, results["matrix_rate_gflops"] * 1e9, folder)
     return results
 
@@ -65,9 +79,10 @@ def report(results: dict[str, Any], console: Console) -> None:
     """One table for each arm."""
     for arm, found in results["arms"].items():
         table = Table(title=TITLES[arm], title_justify="left")
-        for column in ("", "shared", "plain", "plain / shared"):
-            table.add_column(column, justify="left" if not column else "right")
-        shared, plain = found["shared"], found["plain"]
+        others = {way: title for way, title in ALTERNATIVES.items() if way in found}
+        for column in ("", "shared", *(name for title in others.values() for name in (title, f"{title} / shared"))):
+            table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+        shared = found["shared"]
         for label, key, form in (
             ("seconds", "median_seconds", "{:.2f}"),
             ("processor seconds", "median_cpu_seconds", "{:.2f}"),
@@ -78,59 +93,98 @@ def report(results: dict[str, Any], console: Console) -> None:
             ("share of the machine's matrix rate", "share_of_matrix_rate", "{:.0%}"),
         ):
             is_rate = key in ("tokens_per_second", "share_of_matrix_rate")
-            ratio = "" if is_rate or not shared[key] else f"{plain[key] / shared[key]:.2f}"
-            table.add_row(label, form.format(shared[key]), form.format(plain[key]), ratio)
+            cells = [form.format(shared[key]) if shared else "no room"]
+            for other in (found[way] for way in others):
+                known = shared and other and not is_rate and shared[key]
+                cells += [
+                    form.format(other[key]) if other else "no room",
+                    f"{other[key] / shared[key]:.2f}" if known else "",
+                ]
+            table.add_row(label, *cells)
         console.print(table)
-        console.print(f"  limit by the count of operations: {found['limit']:.2f} times")
-        for quantity, difference in found["largest_difference"].items():
-            console.print(f"  largest difference, {quantity}: {difference:.1e}")
+        for way, title in others.items():
+            suffix = _suffix(way)
+            if found["limit" + suffix] is None:
+                continue
+            console.print(f"  {title}: limit by the count of operations: {found['limit' + suffix]:.2f} times")
+            for quantity, difference in found["largest_difference" + suffix].items():
+                console.print(f"  {title}: largest difference, {quantity}: {difference:.1e}")
     console.print(f"  the machine multiplies matrices at {results['matrix_rate_gflops']:,.0f} GFLOP/s")
 
 
-def _in_a_process(arm: str, folder: Path, size: Size, shared: bool, out: Path) -> dict[str, Any]:
+def _suffix(way: str) -> str:
+    """What the names of a comparison end in: nothing for "plain"."""
+    return "" if way == "plain" else f"_{way}"
+
+
+def _in_a_process(arm: str, folder: Path, size: Size, way: str, out: Path) -> dict[str, Any]:
+    """What `way` of doing `arm` took; what it computed is in `out`.
+
+    Raises:
+        NoRoom: it did not fit into memory.
+        RuntimeError: it failed otherwise.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     kind: str
     content: Any
-    process = context.Process(target=_work, args=(sender, arm, folder, size, shared, out))
+    process = context.Process(target=_work, args=(sender, arm, folder, size, way, out))
     process.start()
     sender.close()
     try:
         kind, content = receiver.recv()
     except EOFError:
         process.join()
-        kind, content = "error", f"the process ended with exit code {process.exitcode} (killed for memory?)"
+        kind = "no room" if process.exitcode == -signal.SIGKILL else "error"  # Linux kills what takes all memory
+        content = f"the process ended with exit code {process.exitcode}"
     process.join()
-    if kind == "error":
-        raise RuntimeError(f"{arm} ({'shared' if shared else 'plain'}): {content}")
+    if kind != "done":
+        raise (NoRoom if kind == "no room" else RuntimeError)(f"{arm} ({way}): {content}")
     return content
 
 
-def _work(sender: Any, arm: str, folder: Path, size: Size, shared: bool, out: Path) -> None:
+def _work(sender: Any, arm: str, folder: Path, size: Size, way: str, out: Path) -> None:
     import torch
 
     from listener_reward.bench.arms import ARMS
-    from listener_reward.prefix import use_kernel
 
     try:
-        use_kernel(size.attention)
         with redirect_stdout(sys.stderr):  # trl prints its logs, and stdout is for the results
-            reading, computed = ARMS[arm](folder, size, shared)
+            reading, computed = ARMS[arm](folder, size, way)
         torch.save(computed, out)
         sender.send(("done", asdict(reading)))
-    except BaseException:
-        sender.send(("error", traceback.format_exc()))
+    except BaseException as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        sender.send(("no room" if full else "error", traceback.format_exc()))
 
 
-def _compare(readings: dict[str, dict[str, Any]], matrix_rate: float, folder: Path) -> dict[str, Any]:
-    import torch
-
-    for reading in readings.values():
+def _compare(readings: dict[str, dict[str, Any] | None], matrix_rate: float, folder: Path) -> dict[str, Any]:
+    for reading in filter(None, readings.values()):
         reading["median_seconds"] = statistics.median(reading["seconds"])
         reading["median_cpu_seconds"] = statistics.median(reading["cpu_seconds"])
         reading["tokens_per_second"] = reading["tokens"] / reading["median_seconds"]
         reading["share_of_matrix_rate"] = reading["weight_flops"] / reading["median_seconds"] / matrix_rate
-    shared, plain = (torch.load(folder / f"{way}.pt") for way in ("shared", "plain"))
+    results: dict[str, Any] = dict(readings)
+    shared = readings["shared"]
+    for way, other in readings.items():
+        if way == "shared":
+            continue
+        ratio = limit = differences = None
+        if shared and other:
+            ratio = other["median_seconds"] / shared["median_seconds"]
+            # The ratio if the products with weight matrices were all that takes time, and took it at the same rate.
+            limit = other["weight_flops"] / shared["weight_flops"]
+            differences = _differences(folder / "shared.pt", folder / f"{way}.pt")
+        suffix = _suffix(way)
+        results |= {"ratio" + suffix: ratio, "limit" + suffix: limit, "largest_difference" + suffix: differences}
+    return results
+
+
+def _differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """How far apart the two files' numbers are."""
+    import torch
+
+    shared, plain = torch.load(ours), torch.load(theirs)
     assert shared.keys() == plain.keys()
     gradients = [key for key in plain if key.startswith("grad ")]
     differences = {key: (shared[key] - plain[key]).abs().max().item() for key in plain if key not in gradients}
@@ -139,10 +193,7 @@ def _compare(readings: dict[str, dict[str, Any]], matrix_rate: float, folder: Pa
         whole = sum(plain[key].float().norm() ** 2 for key in gradients) ** 0.5
         apart = sum((shared[key].float() - plain[key].float()).norm() ** 2 for key in gradients) ** 0.5
         differences["gradient, relative"] = (apart / whole).item()
-    ratio = readings["plain"]["median_seconds"] / readings["shared"]["median_seconds"]
-    # The ratio if the products with weight matrices were all that takes time, and took it at the same rate.
-    limit = readings["plain"]["weight_flops"] / readings["shared"]["weight_flops"]
-    return {**readings, "ratio": ratio, "limit": limit, "largest_difference": differences}
+    return differences
 
 
 def _check(name: str, size: Size) -> None:

@@ -63,7 +63,17 @@ class Size:
     attention: str = "sdpa"
     """Of shared rows: one of `prefix.KERNELS`."""
     repeats: int = 1
+    """Times that each is run. The listener and the ranking warm up with one more; so do the loss and the step where
+    there are several."""
+    lora: bool = False
+    """Whether the policy trains adapters on its language model, or every weight."""
+    gradient_checkpointing: bool = False
     seed: int = 0
+
+    @property
+    def warm_up(self) -> int:
+        """Runs of the loss and the step that do not count: on a CPU one run takes minutes, and hardly warms."""
+        return int(self.repeats > 1)
 
 
 def build_checkpoint(folder: Path, size: Size) -> None:

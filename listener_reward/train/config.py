@@ -72,7 +72,8 @@ class ListenerGRPOConfig(GRPOConfig):
     decode_images_once: bool = field(
         default=True,
         metadata={
-            "help": "Decode and preprocess each image once per generation round; off does it for every completion."
+            "help": "Decode each image once per generation round, and preprocess it once for each of the round's two "
+            "batches (rollout and log-probabilities); off does both for every completion."
         },
     )
     share_rollout: bool = field(
@@ -109,8 +110,10 @@ class ListenerGRPOConfig(GRPOConfig):
     token_budget: int = field(
         default=16384,
         metadata={
-            "help": "Tokens of the language model in one forward pass of the rollout's prefill and of the listener; "
-            "groups that do not fit are spread over several. In the loss, per_device_train_batch_size is the limit."
+            "help": "Tokens of the language model in one forward pass of the rollout's prefill, the listener, the "
+            "shared log-probabilities and the loss; groups that do not fit are spread over several, each with the "
+            "prompt again. In the loss all passes but the last are computed twice, so that the activations of one are "
+            "all that is kept. per_device_train_batch_size still bounds the rows of a micro-batch."
         },
     )
     gather_images: bool = field(

@@ -7,13 +7,16 @@ with the same prompt tokens and the same pixels are one, in whatever order they 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from listener_reward.prefix import IGNORED, Prompt, base_model, check_used, pack, prompt_positions
+from listener_reward.prefix import IGNORED, Prompt, Row, base_model, budgeted, check_used, pack, prompt_positions
 from listener_reward.rollout import prefill, sample
 
 
@@ -93,7 +96,8 @@ def shared_rollouts(model: Any, token_budget: int, *, synced: bool = False) -> I
         prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         counts = images_per_row(input_ids, image_grid_thw, base.config)
         groups, shared = share(base, prompts, pixel_values, image_grid_thw, counts)
-        kept = prefill(base, shared, as_inputs, token_budget=token_budget, synced=synced)
+        with replaced(base.model, "get_image_features", _without_autocast(base.model.get_image_features)):
+            kept = prefill(base, shared, as_inputs, token_budget=token_budget, synced=synced)
         owner = [0] * len(prompts)
         for number, rows in enumerate(groups.rows):
             for row in rows:
@@ -108,6 +112,17 @@ def shared_rollouts(model: Any, token_budget: int, *, synced: bool = False) -> I
         yield
     finally:
         del base.generate
+
+
+def _without_autocast(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `generate` encodes images before the forward pass that accelerate has wrapped in autocast."""
+
+    @functools.wraps(encode)
+    def plain(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return encode(pixel_values, *args, **kwargs)
+
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------- log-probabilities
@@ -130,29 +145,90 @@ def micro_batches(
 
 
 def shared_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, vision: dict[str, Any], autocast: Any
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+    vision: dict[str, Any],
+    autocast: Any,
+    *,
+    token_budget: int,
+    kernel: str = "sdpa",
+    synced: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies (B, logits_to_keep) of the completions, by one pass over their groups.
+    """Log-probabilities and entropies (B, logits_to_keep) of completions, in passes of at most `token_budget` tokens.
 
     `model` has trl's fused head, which is given each position's label and scores it at the policy's temperature. A
-    reference model's head gives no entropies.
+    reference model's head gives no entropies. A group that does not fit the budget is spread over several passes, each
+    with its prompt again; with gradients only the last one keeps its activations, see `_run`. With `synced`, every
+    process runs as many passes as the one that needs most: sharded weights are gathered by all of them together.
     """
     prompt_ids, completion_ids = input_ids[:, :-logits_to_keep], input_ids[:, -logits_to_keep:]
     prompt_mask, mask = (part.bool() for part in attention_mask.split([prompt_ids.shape[1], logits_to_keep], dim=1))
     prompts = [ids[kept] for ids, kept in zip(prompt_ids, prompt_mask, strict=True)]
     groups, shared = share(model, prompts, vision["pixel_values"], vision["image_grid_thw"], vision["num_images"])
-    row = pack(shared, [[completion_ids[r, mask[r]] for r in rows] for rows in groups.rows], open_end=False)
+    counts = mask.sum(1).tolist()
+    lengths = [(len(p.ids), [counts[r] for r in rows]) for p, rows in zip(shared, groups.rows, strict=True)]
+    passes: list[tuple[Row, dict[str, Tensor]]] = []
+    order: list[int] = []
+    for parts in budgeted(lengths, token_budget):
+        members = [[groups.rows[group][member] for member in some] for group, some in parts]
+        prompts_shown = [shared[group] for group, _ in parts]
+        completions = [[completion_ids[r, mask[r]] for r in rows] for rows in members]
+        passes.append((pack(prompts_shown, completions, open_end=False, kernel=kernel), as_inputs(prompts_shown)))
+        order += [r for rows in members for r in rows]
+    passes += [_predicting_nothing(*passes[0])] * (_most(len(passes), input_ids.device, synced) - len(passes))
     with autocast():
-        output = model(**row.inputs, **as_inputs(shared), shift_labels=row.labels, fused_lm_head=True)
-    check_used(row.inputs["shared_prefix"], model)
-    order = torch.tensor([r for rows in groups.rows for r in rows], device=input_ids.device)
-    scored = row.labels[0] != IGNORED
+        outputs = _run(model, passes)
+    for row, _ in passes:
+        check_used(row.inputs["shared_prefix"], model)
+    scored = torch.cat([row.labels[0] != IGNORED for row, _ in passes])
+    rows = torch.tensor(order, device=input_ids.device)
 
-    def unpack(values: Tensor) -> Tensor:
-        flat = values.new_zeros(mask.shape).masked_scatter(mask[order], values[0, scored])
-        return flat[order.argsort()]
+    def unpack(values: Sequence[Tensor]) -> Tensor:
+        flat = torch.cat(list(values), dim=1)[0]
+        return flat.new_zeros(mask.shape).masked_scatter(mask[rows], flat[scored])[rows.argsort()]
 
-    return unpack(output.log_probs), None if output.entropy is None else unpack(output.entropy)
+    logprobs, entropies = zip(*outputs, strict=True)
+    return unpack(logprobs), None if entropies[0] is None else unpack(entropies)
+
+
+def _run(model: Any, passes: Sequence[tuple[Row, dict[str, Tensor]]]) -> list[tuple[Tensor, Tensor | None]]:
+    """Log-probabilities and entropies (1, S) of each pass, all inside one forward call of `model`.
+
+    One call, for wrappers of distributed training count them: they expect a backward pass for each. With gradients
+    all passes but the last are computed again when their turn comes, so that one pass's activations are all there is;
+    the last one's turn comes at once.
+    """
+    base = base_model(model)
+    stock = base.forward
+
+    def score(number: int) -> tuple[Tensor, Tensor | None]:
+        row, images = passes[number]
+        output = stock(**row.inputs, **images, shift_labels=row.labels, fused_lm_head=True)
+        return output.log_probs, output.entropy
+
+    def forward(*_: Any, **__: Any) -> list[tuple[Tensor, Tensor | None]]:
+        again = range(len(passes) - 1 if torch.is_grad_enabled() else 0)
+        outputs: list[Any] = [checkpoint(score, number, use_reentrant=False) for number in again]
+        return outputs + [score(number) for number in range(len(again), len(passes))]
+
+    with replaced(base, "forward", forward):
+        return model(input_ids=passes[0][0].inputs["input_ids"])
+
+
+def _predicting_nothing(row: Row, images: dict[str, Tensor]) -> tuple[Row, dict[str, Tensor]]:
+    """A pass that is run for the other processes' sake; its log-probabilities are zeros that depend on the weights."""
+    return row._replace(labels=torch.full_like(row.labels, IGNORED)), images
+
+
+def _most(number: int, device: Any, synced: bool) -> int:
+    """`number`, or the largest of all processes' numbers if `synced`."""
+    if not synced:
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
@@ -210,10 +286,10 @@ def unsharded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """`module.name` is `value` inside."""
-    stock = getattr(module, name)
+    """`module.name` is `value` inside. What was the class's is the class's again afterwards."""
+    own, stock = name in vars(module), getattr(module, name)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, stock)
+        setattr(module, name, stock) if own else delattr(module, name)

@@ -9,7 +9,6 @@ These methods of trl and transformers are overridden, each for one reason given 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import re
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset, Image, List
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
@@ -30,14 +28,15 @@ from trl.trainer.utils import RepeatSampler
 
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoint import EMBEDDED, UNREADABLE, Card, cannot_load, resolve
-from listener_reward.errors import InputError, MissingExtraError
+from listener_reward.errors import InputError
 from listener_reward.images import to_pil
 from listener_reward.judge import load_listener, make_listener
 from listener_reward.listener import Listener
-from listener_reward.prefix import base_model, unsupported, use_kernel
+from listener_reward.prefix import base_model, unsupported
 from listener_reward.processing import load_processor
 from listener_reward.trace import Trace
 from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig, without_image_token
+from listener_reward.train.guard import changes, lacks_fused_head
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
@@ -49,55 +48,6 @@ from listener_reward.train.sharing import (
     without_images,
 )
 from listener_reward.vlm import TransformersVLM, check_finite
-
-_EXPECTED = {
-    "_generate_and_score_completions": ["self", "inputs"],
-    "_generate_single_turn": [
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-        "has_tool_images",
-    ],
-    "_prepare_inputs": ["self", "generation_batch"],
-    "_get_per_token_logps_and_entropies": [
-        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
-        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
-        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
-    ],
-    "_get_train_sampler": ["self", "dataset"],
-    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-    "_save_checkpoint": ["self", "model", "trial"],
-}
-
-_SHARES = {
-    "rollout": "_generate_single_turn",
-    "logprobs": "_get_per_token_logps_and_entropies",
-    "groups": "_prepare_inputs",
-}
-"""What is left to trl where its method has changed. Without the others a run would not be what it says it is."""
-
-
-def _changed(method: str) -> str | None:
-    """How trl's method differs from the one that is overridden here; None if it does not."""
-    stock = getattr(GRPOTrainer, method, None)
-    found = None if stock is None else list(inspect.signature(stock).parameters)
-    if found == _EXPECTED[method]:
-        return None
-    shown = f"no GRPOTrainer.{method}" if found is None else f"GRPOTrainer.{method}({', '.join(found)})"
-    return f"trl {trl.__version__} has {shown}, and listener-reward overrides ({', '.join(_EXPECTED[method])})"
-
-
-for _method in _EXPECTED:
-    if _method not in _SHARES.values() and (_reason := _changed(_method)):
-        raise MissingExtraError(f'{_reason}. It is tested with trl 1.16: pip install "trl==1.16"')
-for _name in ("gather_object", "shuffle_sequence_dict"):
-    if not hasattr(grpo_trainer, _name):
-        raise MissingExtraError(
-            f"trl {trl.__version__} has no trl.trainer.grpo_trainer.{_name}, which listener-reward replaces. It is "
-            'tested with trl 1.16: pip install "trl==1.16"'
-        )
 
 logger = logging.getLogger(__name__)
 
@@ -146,12 +96,15 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
                 "use_peft: true, or name a checkpoint as the listener"
             )
+        self.kernel = self._kernel(args)
         if listener is None and not own_base:
-            listener = _load_listener(args, self.card)
+            listener = _load_listener(args, self.card, self.kernel)
         if args.listener not in (None, NO_LISTENER):
             self.card = replace(self.card, listener=_lasting(str(model) if own_base else args.listener))
         _check_size(train_dataset, args)
-        use_kernel(self._kernel(args))
+        self.left_to_trl = changes()
+        """The switches that have no effect, each with the reason."""
+        itself = "decode_images_once" in self.left_to_trl  # then trl decodes
         self.base_folder = folder
         if args.use_vllm:
             given: Any = args.generation_kwargs
@@ -161,8 +114,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
             model=folder,
             reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
             args=args,
-            train_dataset=as_chats(train_dataset, self.card, reserved),
-            eval_dataset=None if eval_dataset is None else as_chats(eval_dataset, self.card, reserved),
+            train_dataset=as_chats(train_dataset, self.card, reserved, decode=itself),
+            eval_dataset=None if eval_dataset is None else as_chats(eval_dataset, self.card, reserved, decode=itself),
             processing_class=processor,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -177,6 +130,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 adapters_off=True,
                 shared_prefix=args.share_listener,
                 token_budget=args.token_budget,
+                attention=self.kernel,
             )
             listener = make_listener(base, self.card.format, self.card)
             self.reward.listener = listener
@@ -187,7 +141,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
-        """How shared rows' attention is computed: as configured, where that can train."""
+        """How shared rows' attention is computed, one of `prefix.KERNELS`: as configured, where that can train."""
         if args.share_attention == "flex" and args.device.type == "cpu":
             logger.warning("share_attention is 'flex', but 'sdpa' runs, because FlexAttention trains on GPUs alone")
             return "sdpa"
@@ -211,13 +165,24 @@ class ListenerGRPOTrainer(GRPOTrainer):
         first, second = (to_pil(image, field="images") for image in pair["images"])
         chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
         check_finite(listener.p_first([chat], [Trace("", None)]), "the listener")
+        _forget_images(listener)
 
     # ------------------------------------------------------------------------------------------------------- images
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
         """Decodes images with `to_pil`, and each image once for the G rows of its group.
 
-        Stock trl lets `datasets` decode every row, G times the same picture, and hands on whatever mode it finds.
+        Stock trl lets `datasets` decode every row, G times the same picture, and hands on whatever mode it finds. The
+        listener forgets the round's images afterwards: other rounds have others, which would pile up beside training.
         """
+        if "decode_images_once" not in self.left_to_trl:
+            args, kwargs = (self._decoded(*args, **kwargs),), {}
+        try:
+            with self._light_gathering():
+                return super()._generate_and_score_completions(*args, **kwargs)
+        finally:
+            _forget_images(self.listener)
+
+    def _decoded(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         decoded: dict[Any, Any] = {}
 
         def picture(image: Any) -> Any:
@@ -228,13 +193,12 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 decoded[key] = to_pil(image, field="images")
             return decoded[key]
 
-        rows = [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
-        with self._light_gathering():
-            return super()._generate_and_score_completions(rows)
+        return [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
 
     def _light_gathering(self) -> contextlib.AbstractContextManager[Any]:
         """Stock trl sends every prompt, pictures and all, to every process for its table of completions."""
-        if self.args.gather_images or self.args.log_multimodal or self.accelerator.num_processes == 1:
+        wanted = self.args.gather_images or self.args.log_multimodal or "gather_images" in self.left_to_trl
+        if wanted or self.accelerator.num_processes == 1:
             return contextlib.nullcontext()
         stock = grpo_trainer.gather_object
         return replaced(grpo_trainer, "gather_object", lambda values: stock(without_images(values)))
@@ -243,21 +207,25 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _what_is_shared(self) -> frozenset[str]:
         """The parts of a step that pay for a prompt once. What has to fall back is said once, with the reason."""
         wanted = {name for name in ("rollout", "logprobs", "groups") if getattr(self.args, f"share_{name}")}
-        reason = unsupported(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        reason = unsupported(policy)
         fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None  # else there is no such name
         if fsdp is not None and fsdp.fsdp_version == 1:
             reason = reason or "FSDP version 1 flattens the weights; fsdp_version: 2 keeps the layers"
-        fallen: dict[str, str] = dict.fromkeys(wanted, reason) if reason else {}
+        fallen = dict.fromkeys(("share_rollout", "share_logprobs", "share_groups"), reason) if reason else {}
         if self.use_vllm:
-            fallen.setdefault("rollout", "vLLM samples, and shares prefixes by itself")
+            fallen.setdefault("share_rollout", "vLLM samples, and shares prefixes by itself")
         if self.aux_loss_enabled:
-            fallen.setdefault("logprobs", "the load-balancing loss of experts wants every copy")
-        for name, method in _SHARES.items():
-            if changed := _changed(method):
-                fallen.setdefault(name, f"{changed}, which trl 1.16 has")
-        for name in sorted(wanted & fallen.keys()):
-            logger.warning("share_%s is on, but trl's own code runs, because %s", name, fallen[name])
-        return frozenset(wanted - fallen.keys())
+            fallen.setdefault("share_logprobs", "the load-balancing loss of experts wants every copy")
+        fallen = self.left_to_trl | fallen
+        if lacking := lacks_fused_head(base_model(policy)):
+            fallen.setdefault("share_logprobs", lacking)
+        for switch in sorted(fallen):
+            ours = switch != "gather_images"  # of this one, off is what trl does not have
+            if getattr(self.args, switch) == ours:
+                state = "on" if ours else "off"
+                logger.warning("%s is %s, but trl's own code runs, because %s", switch, state, fallen[switch])
+        return frozenset(name for name in wanted if f"share_{name}" not in fallen)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Prefills each prompt once for its G completions; the tokens are those of stock trl with the same seed."""
@@ -291,35 +259,50 @@ class ListenerGRPOTrainer(GRPOTrainer):
         **vision: Any,
     ) -> Any:
         parts = [
-            shared_logprobs(model, *batch, self.accelerator.autocast)
+            shared_logprobs(
+                model,
+                *batch,
+                self.accelerator.autocast,
+                token_budget=self.args.token_budget,
+                kernel=self.kernel,
+                synced=self._sharded(),
+            )
             for batch in micro_batches(input_ids, attention_mask, logits_to_keep, batch_size, vision)
         ]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------------- resume
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """trl's sampler, with a permutation that is a function of seed and epoch.
 
         Stock trl draws one permutation after another from a generator that a resumed run starts afresh, so that a run
         resumed in its second epoch sees the first epoch's order.
         """
-        sampler = super()._get_train_sampler(dataset)
-        return EpochSampler(sampler) if self.args.exact_resume and isinstance(sampler, RepeatSampler) else sampler
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return EpochSampler(sampler) if self._resumes_exactly() and isinstance(sampler, RepeatSampler) else sampler
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _resumes_exactly(self) -> bool:
+        return self.args.exact_resume and "exact_resume" not in self.left_to_trl
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Loads full fine-tuned weights through `from_pretrained`, which knows the names they were saved under.
 
         Stock transformers loads a Qwen2.5-VL checkpoint with `load_state_dict(strict=False)`, whose keys do not match
         those that `save_pretrained` wrote: all but the head silently keep their initial weights.
         """
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if elsewhere or not self._resumes_exactly() or not self._load_whole(*args, **kwargs):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_whole(self, resume_from_checkpoint: str, model: Any = None) -> bool:
+        """Whether the weights were all in the checkpoint, and are loaded: those of adapters alone are not."""
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
-        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config")
-        if elsewhere or not self.args.exact_resume:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if hasattr(target, "peft_config"):
+            return False
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict(), strict=True)
-        return None
+        return True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Adds the card, so that a checkpoint of full fine-tuning is a judge, and marks when it is complete.
@@ -395,8 +378,9 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return len(self.sampler)
 
 
-def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset:
-    """Pairs as trl wants them: `prompt` becomes messages, `caption` keeps the text, images stay undecoded.
+def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bool = False) -> Dataset:
+    """Pairs as trl wants them: `prompt` becomes messages, `caption` keeps the text, images stay as they are unless
+    `datasets` is to `decode` them, each time that a row is read.
 
     Raises:
         InputError: the data set is empty or lacks a column.
@@ -409,7 +393,7 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset:
     if len(pairs) == 0:
         raise InputError("train_dataset has no pairs")
     messages = [card.format.messages(prompt, reserved) for prompt in pairs["prompt"]]
-    pairs = pairs.cast_column("images", List(Image(decode=False))).rename_column("prompt", "caption")
+    pairs = pairs.cast_column("images", List(Image(decode=decode))).rename_column("prompt", "caption")
     return pairs.add_column("prompt", messages)  # pyright: ignore[reportCallIssue]
 
 
@@ -436,7 +420,7 @@ def load_policy_processor(model: str) -> Any:
     return processor
 
 
-def _load_listener(args: ListenerGRPOConfig, card: Card) -> Listener | None:
+def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listener | None:
     """The listener that the configuration or else the policy's card names; it may be missing if its weight is 0."""
     name = args.listener or card.listener
     if name is None or name == NO_LISTENER:
@@ -455,7 +439,13 @@ def _load_listener(args: ListenerGRPOConfig, card: Card) -> Listener | None:
             batch_size=args.listener_batch_size,
             shared_prefix=args.share_listener,
             token_budget=args.token_budget,
+            attention=kernel,
         )
+
+
+def _forget_images(listener: Listener | None) -> None:
+    if listener is not None and isinstance(listener.vlm, TransformersVLM):
+        listener.vlm.features.clear()
 
 
 def _lasting(name: str) -> str:

@@ -35,7 +35,8 @@ def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
             else:
                 found = run.run_bench(arm, size, Console(stderr=True))["arms"][arm]
                 row = {"what": arm, "group": group, "ratio": found["ratio"], "limit": found["limit"]}
-                row |= {way: {key: found[way][key] for key in KEPT} for way in ("shared", "plain")}
+                row |= {"ratio_last_logit": found.get("ratio_last_logit")}
+                row |= {way: found[way] and {key: found[way][key] for key in KEPT} for way in ("shared", "plain")}
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
@@ -45,7 +46,7 @@ def shared_alone(arm: str, size: Size, smaller: dict) -> dict:
     """A row without copies, which would not fit; their operations are those of a `smaller` row's, times the sizes."""
     with tempfile.TemporaryDirectory() as folder:
         build_checkpoint(Path(folder, "model"), size)
-        shared = run._in_a_process(arm, Path(folder, "model"), size, True, Path(folder, "shared.pt"))
+        shared = run._in_a_process(arm, Path(folder, "model"), size, "shared", Path(folder, "shared.pt"))
     shared["median_seconds"] = statistics.median(shared["seconds"])
     flops = smaller["plain"]["weight_flops"] * size.group / smaller["group"]
     row = {"what": arm, "group": size.group, "ratio": None, "limit": flops / shared["weight_flops"], "plain": None}

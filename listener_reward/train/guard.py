@@ -1,0 +1,89 @@
+"""Which private parts of trl training overrides or replaces, and what each switch is left with where one has changed.
+
+trl promises nothing of them. A part that is not as expected costs the switches that rest on it: trl's own code runs
+there. Only where nothing can take its place is the import refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import trl
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+from trl.trainer import utils as trl_utils
+
+from listener_reward.errors import MissingExtraError
+
+_METHODS = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_generate_single_turn": [
+        *("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"),
+    ],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_get_per_token_logps_and_entropies": [
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+        *("compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask"),
+        *("spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+    ],
+    "_get_train_sampler": ["self", "dataset"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_checkpoint": ["self", "model", "trial"],
+}
+_FUNCTIONS = {"gather_object": ["object"], "shuffle_sequence_dict": ["seq_dict"]}
+
+SWITCHES = {
+    "share_rollout": ("_generate_single_turn",),
+    "share_logprobs": ("_get_per_token_logps_and_entropies",),
+    "share_groups": ("_prepare_inputs", "shuffle_sequence_dict"),
+    "decode_images_once": ("_generate_and_score_completions",),
+    "gather_images": ("_generate_and_score_completions", "gather_object"),
+    "exact_resume": ("_get_train_sampler", "_load_from_checkpoint"),
+}
+"""What each switch of the configuration overrides or replaces."""
+
+_TESTED = "which trl 1.16 has"
+
+
+def changes() -> dict[str, str]:
+    """The switches that this trl does not allow, each with the reason, in words that can follow "because"."""
+    found = {name: reason for name in (*_METHODS, *_FUNCTIONS) if (reason := _change(name))}
+    return {
+        switch: f"{found[name]}, {_TESTED}"
+        for switch, names in SWITCHES.items()
+        for name in reversed(names)
+        if name in found
+    }
+
+
+def lacks_fused_head(model: Any) -> str | None:
+    """What `sharing.shared_logprobs` misses of the head that trl has given to `model`, a plain one; None if nothing."""
+    given = inspect.signature(model.forward, follow_wrapped=False).parameters
+    if missing := [name for name in ("fused_lm_head", "shift_labels") if name not in given]:
+        return f"trl {trl.__version__} gives the model no {' and no '.join(missing)}, {_TESTED}"
+    output = getattr(trl_utils, "FusedCausalLMOutput", None)
+    has = () if output is None else {field.name for field in fields(output)}
+    if missing := [name for name in ("log_probs", "entropy") if name not in has]:
+        return f"the output of trl {trl.__version__}'s fused head has no {' and no '.join(missing)}, {_TESTED}"
+    return None
+
+
+def _change(name: str) -> str | None:
+    """How trl's part differs from the one that is expected here; None if it does not."""
+    owner, where, expected = (
+        (GRPOTrainer, "GRPOTrainer", _METHODS[name])
+        if name in _METHODS
+        else (grpo_trainer, "trl.trainer.grpo_trainer", _FUNCTIONS[name])
+    )
+    stock = getattr(owner, name, None)
+    found = None if stock is None else list(inspect.signature(stock).parameters)
+    if found == expected:
+        return None
+    shown = f"no {where}.{name}" if found is None else f"{where}.{name}({', '.join(found)})"
+    return f"trl {trl.__version__} has {shown}, and listener-reward overrides ({', '.join(expected)})"
+
+
+if _reason := _change("_save_checkpoint"):  # it marks a whole checkpoint, and no switch turns that off
+    raise MissingExtraError(f'{_reason}. It is tested with trl 1.16: pip install "trl==1.16"')
