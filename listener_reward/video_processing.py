@@ -56,24 +56,38 @@ class ClipProcessor:
         Args:
             stock: the class of transformers that this one stands for.
             image_processor: the checkpoint's, which cuts the patches.
-            saved: what the checkpoint says of its videos. None gives a frame what an image gets, for a processor that
-                was put together from its parts.
+            saved: what the checkpoint says of its videos. None gives a frame what an image gets, whatever that is at
+                the time, for a processor that was put together from its parts.
         """
         self.stock = stock
         self.image_processor = image_processor
+        self.saved = saved
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting that counts: what is saved, then transformers' defaults."""
+        images, saved = self.image_processor, self.saved
         if saved is None:
-            saved = {name: getattr(image_processor, name) for name in ("size", "image_mean", "image_std")}
-        config = _STOCK[stock] | {name: saved[name] for name in _KEPT if saved.get(name) is not None}
+            saved = {name: getattr(images, name) for name in ("size", "image_mean", "image_std")}
+        config = {name: getattr(images, name) for name in _PATCHES}  # the vision tower reads both
+        config |= _STOCK[self.stock] | {name: saved[name] for name in _KEPT if saved.get(name) is not None}
         size = dict(config["size"])
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):  # Qwen2.5-VL's names
             if saved.get(name) is not None:
                 size[edge] = saved[name]
-        self.config: dict[str, Any] = config | {"size": size}
-        for name in _PATCHES:  # the vision tower reads both, so what is not said is the same
-            self.config.setdefault(name, getattr(image_processor, name))
-        self.patch_size: int = self.config["patch_size"]
-        self.temporal_patch_size: int = self.config["temporal_patch_size"]
-        self.merge_size: int = self.config["merge_size"]
+        return config | {"size": size}
+
+    @property
+    def patch_size(self) -> int:
+        return self.config["patch_size"]
+
+    @property
+    def temporal_patch_size(self) -> int:
+        return self.config["temporal_patch_size"]
+
+    @property
+    def merge_size(self) -> int:
+        return self.config["merge_size"]
 
     @classmethod
     def from_pretrained(cls, stock: str, image_processor: Any, model: str | Path, **kwargs: Any) -> ClipProcessor:
