@@ -20,6 +20,8 @@ from listener_reward.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from listener_reward.clips import Clip
+
 _SLOT = re.compile(r"\{(first|second|prompt)\}")
 
 QWEN_RESERVED = (
@@ -60,6 +62,8 @@ class Chat:
     images: tuple[Image, ...]
     prompt: str = ""
     """The caller's text as it stands in the messages; the words around it are the format's."""
+    videos: tuple[Clip, ...] = ()
+    """What fills the `{"type": "video"}` blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,8 +192,8 @@ def rank_videos(
         str,
         typer.Option(
             "--strategy",
-            help='"storyboard": a grid of frames as one image. "frames": frame against frame, averaged. "clip": all '
-            "frames of a side in the chat.",
+            help='"storyboard": a grid of frames as one image. "frames": frame against frame, averaged. "video": the '
+            "model's own video input, with times. \"clip\": all frames of a side as images.",
         ),
     ] = "storyboard",
     frames: Annotated[int, typer.Option("--frames", metavar="N", min=1, help="Frames to look at in each video.")] = 8,

@@ -69,11 +69,27 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
-def prompt_positions(model: Any, ids: Tensor, grids: Tensor | None) -> Tensor:
-    """M-RoPE positions (3, P) int64 of one prompt `ids` (P,), whose images have patch grids `grids` (n, 3)."""
+def prompt_positions(
+    model: Any,
+    ids: Tensor,
+    grids: Tensor | None,
+    video_grids: Tensor | None = None,
+    seconds_per_patch: Tensor | None = None,
+) -> Tensor:
+    """M-RoPE positions (3, P) int64 of one prompt `ids` (P,), whose images have patch grids `grids` (n, 3).
+
+    Its videos have `video_grids` (m, 3) and, from one patch to the next in time, `seconds_per_patch` (m,), which
+    Qwen2.5-VL spaces its positions by.
+    """
     core, config = base_model(model).model, base_model(model).config
-    kinds = (ids == config.image_token_id).int()
-    positions, _ = core.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grids)
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    positions, _ = core.get_rope_index(
+        ids[None],
+        mm_token_type_ids=kinds[None],
+        image_grid_thw=grids,
+        video_grid_thw=video_grids,
+        second_per_grid_ts=seconds_per_patch,
+    )
     return positions[:, 0]
 
 

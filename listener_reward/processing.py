@@ -1,8 +1,9 @@
 """Processors of the Qwen-VL family that work without torchvision.
 
 Stock `AutoProcessor` cannot build a Qwen-VL processor where torchvision is missing, because its video processor needs
-it. This package reads images only, so its processors leave the video part out, and write it into what they save, so
-that a checkpoint saved here loads with stock transformers elsewhere.
+it. The processors here have only an image processor, which reads videos too (`video_processing`), and they write what
+the stock video processor wants into what they save, so that a checkpoint saved here loads with stock transformers
+elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 
+from listener_reward.video_processing import ClipProcessor
+
 
 def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
     for name, token in (
@@ -27,21 +30,6 @@ def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
     ):
         setattr(processor, f"{name}_token", token)
         setattr(processor, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
-
-
-def _with_video_block(saved: dict[str, Any], name: str, video: str, image_processor: Any) -> dict[str, Any]:
-    """Adds what stock `AutoProcessor` insists on: its own class name and a video processor's configuration."""
-    saved["processor_class"] = name
-    saved.setdefault(
-        "video_processor",
-        {
-            "video_processor_type": video,
-            "patch_size": image_processor.patch_size,
-            "temporal_patch_size": image_processor.temporal_patch_size,
-            "merge_size": image_processor.merge_size,
-        },
-    )
-    return saved
 
 
 class _EachImageOnce:
@@ -71,30 +59,37 @@ class _EachImageOnce:
 
 
 class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
-    """`Qwen2_5_VLProcessor` without the video processor.
+    """`Qwen2_5_VLProcessor` whose videos go through the image processor.
 
-    transformers reads the names in this signature to learn which parts a processor has, so leaving `video_processor`
-    out of it is all it takes.
+    transformers reads the names in this signature to learn which parts a processor is loaded with, so leaving
+    `video_processor` out of it is all it takes.
     """
+
+    stock_video_processor = "Qwen2VLVideoProcessor"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
         _name_special_tokens(self, tokenizer)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
 
     def to_dict(self) -> dict[str, Any]:
-        saved = super().to_dict()
-        return _with_video_block(saved, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", self.image_processor)
+        own = {"processor_class": "Qwen2_5_VLProcessor", "video_processor": self.video_processor.to_dict()}
+        return super().to_dict() | own
 
 
 class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
-    """`Qwen3VLProcessor` without the video processor."""
+    """`Qwen3VLProcessor` whose videos go through the image processor."""
+
+    stock_video_processor = "Qwen3VLVideoProcessor"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
         _name_special_tokens(self, tokenizer)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
 
     def to_dict(self) -> dict[str, Any]:
-        return _with_video_block(super().to_dict(), "Qwen3VLProcessor", "Qwen3VLVideoProcessor", self.image_processor)
+        own = {"processor_class": "Qwen3VLProcessor", "video_processor": self.video_processor.to_dict()}
+        return super().to_dict() | own
 
 
 _PROCESSORS = {"qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor, "qwen3_vl": ImageOnlyQwen3VLProcessor}
@@ -111,4 +106,8 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
     kind = AutoConfig.from_pretrained(model, **kwargs).model_type
     if kind not in _PROCESSORS:
         raise ValueError(f"{model} is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}")
-    return _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
+    processor: Any = _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
+    processor.video_processor = ClipProcessor.from_pretrained(
+        processor.stock_video_processor, processor.image_processor, model, **kwargs
+    )
+    return processor

@@ -1,16 +1,18 @@
-"""Vision features of a frozen model, computed once for each image however many chats it is in."""
+"""Vision features of a frozen model, computed once for each image or video however many chats it is in."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
+
+from listener_reward.clips import Clip
 
 MAX_PATCHES = 16384
 """Patches that the vision tower sees in one pass: about ten images of 512 pixels."""
@@ -18,7 +20,7 @@ MAX_PATCHES = 16384
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One image as the language model sees it."""
+    """One image or video as the language model sees it."""
 
     grid: Tensor
     """Patches in time, height and width, (3,) int64, on the CPU."""
@@ -26,6 +28,8 @@ class Encoded:
     """(tokens, hidden)."""
     deeper: tuple[Tensor, ...] = ()
     """Features that Qwen3-VL adds to its first layers, each (tokens, hidden)."""
+    moving: bool = False
+    """Whether it is a video, which has placeholders of its own."""
 
     @property
     def nbytes(self) -> int:
@@ -33,27 +37,30 @@ class Encoded:
 
 
 class ImageFeatures:
-    """Encodes images with a model's vision tower and keeps the latest, up to `max_bytes`.
+    """Encodes images and clips with a model's vision tower and keeps the latest, up to `max_bytes`.
 
     Only for weights that do not change: what is kept is not computed again. `clear()` forgets it.
     """
 
-    def __init__(self, core: Any, image_processor: Any, *, max_bytes: int = 2**29):
+    def __init__(self, core: Any, image_processor: Any, video_processor: Any = None, *, max_bytes: int = 2**29):
         """
         Args:
-            core: the model that has `get_image_features` (`model.model` of a Qwen-VL).
+            core: the model that has `get_image_features` and `get_video_features` (`model.model` of a Qwen-VL).
             image_processor: turns PIL images into `pixel_values` and `image_grid_thw`.
+            video_processor: turns lists of frames into `pixel_values_videos` and `video_grid_thw`; None where no clip
+                comes.
             max_bytes: how much of the features to keep between calls.
         """
         self.core = core
         self.image_processor = image_processor
+        self.video_processor = video_processor
         self.max_bytes = max_bytes
         self.encoded = 0
-        """Images that went through the vision tower so far."""
+        """Images and clips that went through the vision tower so far."""
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Encoded]:
-        """One entry for each image; equal images share one."""
+    def __call__(self, images: Sequence[Image.Image | Clip]) -> list[Encoded]:
+        """One entry for each image or clip; equal ones share it. A clip's times are no part of it."""
         by_object: dict[int, bytes] = {}
         for image in images:
             if id(image) not in by_object:
@@ -74,15 +81,30 @@ class ImageFeatures:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _encode(self, images: list[Image.Image]) -> list[Encoded]:
-        self.encoded += len(images)
-        batch = self.image_processor(images=images, return_tensors="pt")
-        pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+    def _encode(self, media: list[Image.Image | Clip]) -> list[Encoded]:
+        self.encoded += len(media)
+        images = [each for each in media if not isinstance(each, Clip)]
+        clips = [each.frames for each in media if isinstance(each, Clip)]
+        still: list[Encoded] = []
+        moving: list[Encoded] = []
+        if images:
+            batch = self.image_processor(images=images, return_tensors="pt")
+            still = self._look(self.core.get_image_features, batch["pixel_values"], batch["image_grid_thw"])
+        if clips:
+            batch = self.video_processor(clips)
+            features = self.core.get_video_features
+            found = self._look(features, batch["pixel_values_videos"], batch["video_grid_thw"])
+            moving = [replace(each, moving=True) for each in found]
+        in_turn = {True: iter(moving), False: iter(still)}
+        return [next(in_turn[isinstance(each, Clip)]) for each in media]
+
+    def _look(self, features_of: Callable[..., Any], pixels: Tensor, grids: Tensor) -> list[Encoded]:
+        """Patches through the vision tower, at most `MAX_PATCHES` at a time where one image or clip is not more."""
         patches = grids.prod(-1).tolist()
         encoded: list[Encoded] = []
         for some in _runs(patches, MAX_PATCHES):
             first, last = sum(patches[: some.start]), sum(patches[: some.stop])
-            output = self.core.get_image_features(
+            output = features_of(
                 pixels[first:last].to(self.core.device), grids[some.start : some.stop].to(self.core.device)
             )
             layers = zip(*(getattr(output, "deepstack_features", None) or ()), strict=True)
@@ -93,17 +115,22 @@ class ImageFeatures:
 
 
 def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
-    """The forward pass's argument that puts these images, in order, where the placeholders stand; none for none."""
-    encoded = list(encoded)
-    if not encoded:
-        return {}
-    deeper = [list(layer) for layer in zip(*(entry.deeper for entry in encoded), strict=True)]
-    output = SimpleNamespace(pooler_output=[entry.features for entry in encoded], deepstack_features=deeper)
-    return {"mm_encoder_outputs": {"image": output}}
+    """The forward pass's argument that puts images and videos, in order, at their placeholders; none for none."""
+    kinds: dict[str, list[Encoded]] = {}
+    for entry in encoded:
+        kinds.setdefault("video" if entry.moving else "image", []).append(entry)
+    outputs = {}
+    for kind, entries in kinds.items():
+        deeper = [list(layer) for layer in zip(*(entry.deeper for entry in entries), strict=True)]
+        features = [entry.features for entry in entries]
+        outputs[kind] = SimpleNamespace(pooler_output=features, deepstack_features=deeper)
+    return {"mm_encoder_outputs": outputs} if outputs else {}
 
 
-def digest(image: Image.Image) -> bytes:
-    """Equal for equal pictures, whatever object holds them."""
+def digest(image: Image.Image | Clip) -> bytes:
+    """Equal for equal pictures, whatever object holds them, and for clips of equal frames, whenever these are shown."""
+    if isinstance(image, Clip):
+        return hashlib.blake2b(b"".join([b"clip", *map(digest, image.frames)]), digest_size=16).digest()
     return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).digest()
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.checkpoint import UNREADABLE, cannot_load, hub_options
+from listener_reward.clips import Clip
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.prefix import (
     IGNORED,
@@ -35,6 +36,7 @@ from listener_reward.prefix import (
 )
 from listener_reward.processing import load_processor
 from listener_reward.rollout import prefill, sample
+from listener_reward.video_processing import metadata, seconds_per_patch
 from listener_reward.vision import Encoded, ImageFeatures, as_encoder_output
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,9 @@ class TransformersVLM:
         if shared_prefix and (reason := unsupported(model)):
             self.shared_prefix = False
             logger.warning("every chat pays for its own prompt, because %s", reason)
-        self.features = ImageFeatures(base_model(model).model, processor.image_processor, max_bytes=vision_bytes)
+        self.features = ImageFeatures(
+            base_model(model).model, processor.image_processor, processor.video_processor, max_bytes=vision_bytes
+        )
 
     @classmethod
     def from_pretrained(
@@ -272,27 +276,39 @@ class TransformersVLM:
 
     def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
         """The distinct prompts of `chats`, and which rows ask each."""
-        images = iter(self.features([image for chat in chats for image in chat.images]))
-        shown = [[next(images) for _ in chat.images] for chat in chats]
+        encoded = iter(self.features([shown for chat in chats for shown in (*chat.images, *chat.videos)]))
+        found = [[next(encoded) for _ in (*chat.images, *chat.videos)] for chat in chats]
         groups: dict[Any, list[int]] = {}
-        for row, (text, encoded) in enumerate(zip(texts, shown, strict=True)):
-            groups.setdefault((text, *map(id, encoded)), []).append(row)
-        self._warn_of_unknown_words(chats[rows[0]].prompt for rows in groups.values())
-        return [self._prompt(texts[rows[0]], shown[rows[0]]) for rows in groups.values()], list(groups.values())
+        for row, (chat, text, some) in enumerate(zip(chats, texts, found, strict=True)):
+            groups.setdefault((text, *map(id, some), *(clip.times for clip in chat.videos)), []).append(row)
+        firsts = [rows[0] for rows in groups.values()]
+        self._warn_of_unknown_words(chats[row].prompt for row in firsts)
+        return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
 
-    def _prompt(self, text: str, images: list[Encoded]) -> Prompt:
-        placeholder = self.processor.image_token
-        parts = text.split(placeholder)
-        written = parts[0] + "".join(
-            placeholder * len(image.features) + part for image, part in zip(images, parts[1:], strict=True)
-        )
-        ids = torch.tensor(self.tokenizer(written)["input_ids"], device=self.model.device)
-        grids = torch.stack([image.grid for image in images]).to(ids.device) if images else None
-        return Prompt(ids, prompt_positions(self.model, ids, grids), images)
+    def _prompt(self, text: str, shown: list[Encoded], clips: Sequence[Clip]) -> Prompt:
+        """The chat `text` with its placeholders written out; `shown` are its images and then its videos, `clips`."""
+        processor = self.processor
+        images, videos = ([each for each in shown if each.moving is moving] for moving in (False, True))
+        image_grids, video_grids = _grids(images), _grids(videos)
+        text = _filled(text, processor.image_token, [processor.image_token * len(image.features) for image in images])
+        inputs = {"video_grid_thw": video_grids, "video_metadata": [metadata(clip) for clip in clips]}
+        written = [processor.replace_video_token(inputs, place) for place in range(len(clips))]
+        text = _filled(text, processor.video_token, written)
+        ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
+        grids = [None if each is None else each.to(ids.device) for each in (image_grids, video_grids)]
+        spacing = seconds_per_patch(clips, processor).to(ids.device) if clips else None
+        return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), shown)
 
     def _texts(self, chats: Sequence[Chat]) -> list[str]:
         template = self.processor.apply_chat_template
-        return [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+        texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+        for chat, text in zip(chats, texts, strict=True):
+            if chat.videos and text.count(self.processor.video_token) != len(chat.videos):
+                raise InputError(
+                    f"the checkpoint's chat template leaves {{'type': 'video'}} blocks out, of which a chat has "
+                    f"{len(chat.videos)}; add them to its chat_template.jinja, or show the frames as images"
+                )
+        return texts
 
     def _batches(self, chats: Sequence[Chat], texts: Sequence[str]) -> Iterator[list[int]]:
         """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
@@ -301,7 +317,7 @@ class TransformersVLM:
         """
         groups: dict[Any, list[int]] = {}
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            groups.setdefault((text, *map(id, chat.images)), []).append(row)
+            groups.setdefault((text, *map(id, (*chat.images, *chat.videos))), []).append(row)
         whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
         batch: list[int] = []
         for rows in whole:
@@ -339,8 +355,10 @@ class TransformersVLM:
 
     def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
         self._warn_of_unknown_words(chat.prompt for chat in chats)
-        images = [image for chat in chats for image in chat.images] or None
-        return self.processor(images=images, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
+        shown: dict[str, Any] = {"images": [image for chat in chats for image in chat.images] or None}
+        if clips := [clip for chat in chats for clip in chat.videos]:
+            shown |= {"videos": [list(clip.frames) for clip in clips], "video_metadata": [*map(metadata, clips)]}
+        return self.processor(**shown, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
@@ -418,6 +436,20 @@ def check_finite(values: Tensor, who: str) -> Tensor:
         bad = int((~torch.isfinite(values)).any(-1).sum())
         raise JudgeError(_BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
     return values
+
+
+def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
+    """`text` with its placeholders replaced in order.
+
+    Raises:
+        ValueError: it has more or fewer, so that images would stand in one another's place.
+    """
+    first, *rest = text.split(placeholder)
+    return first + "".join(new + part for new, part in zip(written, rest, strict=True))
+
+
+def _grids(shown: Sequence[Encoded]) -> Tensor | None:
+    return torch.stack([each.grid for each in shown]) if shown else None
 
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Videos: every form they come in, the moments that are looked at, the three strategies, and the command."""
+"""Videos: every form they come in, the moments that are looked at, the strategies, and the command."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_frames_are_averaged_worked_by_hand(FakeJudge):
     assert judge.calls == [[("a", 151, 100), ("a", 50, 152)]] and len(verdict.thoughts) == 2
 
 
-@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip"])
+@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip", "video"])
 def test_swapping_gives_exactly_the_rest(random_judge, strategy):
     judge = ClipJudge(random_judge, strategy, 3, device="cpu", max_new_tokens=4)
     rng = random.Random(3)
@@ -368,7 +368,8 @@ def rank_videos_of(judge, prompt, clips):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_rank_videos_command(tmp_path, random_judge):
+@pytest.mark.parametrize("strategy", ["frames", "video"])
+def test_rank_videos_command(tmp_path, random_judge, strategy):
     rng = random.Random(1)
     names = [
         str(written(tmp_path / f"{k}.mp4", [f.resize((64, 64)) for f in draw_clip(Scene("red", "star", k), rng)]))
@@ -379,7 +380,7 @@ def test_rank_videos_command(tmp_path, random_judge):
         "--judge",
         str(random_judge),
         "--strategy",
-        "frames",
+        strategy,
         "--frames",
         "2",
         "--prompt",
@@ -432,7 +433,7 @@ def large_random_judge(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not VIDEOALIGN.exists(), reason="the clips of VideoAlign are not here")
-@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip"])
+@pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip", "video"])
 def test_three_labelled_pairs_of_real_clips_go_the_whole_way(large_random_judge, strategy, monkeypatch):
     pytest.importorskip("av")
     monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)

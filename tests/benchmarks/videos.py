@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--strategy", default="frames", choices=("frames", "storyboard", "clip"))
+    parser.add_argument("--strategy", default="frames", choices=("frames", "storyboard", "clip", "video"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
