@@ -361,3 +361,17 @@ def test_a_judge_that_skips_a_pair_is_broken(FakeJudge, shade):
 
     with pytest.raises(JudgeError, match="0 verdicts on 1 pairs"):
         ListenerReward(Short())([shade(1), shade(2)], ["a", "a"])
+
+
+def test_equal_images_of_a_group_are_compared_as_one_and_share_its_row(FakeJudge, shade):
+    """Twelve images meet few others each: copies met different ones and scored differently."""
+    judge = FakeJudge(noise=0.5)
+    reds = [0, 20, 40, 60, 80, 100, 120, 140, 160, 180, 40, 180]
+    scores, info = ListenerReward(judge, scheme="group")([shade(red) for red in reds], ["a"] * 12)
+    alone, without = ListenerReward(FakeJudge(noise=0.5), scheme="group")([shade(r) for r in reds[:10]], ["a"] * 10)
+    assert scores.tolist() == [*alone.tolist(), alone[2], alone[9]]
+    for name, values in info.items():
+        expected = [*without[name].tolist(), without[name][2], without[name][9]]
+        assert np.array_equal(values, np.array(expected, dtype=np.float32), equal_nan=True), name
+    scores, info = ListenerReward(judge, scheme="group")([shade(7)] * 3, ["a"] * 3)
+    assert (scores.tolist(), info["failed"].tolist()) == ([0, 0, 0], [0, 0, 0])
