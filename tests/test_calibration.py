@@ -159,13 +159,13 @@ def test_a_tie_band_by_hand():
 def test_a_band_for_a_wanted_accuracy():
     labels, p_first = np.array([1.0, 1.0, 0.0, 1.0, 0.5]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])
     # Four of four right say no more than 0.05 ** (1 / 4) = 0.47, by a bound that holds 19 times in 20.
-    with pytest.raises(InputError, match="sure is 0.5, and on 4 pairs no band"):
+    with pytest.raises(InputError, match=r"sure is 0\.5, and on 4 pairs no band"):
         choose_tie_band(labels, p_first, sure=0.5)
     # 40 pairs of which the 30 surest are right: 0.05 ** (1 / 30) = 0.905. Bands are tried at each 5 %, two pairs.
     p_first = np.linspace(0.99, 0.6, 40)
     labels = np.array([1.0] * 30 + [0.0] * 10)
     assert choose_tie_band(labels, p_first, sure=0.9) == pytest.approx(p_first[30] - 0.5)
-    with pytest.raises(InputError, match="sure is 0.95"):
+    with pytest.raises(InputError, match=r"sure is 0\.95"):
         choose_tie_band(labels, p_first, sure=0.95)
     with pytest.raises(InputError, match="sure is"):
         choose_tie_band(np.array([0.5]), np.array([0.9]), sure=0.9)
@@ -176,12 +176,15 @@ def test_a_wanted_accuracy_is_had_on_pairs_that_did_not_choose_the_band():
     rng, short, chosen = np.random.default_rng(0), 0, 0
     fresh = expit(rng.normal(0, 2.5, 50_000))
     for _ in range(100):
-        p_first = expit(rng.normal(0, 2.5, 300))
-        labels = (rng.random(300) < p_first).astype(float)
-        band = choose_tie_band(labels, p_first, sure=0.9)
+        p_first = expit(rng.normal(0, 2.5, 500))
+        labels = (rng.random(500) < p_first).astype(float)
+        try:
+            band = choose_tie_band(labels, p_first, sure=0.9)
+        except InputError:  # it may find none, which is no false promise
+            continue
         outside = np.maximum(fresh, 1 - fresh)[np.abs(fresh - 0.5) > band]
         short, chosen = short + (outside.mean() < 0.9), chosen + len(outside) / len(fresh)
-    assert short <= 10 and chosen > 30
+    assert short <= 8 and chosen > 30
 
 
 # ---------------------------------------------------------------- reliability
@@ -209,7 +212,7 @@ def test_the_drawing_is_svg_and_names_are_only_text():
 
 @pytest.fixture(scope="module")
 def tiny() -> Judge:
-    return Judge.from_pretrained("tiny", batch_size=64)
+    return Judge.from_pretrained("tiny", batch_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -454,8 +457,8 @@ def test_an_unusable_mode_is_named(saved):
 def test_the_embedded_judge_is_as_sure_as_people_agree(tiny):
     """The promise of docs/judging.md, on pairs that neither fitted its calibration nor are in the tables."""
     pairs, p_first = load_pairs("tiny:id", limit=1000, seed=2), []
-    for start in range(0, len(pairs), 250):
-        rows = pairs[start : start + 250]
+    for start in range(0, len(pairs), 128):
+        rows = pairs[start : start + 128]
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
         p_first += [verdict.p_first for verdict in tiny.compare_many(rows["prompt"], firsts, seconds)]
     assert expected_calibration_error(np.array(pairs["p_first"]), np.array(p_first)) <= 0.03

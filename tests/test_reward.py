@@ -169,16 +169,16 @@ def test_an_empty_batch_has_empty_scores(FakeJudge):
 
 
 def test_info_is_told_from_each_image_s_own_side(FakeJudge, shade):
-    # Reds 255, 0, 0: the first meets the others, the listener believes the opposite of the judge, except on the tie.
+    # Reds 255, 51, 0: each meets the others, and the listener believes the opposite of the judge.
     judge = FakeJudge(slope=4.0, listener_slope=-2.0)
-    _, info = ListenerReward(judge)([shade(255), shade(0), shade(0)], ["a"] * 3)
-    believed = 1 / (1 + math.exp(2))  # of the first image, against each other one
-    assert info["listener_p_first"] == pytest.approx([believed, (1 - believed + 0.5) / 2, (1 - believed + 0.5) / 2])
-    assert info["contradicted"].tolist() == [1, 1, 1]  # a tie is no contradiction, and none to average either
+    _, info = ListenerReward(judge)([shade(255), shade(51), shade(0)], ["a"] * 3)
+    most, some, few = (1 / (1 + math.exp(-2 * gap / 255)) for gap in (-204, -255, -51))  # 1st-2nd, 1st-3rd, 2nd-3rd
+    assert info["listener_p_first"] == pytest.approx([(most + some) / 2, (1 - most + few) / 2, (2 - some - few) / 2])
+    assert info["contradicted"].tolist() == [1, 1, 1]
 
 
 def test_the_position_gap_is_its_mean_size(FakeJudge, shade):
-    _, info = ListenerReward(FakeJudge(bias=-0.125))([shade(9), shade(9)], ["a", "a"])
+    _, info = ListenerReward(FakeJudge(bias=-0.125))([shade(9), shade(10)], ["a", "a"])
     assert info["position_gap"].tolist() == [0.125, 0.125]
 
 
