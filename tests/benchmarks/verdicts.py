@@ -2,10 +2,10 @@
 
     python tests/benchmarks/verdicts.py --pairs 1500 --svg docs/verdicts.svg
 
-The embedded judge thinks eight times in each order about every pair, once; each way of judging is then replayed on those
-thoughts (`Judge.conclude`), so that the rows differ in nothing but the rule. All rows use the card's calibration, which is
-for its own way of judging: hence the warning. Tokens are those of the completions, tags and end included; reading an
-answer, the listener's too, costs a forward pass and no token. Differences are paired with the
+The embedded judge thinks eight times in each order about every pair, once; each way of judging is then replayed on
+those thoughts (`Judge.conclude`), so that the rows differ in nothing but the rule. All rows use the card's
+calibration, which is for its own way of judging: hence the warning. Tokens are those of the completions, tags and end
+included; reading an answer, the listener's too, costs a forward pass and no token. Differences are paired with the
 row marked *, with their 95 % intervals.
 """
 
