@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize, minimize_scalar
-from scipy.special import expit, logit
+from scipy.special import betaincinv, expit, logit
 
 from listener_reward.errors import InputError
 from listener_reward.reliability import reliability
+from listener_reward.verdict import LISTENING, Aggregate, Mode
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +38,9 @@ Method = Literal["auto", "temperature", "isotonic"]
 MOST_KNOTS = 10
 LEAST_IN_A_BIN = 30
 """Isotonic regression gets at most this many knots, and this many pairs for each of them at least."""
+
+BANDS = 20
+"""How many tie bands are tried for a wanted accuracy, which leave the surest 5 %, 10 % ... of the pairs outside."""
 
 STEEPEST = 100.0
 """Slopes are kept in [1 / STEEPEST, STEEPEST]: the likelihood of a judge that is never wrong has no maximum."""
@@ -111,8 +115,12 @@ class Calibration:
     """Of the listener's answer after each thought."""
     listener: Curve = field(default_factory=Curve)
     """Of the listener's mean over thoughts and orders."""
+    both: Curve = field(default_factory=Curve)
+    """Of the mean of what `verdict` and `listener` give, in log-odds, where reasoner and listener judge together."""
     tie_band: float = 0.0
     """A verdict prefers neither image where p_first is this near to 1/2, in [0, 0.5]."""
+    mode: Mode | None = None
+    """How the verdicts were made that it was fitted on; None for not known, as `Card` reads it."""
 
     def __post_init__(self) -> None:
         if not (_is_number(self.tie_band) and 0 <= self.tie_band <= 0.5):
@@ -120,8 +128,21 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The maps as JSON-able values."""
-        curves = {name: [list(knot) for knot in getattr(self, name).knots] for name in ("verdict", "listener")}
+        curves = {name: [list(knot) for knot in getattr(self, name).knots] for name in ("verdict", "listener", "both")}
         return asdict(self) | curves
+
+    def covers(self, mode: Mode) -> bool:
+        """Whether it is for verdicts made in `mode`, or changes nothing.
+
+        One fit serves the aggregates "mean", "listener" and "both", unless an early stop or a tie band was chosen for
+        one of them.
+        """
+        if self.mode in (None, mode):
+            return True
+        if "majority" in (self.mode.aggregate, mode.aggregate) or self.tie_band > 0 or mode.early_stop is not None:
+            return False
+        fitted = mode.aggregate not in LISTENING or getattr(self, CURVE_OF[mode.aggregate]) != Curve()
+        return fitted and replace(self.mode, aggregate=mode.aggregate) == mode
 
     @classmethod
     def from_dict(cls, saved: Any) -> Calibration:
@@ -130,12 +151,14 @@ class Calibration:
         Raises:
             InputError: names the field that is unknown or out of range.
         """
-        maps = {"answer": Platt, "verdict": Curve, "heard": Platt, "listener": Curve}
-        if not isinstance(saved, dict) or not set(saved) <= {*maps, "tie_band"}:
+        maps = {"answer": Platt, "verdict": Curve, "heard": Platt, "listener": Curve, "both": Curve}
+        if not isinstance(saved, dict) or not set(saved) <= {*maps, "tie_band", "mode"}:
             raise InputError(
-                f"calibration is {saved!r}; it may have {', '.join(maps)} and tie_band, and no other field"
+                f"calibration is {saved!r}; it may have {', '.join(maps)}, tie_band and mode, and no other field"
             )
         values: dict[str, Any] = dict(saved)
+        if saved.get("mode") is not None:
+            values["mode"] = Mode.from_dict(saved["mode"])
         for name in set(saved) & set(maps):
             if maps[name] is Curve:
                 values[name] = Curve(saved[name])
@@ -144,6 +167,10 @@ class Calibration:
             else:
                 raise InputError(f"calibration has {name} {saved[name]!r}; give its temperature and bias")
         return cls(**values)
+
+
+CURVE_OF: dict[Aggregate, str] = {"mean": "verdict", "majority": "verdict", "listener": "listener", "both": "both"}
+"""The field of a `Calibration` that a verdict goes through last."""
 
 
 def _is_number(value: object) -> bool:
@@ -222,9 +249,10 @@ def fit_curve(
 def choose_tie_band(labels: np.ndarray, p_first: np.ndarray, *, sure: float | None = None) -> float:
     """How near to 1/2 a verdict should prefer neither image, in [0, 0.5].
 
-    With `sure`, the narrowest band outside of which at least that share of pairs is right by the majority. Without, the
-    band of highest accuracy when ties are an answer and a tie that only one side sees is half right (PickScore's rule);
-    people who never tie want none.
+    With `sure`, the narrowest band outside of which at least that share of pairs is right by the majority: not only of
+    these pairs, of which some share always is, but by a lower bound for others (Clopper & Pearson 1934, one-sided) that
+    holds with 95 % at one of the `BANDS` bands that are tried. Without `sure`, the band of highest accuracy when ties
+    are an answer and a tie that only one side sees is half right (PickScore's rule); people who never tie want none.
     """
     from listener_reward.protocols import best_tie_threshold
 
@@ -234,12 +262,18 @@ def choose_tie_band(labels: np.ndarray, p_first: np.ndarray, *, sure: float | No
     decided = people != 0
     sizes, right = np.abs(margins)[decided], (margins * people > 0)[decided]
     order = np.argsort(-sizes, kind="stable")
-    accuracy = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    # Equal sizes fall on the same side of a band, so only the last of them can be the least that is preferred.
+    count, hits = np.arange(1, len(order) + 1), np.cumsum(right[order])
+    least = betaincinv(np.maximum(hits, 1e-9), count - hits + 1, 0.05)
+    # Equal sizes fall on the same side of a band, so only the last of them can be the least that is preferred. Few
+    # bands are tried, because the luckiest of many is luck.
     ends = np.flatnonzero(np.append(np.diff(sizes[order]) != 0, True)) if len(order) else np.array([], dtype=int)
-    good = ends[accuracy[ends] >= sure]
+    ends = ends[np.unique(np.linspace(0, len(ends) - 1, BANDS + 1).astype(int)[1:])] if len(ends) else ends
+    good = ends[least[ends] >= sure]
     if not len(good):
-        raise InputError(f"sure is {sure}, and no band makes the judge right that often on {len(order)} pairs")
+        raise InputError(
+            f"sure is {sure}, and on {len(order)} pairs no band makes certain that the judge is right that often; give "
+            "more pairs, of which a fifth chooses the band, or a lower share"
+        )
     beyond = sizes[order][good[-1] + 1 :]
     return float(beyond[0]) if len(beyond) else 0.0
 
@@ -267,8 +301,9 @@ class Calibrated:
     n_validation: int
     n_test: int
     before: dict[str, float]
-    """`ece`, `brier`, `nll` and `preferred` (the share of pairs that the tie band leaves a preference) on the test,
-    without any calibration, an earlier one included."""
+    """`ece`, `brier`, `nll`, `preferred` (the share of pairs that the tie band leaves a preference) and
+    `preferred_accuracy` (how often that is the majority's; NaN where there is none) on the test, without any
+    calibration, an earlier one included."""
     after: dict[str, float]
     listener_before: dict[str, float] | None
     listener_after: dict[str, float] | None
@@ -299,6 +334,8 @@ def calibrate(
     progress: bool = True,
 ) -> Calibrated:
     """Fits the calibration of `judge` as it judges now (its thoughts, aggregate, orders, with or without thinking).
+
+    Where it has a listener, the curves of the aggregates "listener" and "both" are fitted too.
 
     Pairs are divided by prompt: the maps are fitted on one half, a fifth chooses between curves and the tie band, and
     the rest measures what they changed. The judge is left as it is.
@@ -338,37 +375,39 @@ def calibrate(
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
         answers += judge.answers(rows["prompt"], firsts, seconds)
 
-    def verdicts(calibration: Calibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """p_first, the listener's (NaN without one), and whether an image is preferred, of every pair."""
-        made = [judge.conclude(views, calibration=calibration) for views in answers]
+    def verdicts(calibration: Calibration, aggregate: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """p_first, the listener's (NaN without one), and the preferred side (1, -1, 0 for none) of every pair."""
+        made = [judge.conclude(views, calibration=calibration, aggregate=aggregate) for views in answers]
         heard = [math.nan if one.listener_p_first is None else one.listener_p_first for one in made]
-        return np.array([one.p_first for one in made]), np.array(heard), np.array([one.preferred for one in made], bool)
+        sides = [{1: 1, 2: -1, None: 0}[one.preferred] for one in made]
+        return np.array([one.p_first for one in made]), np.array(heard), np.array(sides)
 
     views = [(y, view) for y, pair, chosen in zip(labels, answers, fit, strict=True) if chosen for view in pair]
     shown = np.array([1 - y if view.flipped else y for y, view in views])
-    calibration = Calibration(answer=fit_platt(logit(np.array([view.p_own for _, view in views])), shown))
+    mode = judge.card.mode(judge.think)
+    answer = fit_platt(logit(np.array([view.p_own for _, view in views])), shown)
+    calibration = Calibration(answer=answer, mode=mode)
     listens = all(view.p_heard is not None for _, view in views)
     if listens:
         heard = fit_platt(logit(np.array([view.p_heard for _, view in views])), shown)
         calibration = replace(calibration, heard=heard)
 
-    p_first, p_listener, _ = verdicts(calibration)
-    chosen = fit, validation
-    fitted, held_out = ((logit(p_first[part]), labels[part]) for part in chosen)
-    calibration = replace(calibration, verdict=fit_curve(*fitted, held_out, method))
-    if listens:
-        fitted, held_out = ((logit(p_listener[part]), labels[part]) for part in chosen)
-        calibration = replace(calibration, listener=fit_curve(*fitted, held_out, method))
-    p_first = verdicts(calibration)[0]
+    fitted_on: list[Aggregate] = ["majority" if mode.aggregate == "majority" else "mean"]
+    for aggregate in fitted_on + list(LISTENING) * listens:  # "both" last: it rests on the other two
+        p_first = verdicts(calibration, aggregate)[0]
+        fitted, held_out = ((logit(p_first[part]), labels[part]) for part in (fit, validation))
+        curve = fit_curve(*fitted, held_out, method)
+        calibration = replace(calibration, **{CURVE_OF[aggregate]: curve})
+    p_first = verdicts(calibration, mode.aggregate)[0]
     band = choose_tie_band(labels[validation], p_first[validation], sure=sure)
     calibration = replace(calibration, tie_band=math.ceil(band * 1e4) / 1e4 if band < 0.5 else 0.5)
 
-    uncalibrated, after = verdicts(Calibration()), verdicts(calibration)
+    uncalibrated, after = verdicts(Calibration(), mode.aggregate), verdicts(calibration, mode.aggregate)
     return Calibrated(
         calibration,
         *(int(part.sum()) for part in (fit, validation, test)),
-        before=_measures(labels[test], uncalibrated[0][test]) | {"preferred": float(uncalibrated[2][test].mean())},
-        after=_measures(labels[test], after[0][test]) | {"preferred": float(after[2][test].mean())},
+        before=_measures(labels[test], uncalibrated[0][test]) | _preferences(labels[test], uncalibrated[2][test]),
+        after=_measures(labels[test], after[0][test]) | _preferences(labels[test], after[2][test]),
         listener_before=_measures(labels[test], uncalibrated[1][test]) if listens else None,
         listener_after=_measures(labels[test], after[1][test]) if listens else None,
         labels=labels[test],
@@ -381,6 +420,14 @@ def _part(prompt: str, seed: int) -> int:
     """0 to fit on, 1 to validate, 2 to measure: half, a fifth and the rest of the prompts."""
     share = hashlib.blake2b(f"{seed}/{prompt}".encode("utf-8", "replace"), digest_size=2).digest()
     return int(np.searchsorted([0.5, 0.7], int.from_bytes(share) / 2**16, side="right"))
+
+
+def _preferences(labels: np.ndarray, sides: np.ndarray) -> dict[str, float]:
+    """The share of pairs that are given a preference, and how often that is the majority's, where people have one."""
+    people = np.sign(labels - 0.5)
+    both = (sides != 0) & (people != 0)
+    right = float((sides == people)[both].mean()) if both.any() else math.nan
+    return {"preferred": float((sides != 0).mean()), "preferred_accuracy": right}
 
 
 def _measures(labels: np.ndarray, p_first: np.ndarray) -> dict[str, float]:

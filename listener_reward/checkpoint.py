@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 
@@ -19,11 +19,10 @@ from listener_reward.calibration import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.trace import Masking
+from listener_reward.verdict import Aggregate, Mode, Orders
 
 CARD = "listener_reward.json"
 
-Aggregate = Literal["mean", "majority"]
-Orders = Literal["both", "one"]
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
 
@@ -47,15 +46,19 @@ class Card:
     thoughts: int = 1
     """Thoughts sampled for each order."""
     aggregate: Aggregate = "mean"
-    """How thoughts become a verdict: the mean of their probabilities, or a majority of their answers."""
+    """How thoughts become a verdict: the mean of their probabilities, a majority of their answers, the listener's mean
+    having read them, or the reasoner and the listener together."""
     orders: Orders = "both"
     """Whether a pair is shown in both orders, or in one drawn at random at half the cost."""
     early_stop: float | None = None
-    """No further thoughts once all of them would prefer the same image with this probability; see `judge.is_sure`."""
+    """No further thoughts once all would prefer the same image with this probability; see `conclude.settled`."""
     sampling_temperature: float = 1.0
     max_new_tokens: int = 512
     calibration: Calibration = field(default_factory=Calibration)
-    """Fitted on votes by `listener-reward calibrate`, for verdicts made as this card says."""
+    """Fitted on votes by `listener-reward calibrate`, for verdicts made in its `mode`.
+
+    One without a mode, as older cards have it, is taken to be for what the card says of thoughts, aggregate, orders and
+    early stop, and keeps that mode when they change."""
     fast_calibration: Calibration = field(default_factory=Calibration)
     """The same without thoughts."""
 
@@ -78,6 +81,16 @@ class Card:
             raise InputError(f"early_stop is {self.early_stop!r}; give a probability in (0.5, 1], or null for never")
         if not isinstance(self.listener, str | None):
             raise InputError(f"listener is {self.listener!r}; give the name of a checkpoint, or null for none")
+        for name, think in (("calibration", True), ("fast_calibration", False)):
+            calibration: Calibration = getattr(self, name)
+            if calibration.mode is None and calibration != Calibration():
+                object.__setattr__(self, name, replace(calibration, mode=self.mode(think)))
+
+    def mode(self, think: bool = True) -> Mode:
+        """How this card has verdicts made. Without thoughts none can be counted, and none be left out."""
+        if think:
+            return Mode(True, self.thoughts, self.aggregate, self.orders, self.early_stop)
+        return Mode(False, 1, "mean" if self.aggregate == "majority" else self.aggregate, self.orders)
 
     def save(self, folder: str | Path) -> None:
         calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}

@@ -69,7 +69,9 @@ Thoughts = Annotated[
 AggregateName = Annotated[
     str | None,
     typer.Option(
-        "--aggregate", help='"mean" of the thoughts or "majority" of their answers.', show_default="the judge's own"
+        "--aggregate",
+        help='"mean" of the thoughts, "majority" of their answers, "listener" (its mean), or "both".',
+        show_default="the judge's own",
     ),
 ]
 OrdersName = Annotated[
@@ -320,7 +322,7 @@ def evaluate_pairs(
         broken: list[Exception] = []
         shown: list[dict[str, Any]] = []
         if html is not None:
-            _check_page(html)
+            _check_page("html", html)
         with _working("judging", spinner=False):  # the evaluation has its own progress bar
             from listener_reward.datasets import load_pairs
             from listener_reward.evaluate import evaluate, evaluate_scores
@@ -418,6 +420,8 @@ def calibrate(
 
             name = PAPER_CHECKPOINT if judge is None else judge
             _check_writable(name, out)
+            if plot is not None:
+                _check_page("plot", plot)
             pairs = load_pairs(data, limit=limit, seed=seed)
             loaded = _load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
             result = fit(
@@ -740,13 +744,16 @@ def _check_writable(name: str, out: Path | None) -> None:
 
 
 def _write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
-    from listener_reward.checkpoint import Card, resolve
+    from listener_reward.checkpoint import EMBEDDED, Card, resolve
 
-    kept = ("thoughts", "aggregate", "orders", "early_stop")
-    changes: dict[str, Any] = {field: getattr(judge.card, field) for field in kept}
-    changes["calibration" if judge.think else "fast_calibration"] = result.calibration
+    changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
+    if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
+        kept = ("thoughts", "aggregate", "orders", "early_stop")
+        changes |= {field: getattr(judge.card, field) for field in kept}
     if listener is not None:
-        changes["listener"] = None if listener == "none" else listener
+        # A folder is named from here; the card would read a relative name from where it lies itself.
+        local = listener not in EMBEDDED and Path(listener).is_dir()
+        changes["listener"] = None if listener == "none" else str(Path(listener).resolve()) if local else listener
     if out is None:
         Card.amend(name, **changes)
         return Path(name)
@@ -762,14 +769,14 @@ def _write_calibration(name: str, out: Path | None, judge: Judge, result: Calibr
     return out
 
 
-def _check_page(path: Path) -> None:
-    """Refuses a page that could not be written, before the judging."""
+def _check_page(option: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the judging."""
     if path.is_dir():
-        raise InputError(f"html is {str(path)!r}, which is a folder; give the name of a file")
+        raise InputError(f"{option} is {str(path)!r}, which is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"html is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
+        raise InputError(f"{option} is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
 
 
 def _write_html(
@@ -877,7 +884,13 @@ def _finite(value: Any) -> Any:
 def _print_verdict(verdict: Verdict, first: str, second: str) -> None:
     console = Console(highlight=False)
     if verdict.preferred is None:
-        console.print("An exact tie.", style="bold")
+        exact = verdict.p_first == 0.5
+        console.print(
+            "An exact tie."
+            if exact
+            else f"No preference: p = {verdict.p_first:.3f} for the first image, within the tie band.",
+            style="bold",
+        )
     else:
         name, p = (first, verdict.p_first) if verdict.preferred == 1 else (second, 1 - verdict.p_first)
         console.print(Text.assemble((_plain(name), "bold green"), f" is preferred, p = {p:.3f}"), soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,44 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from scipy.special import stdtr
 
-from listener_reward.calibration import Calibration, Curve
+from listener_reward.calibration import CURVE_OF, Calibration, Curve
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.checkpoint import Aggregate, Card, Orders, resolve
+from listener_reward.checkpoint import Card, resolve
+from listener_reward.conclude import Answer, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
 from listener_reward.images import ImageLike, to_pil, to_pil_batch
 from listener_reward.listener import Listener, read_answers
-from listener_reward.ranking import Ranking, rank_images
-from listener_reward.shaping import contradicted
+from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Trace, parse
-from listener_reward.verdict import Thought, Verdict
+from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
 from listener_reward.vlm import VLM, TransformersVLM, check_finite
-
-_GRID = 2**40
-"""Probabilities are rounded to multiples of 1 / _GRID, on which 1 - p is exact in both directions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One thought and what the two models made of it, before any calibration, about the image that was shown first."""
-
-    flipped: bool
-    """Whether the caller's second image was shown first."""
-    number: int
-    """Which of the thoughts of its order it is, from 0."""
-    trace: Trace
-    p_own: float
-    """The reasoner's probability at its answer slot, in (0, 1)."""
-    p_heard: float | None
-    """The listener's; None without one."""
-
-    @property
-    def vote(self) -> float:
-        """1 for the image shown first, 0 for the other: the answer given, or where that is malformed the likelier."""
-        if self.trace.answer is not None:
-            return float(self.trace.answer == 1)
-        return 0.5 if self.p_own == 0.5 else float(self.p_own > 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +62,13 @@ class Judge:
         self.reasoner = reasoner
         self.listener = listener
         self.card = card or Card()
+        check_listens(self.card.mode(think), listener is not None)
         self.name = name
         self.think = think
         """False skips the reasoning and reads the answer's probability from one forward pass: the fast mode."""
         self.seed = seed
         self._origin: dict[str, Any] | None = None
+        self._told_of_mode = False
 
     @classmethod
     def from_pretrained(
@@ -118,11 +94,13 @@ class Judge:
 
         Args:
             name: the reasoner's checkpoint. Its `listener_reward.json` says how it is asked and who listens.
-            listener: another listener than the checkpoint's own; "none" for no listener.
+            listener: another listener than the checkpoint's own; "none" for no listener, and for a verdict by the mean
+                of the thoughts where the checkpoint would have it from its listener.
             device, dtype, batch_size, shared_prefix, token_budget, vision_bytes: where and how both models run; see
                 `TransformersVLM`.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
-            aggregate: "mean" averages the thoughts' probabilities, "majority" counts their answers.
+            aggregate: "mean" averages the thoughts' probabilities, "majority" counts their answers, "listener" averages
+                what the listener makes of them, "both" is the reasoner and the listener together.
             orders: "both", or "one" for a random order at half the cost.
             early_stop: how sure to be, in (0.5, 1], before no further thought is asked for; 1 only saves those that can
                 change nothing.
@@ -131,10 +109,13 @@ class Judge:
             seed: seeds the thoughts, together with the pair's content.
 
         Raises:
-            InputError: a checkpoint that cannot be found, reached or read.
+            InputError: a checkpoint that cannot be found, reached or read; an aggregate that needs a listener without
+                one.
         """
         folder = resolve(name)
         card = Card.load(folder)
+        if listener == "none" and aggregate is None and card.aggregate in LISTENING:
+            card = replace(card, aggregate="mean")
         given = {
             "thoughts": thoughts,
             "aggregate": aggregate,
@@ -143,6 +124,7 @@ class Judge:
             "max_new_tokens": max_new_tokens,
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
+        check_listens(card.mode(think), listener != "none" and (listener or card.listener) is not None)
         options: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -217,7 +199,7 @@ class Judge:
                 "needs one of each"
             )
         thinks = self._thinks(think)
-        thoughts = self.card.thoughts if thinks else 1
+        thoughts = self.card.mode(thinks).thoughts
         shown = [
             view
             for index, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True))
@@ -227,14 +209,21 @@ class Judge:
         if early_stop is None:
             self._ask(shown, thinks, gathered)
         else:
+            mode = replace(self.card.mode(thinks), early_stop=early_stop)
+            calibration = self._calibration(mode)
             for number in range(thoughts):
-                due = [view for view in shown if view.number == number]
-                due = [view for view in due if number == 0 or not (view.twin or self._settled(gathered[view.pair]))]
-                self._ask(due, thinks, gathered)
+                done = {pair for pair, views in enumerate(gathered) if settled(views, mode, calibration)}
+                due = [view for view in shown if view.number == number and view.pair not in done]
+                self._ask([view for view in due if number == 0 or not view.twin], thinks, gathered)
         return gathered
 
     def conclude(
-        self, answers: Sequence[Answer], *, think: bool | None = None, calibration: Calibration | None = None
+        self,
+        answers: Sequence[Answer],
+        *,
+        think: bool | None = None,
+        calibration: Calibration | None = None,
+        aggregate: Aggregate | None = None,
     ) -> Verdict:
         """The verdict that the answers about one pair amount to; arithmetic only.
 
@@ -242,24 +231,38 @@ class Judge:
             answers: one element of what `answers` returns.
             think: whether they come with thoughts; None is the judge's own setting.
             calibration: another than the card's.
+            aggregate: another than the card's.
+
+        Raises:
+            InputError: the aggregate needs a listener, and there was none.
         """
-        thinks = self._thinks(think)
-        if calibration is None:
-            calibration = self.card.calibration if thinks else self.card.fast_calibration
-        needed = self._needed(answers, calibration) if thinks else answers
-        return _verdict(_in_order(needed), thinks, self.card.aggregate, calibration)
+        mode = self.card.mode(self._thinks(think))
+        if aggregate is not None:
+            mode = replace(mode, aggregate=aggregate)
+        calibration = self._calibration(mode) if calibration is None else calibration
+        return verdict_of(self._needed(answers, mode, calibration), mode, calibration)
 
     def rank(self, prompt: str, images: Sequence[ImageLike], *, budget: int | None = None) -> Ranking:
-        """Orders images of one prompt by comparing every pair, or `budget` pairs chosen as it goes; see `ranking`."""
+        """Orders images of one prompt by comparing every pair, or `budget` pairs chosen as it goes; see `ranking`.
+
+        Equal pictures are compared as one, and share its score.
+        """
         pictures = to_pil_batch(images)
+        same = first_equal(pictures)
+        distinct = [picture for place, picture in enumerate(pictures) if same[place] == place]
+        mode = self.card.mode(self.think)
+        calibration, curve = self._calibration(mode), None
+        if not mode.think:  # docs/ranking.md has what this gains, and that thoughts are better off without
+            last = CURVE_OF[mode.aggregate]
+            curve = getattr(calibration, last)
+            calibration = replace(calibration, **{last: Curve()})
 
         def compare_batch(pairs: Sequence[tuple[int, int]]) -> list[float]:
-            verdicts = self.compare_many(
-                [prompt] * len(pairs), [pictures[i] for i, _ in pairs], [pictures[j] for _, j in pairs]
-            )
-            return [verdict.p_first for verdict in verdicts]
+            firsts, seconds = [distinct[i] for i, _ in pairs], [distinct[j] for _, j in pairs]
+            answers = self.answers([prompt] * len(pairs), firsts, seconds, early_stop=mode.early_stop)
+            return [verdict_of(views, mode, calibration).p_first for views in answers]
 
-        return rank_images(compare_batch, len(pictures), budget=budget)
+        return copy_scores(rank_images(compare_batch, len(distinct), budget=budget, curve=curve), same)
 
     def _thinks(self, think: bool | None) -> bool:
         return self.think if think is None else think
@@ -292,32 +295,34 @@ class Judge:
             asked = [view.heard for view in shown if view.heard is not None]
             heard = check_finite(self.listener.p_first(asked, traces), "the listener").tolist()
         for view, trace, p_own, p_heard in zip(shown, traces, own, heard, strict=True):
-            p_heard = None if p_heard is None else _on_grid(p_heard)
-            answer = Answer(view.flipped, view.number, trace, _on_grid(p_own), p_heard)
+            p_heard = None if p_heard is None else on_grid(p_heard)
+            answer = Answer(view.flipped, view.number, trace, on_grid(p_own), p_heard)
             gathered[view.pair].append(answer)
             if view.twin:
                 gathered[view.pair].append(replace(answer, flipped=True))
 
-    def _needed(self, answers: Sequence[Answer], calibration: Calibration) -> Sequence[Answer]:
+    def _calibration(self, mode: Mode) -> Calibration:
+        """The card's for thinking or not; says once where that was fitted for another way to judge."""
+        calibration = self.card.calibration if mode.think else self.card.fast_calibration
+        if not (self._told_of_mode or calibration.covers(mode)):
+            self._told_of_mode = True
+            warnings.warn(
+                f"the judge's confidence was calibrated for {calibration.mode}; it judges with {mode}, and may be more "
+                "or less sure than it should. Fit it by `listener-reward calibrate` with the options that it judges "
+                "with. Said once",
+                stacklevel=2,
+            )
+        return calibration
+
+    def _needed(self, answers: Sequence[Answer], mode: Mode, calibration: Calibration) -> Sequence[Answer]:
         """Those that would have been asked for, where all were: calibration replays early stopping on them."""
-        if self.card.early_stop is None:
+        if mode.early_stop is None:
             return answers
         needed: list[Answer] = []
         for number in range(1 + max(answer.number for answer in answers)):
-            if not self._settled(needed, calibration):
+            if not settled(needed, mode, calibration):
                 needed += [answer for answer in answers if answer.number == number]
         return needed
-
-    def _settled(self, answers: Sequence[Answer], calibration: Calibration | None = None) -> bool:
-        """Whether a pair with these thoughts needs no more of them."""
-        if not answers or self.card.early_stop is None:
-            return False
-        scale = (calibration or self.card.calibration).answer
-        counted = self.card.aggregate == "majority"
-        support = [answer.vote if counted else _on_grid(scale(answer.p_own)) for answer in answers]
-        support = [1 - p if answer.flipped else p for answer, p in zip(answers, support, strict=True)]
-        remaining = self.card.thoughts * (2 if self.card.orders == "both" else 1) - len(answers)
-        return is_sure(support, remaining, self.card.early_stop)
 
     def _views(self, index: int, prompt: str, first: ImageLike, second: ImageLike, thoughts: int) -> list[_Shown]:
         """Both orders of a pair, `thoughts` times each, in an order that does not depend on which image came first.
@@ -364,107 +369,4 @@ def make_listener(vlm: VLM, chat_format: ChatFormat, card: Card) -> Listener:
         temperature=card.listener_temperature,
         masking=card.masking,
         grounding=card.listener_grounding,
-    )
-
-
-def is_sure(support: Sequence[float], remaining: int, sureness: float) -> bool:
-    """Whether the thoughts so far settle which image is preferred.
-
-    `support` holds what each thought gives the caller's first image, in [0, 1]. They settle it where the `remaining`
-    thoughts cannot change the side of the mean even if all of them went the other way. Below a `sureness` of 1 they
-    also do where the mean of all thoughts would be on the same side with that probability, by a t-test: the mean so
-    far against its standard error, for a finite number of thoughts. The variance is pooled with one thought of the
-    largest variance there is, 1/4, because a few thoughts may agree by chance.
-    """
-    n, lead = len(support), math.fsum(p - 0.5 for p in support)
-    if abs(lead) > remaining / 2:
-        return True
-    if sureness >= 1 or lead == 0:
-        return False
-    mean = lead / n
-    variance = (math.fsum((p - 0.5 - mean) ** 2 for p in support) + 0.25) / n
-    statistic = abs(mean) / math.sqrt(variance * remaining / (n * (n + remaining)))
-    return float(stdtr(n, statistic)) >= sureness
-
-
-def _in_order(answers: Sequence[Answer]) -> list[Answer]:
-    """All thoughts of one order, then those of the other; `_views` decided which is first."""
-    return sorted(answers, key=lambda answer: (answer.flipped != answers[0].flipped, answer.number))
-
-
-def _verdict(raw: Sequence[Answer], thought: bool, aggregate: Aggregate, calibration: Calibration) -> Verdict:
-    """Calibrates the answers, puts them together within each order and over both, and calibrates what comes of it."""
-    views = [
-        replace(
-            view,
-            p_own=_on_grid(calibration.answer(view.p_own)),
-            p_heard=None if view.p_heard is None else _on_grid(calibration.heard(view.p_heard)),
-        )
-        for view in raw
-    ]
-    margin, position_gap = _over_orders([(view.flipped, view.p_own) for view in views])
-    if aggregate == "majority" and thought:
-        # Laplace's rule of succession: n votes of n are no certainty.
-        margin = _over_orders([(view.flipped, view.vote) for view in views])[0] * len(views) / (len(views) + 2)
-    p_first = _probability(margin, calibration.verdict)
-    heard = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
-    listener_p_first = _probability(_over_orders(heard)[0], calibration.listener) if heard else None
-    preferred: Literal[1, 2] | None = None
-    if abs(p_first - 0.5) > calibration.tie_band:
-        preferred = 1 if p_first > 0.5 else 2
-    return Verdict(
-        p_first=p_first,
-        preferred=preferred,
-        thoughts=tuple(_thought(view) for view in views) if thought else (),
-        listener_p_first=listener_p_first,
-        contradicted=None
-        if listener_p_first is None or preferred is None
-        else (listener_p_first < 0.5 if preferred == 1 else listener_p_first > 0.5),
-        position_gap=position_gap,
-        malformed=sum(not view.trace.well_formed for view in views) if thought else 0,
-    )
-
-
-def _over_orders(shown_first: Sequence[tuple[bool, float]]) -> tuple[float, float]:
-    """p(caller's first) - 1/2, and how much more it got when shown first than when shown second (NaN of one order).
-
-    `shown_first` holds (flipped, p(image shown first)). The two are differences of what the orders gave, so swapping
-    the images turns the sign of the first and changes nothing else, to the last bit.
-    """
-    as_given = [p for flipped, p in shown_first if not flipped]
-    swapped = [p for flipped, p in shown_first if flipped]
-    if not swapped:
-        return math.fsum(as_given) / len(as_given) - 0.5, math.nan
-    if not as_given:
-        return 0.5 - math.fsum(swapped) / len(swapped), math.nan
-    straight, reverse = math.fsum(as_given) / len(as_given), math.fsum(swapped) / len(swapped)
-    return (straight - reverse) / 2, straight + reverse - 1.0
-
-
-def _probability(margin: float, curve: Curve) -> float:
-    """The calibrated probability for a margin over 1/2. The size first, then the grid, so that 1 - p is exact."""
-    if margin == 0:
-        return 0.5
-    high = _on_grid(curve(_on_grid(0.5 + abs(margin))))
-    return high if margin > 0 else 1.0 - high
-
-
-def _on_grid(p: float) -> float:
-    """The multiple of 1 / _GRID nearest to `p`, in (0, 1): float32 rounds a sure answer to 0 or 1, which nobody is."""
-    return min(max(round(p * _GRID), 1), _GRID - 1) / _GRID
-
-
-def _thought(view: Answer) -> Thought:
-    """A thought in the caller's numbering."""
-    trace, p_heard = view.trace, view.p_heard
-    answer: Literal[1, 2] | None = trace.answer
-    if view.flipped and answer is not None:
-        answer = 2 if answer == 1 else 1
-    return Thought(
-        text=trace.thought,
-        order="swapped" if view.flipped else "as given",
-        answer=answer,
-        p_first=1.0 - view.p_own if view.flipped else view.p_own,
-        listener_p_first=None if p_heard is None else (1.0 - p_heard if view.flipped else p_heard),
-        contradicted=None if p_heard is None else contradicted(trace, p_heard),
     )

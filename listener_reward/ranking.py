@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import expit, ndtr
+from scipy.special import expit, logit, ndtr
 
+from listener_reward.calibration import Curve, fit_temperature
 from listener_reward.errors import InputError, JudgeError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PRIOR_STD = 2.0
 """Standard deviation of scores before any comparison: two random images are 2.8 log-odds apart, about 94 to 6."""
@@ -42,7 +46,9 @@ class Ranking:
     order: list[int]
     """Positions of the images, best first; equal scores keep the caller's order."""
     scores: list[float]
-    """Log-odds in the caller's order, mean zero: image i beats j with probability sigmoid(scores[i] - scores[j])."""
+    """Log-odds in the caller's order: image i beats j with probability sigmoid(scores[i] - scores[j]).
+
+    Their mean is zero, equal images counting once."""
     standard_errors: list[float]
     """One for each score, in the same order and unit: how far it may be off, relative to the mean of the images."""
     comparisons: int
@@ -205,6 +211,7 @@ def rank_images(
     *,
     budget: int | None = None,
     prior_std: float = PRIOR_STD,
+    curve: Curve | None = None,
 ) -> Ranking:
     """Ranks `n` images by comparing pairs of them, no pair twice.
 
@@ -214,6 +221,8 @@ def rank_images(
         n: number of images, at least 1.
         budget: the most comparisons to make, at least 1; None, and all there are, is the full round robin.
         prior_std: see `fit_bradley_terry`.
+        curve: what makes the answers calibrated, where they are not. Scores are fitted on the answers as they are,
+            which add up better, and are then stretched by the one factor that makes the calibrated ones likeliest.
 
     Raises:
         InputError: there is no image, or a budget that is no number of comparisons.
@@ -237,7 +246,40 @@ def rank_images(
         centre = np.eye(n) - 1 / n
         covariance = centre @ covariance @ centre
     errors = np.sqrt(np.diag(covariance))
-    return Ranking(np.argsort(-scores, kind="stable").tolist(), scores.tolist(), errors.tolist(), len(outcomes))
+    if curve is not None and outcomes:
+        rows, columns, p = (np.array(values) for values in zip(*outcomes, strict=True))
+        stretch = _stretch(scores[rows] - scores[columns], expit(curve.of(logit(p))))
+        scores, errors = stretch * scores, stretch * errors
+    return Ranking(_best_first(scores), scores.tolist(), errors.tolist(), len(outcomes))
+
+
+def _stretch(gaps: np.ndarray, p: np.ndarray) -> float:
+    """The factor under which `gaps` of scores make the probabilities `p` likeliest; 1 where there are no gaps."""
+    size = np.abs(gaps).max()
+    return float(fit_temperature(gaps / size, p).knots[0][1] / size) if size > 1e-9 else 1.0
+
+
+def _best_first(scores: np.ndarray) -> list[int]:
+    """Positions by score; what differs by no more than rounding is equal, and keeps its order."""
+    return np.argsort(-np.round(scores, 9), kind="stable").tolist()
+
+
+def first_equal(pictures: Sequence[Image.Image]) -> list[int]:
+    """For each of the pictures the position of the first that is equal to it, which may be its own."""
+    seen: dict[tuple[Any, ...], int] = {}
+    return [
+        seen.setdefault((picture.mode, picture.size, picture.tobytes()), place)
+        for place, picture in enumerate(pictures)
+    ]
+
+
+def copy_scores(ranking: Ranking, same: Sequence[int]) -> Ranking:
+    """The ranking of all images from that of the distinct ones, `same` being what `first_equal` says of all."""
+    distinct = sorted(set(same))
+    places = [distinct.index(first) for first in same]
+    scores = [ranking.scores[place] for place in places]
+    errors = [ranking.standard_errors[place] for place in places]
+    return Ranking(_best_first(np.array(scores)), scores, errors, ranking.comparisons)
 
 
 def _compared(

@@ -25,7 +25,7 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.images import ImageLike, to_pil, to_pil_batch
-from listener_reward.ranking import PRIOR_STD, Ranking, fit_bradley_terry, pairings
+from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
 from listener_reward.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -206,7 +206,10 @@ class ListenerReward:
 
     def _plan(self, prompt: str, pictures: list[Image.Image]) -> _Task:
         if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
-            return _Task(prompt, pictures, pairings(len(pictures)))
+            same = first_equal(pictures)  # equal images are compared as one, and share its score
+            distinct = sorted(set(same))
+            meetings = [(distinct[i], distinct[j]) for i, j in pairings(len(distinct))]
+            return _Task(prompt, pictures, meetings, same=same)
         reference = self._reference_of(prompt)
         opens = reference is None
         met = range(1 if opens else 0, len(pictures))
@@ -280,6 +283,8 @@ class _Task:
     """None where the pictures meet one another."""
     opens: bool = False
     """Whether the first picture is the reference, from now on."""
+    same: Sequence[int] = ()
+    """For each picture the first that is equal to it, where the pictures meet one another."""
 
     def matches(self) -> list[_Match]:
         """What to ask the judge: one `(prompt, first, second)` for each meeting."""
@@ -302,14 +307,20 @@ def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
     n = len(task.pictures)
     heard = [(i, j, verdict) for (i, j), verdict in zip(task.meetings, verdicts, strict=True) if verdict is not None]
     if task.reference is None:
-        scores, errors = fit_bradley_terry(n, [(i, j, verdict.p_first) for i, j, verdict in heard])
+        distinct = sorted(set(task.same))
+        fitted = fit_bradley_terry(
+            len(distinct), [(distinct.index(i), distinct.index(j), verdict.p_first) for i, j, verdict in heard]
+        )
+        places = [distinct.index(first) for first in task.same]
+        scores, errors = (values[places] for values in fitted)
     else:
         scores, errors = np.zeros(n), np.zeros(n)
         for i, _, verdict in heard:
             scores[i], errors[i] = log_odds(verdict.p_first)
 
     rows = []
-    for k in range(n):
+    for place in range(n):
+        k = task.same[place] if task.same else place
         met = [(verdict, i == k) for i, j, verdict in heard if k in (i, j)]
         failed = not met and any(k in pair for pair in task.meetings)
         rows.append(

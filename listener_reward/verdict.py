@@ -1,9 +1,60 @@
-"""What a judge says of a pair: one `Verdict`, made of the `Thought`s behind it. Plain data, no model."""
+"""What a judge says of a pair, one `Verdict` made of `Thought`s, and the `Mode` in which it was made. No model."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from listener_reward.errors import InputError
+
+Aggregate = Literal["mean", "majority", "listener", "both"]
+Orders = Literal["both", "one"]
+LISTENING: tuple[Aggregate, ...] = ("listener", "both")
+"""The aggregates that cannot do without a listener."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A way to make a verdict. A calibration belongs to one: more thoughts are surer than a curve for fewer knows."""
+
+    think: bool = True
+    thoughts: int = 1
+    """Thoughts in each order; 1 where there are none."""
+    aggregate: Aggregate = "mean"
+    orders: Orders = "both"
+    early_stop: float | None = None
+
+    @property
+    def planned(self) -> int:
+        """How many answers a verdict rests on, unless it stops early."""
+        return self.thoughts * (2 if self.orders == "both" else 1)
+
+    def __str__(self) -> str:
+        stop = "" if self.early_stop is None else f", early stop {self.early_stop:g}"
+        thoughts = f"{self.thoughts} thought{'s' * (self.thoughts > 1)} an order" if self.think else "no thoughts"
+        return f"{thoughts}, aggregate {self.aggregate!r}, orders {self.orders!r}{stop}"
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> Mode:
+        """Reads what `dataclasses.asdict` made of it.
+
+        Raises:
+            InputError: it is something else.
+        """
+        try:
+            mode = cls(**saved)
+        except TypeError:
+            mode = None
+        if (
+            mode is None
+            or not (isinstance(mode.think, bool) and isinstance(mode.thoughts, int) and mode.thoughts >= 1)
+            or mode.aggregate not in get_args(Aggregate)
+            or mode.orders not in get_args(Orders)
+            or not isinstance(mode.early_stop, int | float | None)
+        ):
+            names = ", ".join(field.name for field in fields(cls))
+            raise InputError(f"calibration has mode {saved!r}; give {names} as a card has them")
+        return mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +88,17 @@ class Verdict:
     p_first: float
     """Calibrated probability that people prefer the first image, in [0, 1]."""
     preferred: Literal[1, 2] | None
-    """The preferred image; None for an exact tie."""
+    """The preferred image; None for an exact tie, and where `p_first` lies within the calibration's tie band."""
     thoughts: tuple[Thought, ...]
     """The reasoning behind it, in the order it was sampled; empty where the judge did not think."""
     listener_p_first: float | None
     """The listener's mean probability over the thoughts, in [0, 1]; None without a listener."""
     contradicted: bool | None
-    """Whether the listener prefers the other image than the verdict; None without a listener or a preference."""
+    """Whether the listener prefers the other image than the reasoner; None without a listener or a preference."""
     position_gap: float
-    """p_first with the pair shown in order, minus p_first with it shown swapped, in [-1, 1]; 0 is no position bias."""
+    """p_first with the pair shown in order, minus p_first with it shown swapped, in [-1, 1]; 0 is no position bias.
+
+    Before the verdict's curve, and of whom the verdict goes by: of reasoner and listener the mean of both gaps."""
     malformed: int
     """How many of the thoughts were malformed."""
 

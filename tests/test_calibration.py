@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
+import warnings
 import xml.etree.ElementTree
 from dataclasses import replace
 
@@ -31,6 +33,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.evaluate import expected_calibration_error
 from listener_reward.reliability import reliability, reliability_svg
+from listener_reward.verdict import Mode
 
 RNG = np.random.default_rng(0)
 
@@ -57,7 +60,9 @@ def test_a_curve_worked_by_hand():
 
 
 def test_a_calibration_survives_its_card(tmp_path):
-    calibration = Calibration(Platt(2.0, -0.3), Curve(((0.5, 0.1), (2.0, 1.5))), Platt(0.7), Curve(((1, 2),)), 0.05)
+    curves = Curve(((0.5, 0.1), (2.0, 1.5))), Curve(((1, 2),)), Curve(((1, 3),))
+    mode = Mode(True, 4, "both", "one", 0.8)
+    calibration = Calibration(Platt(2.0, -0.3), curves[0], Platt(0.7), curves[1], curves[2], 0.05, mode)
     card = Card(calibration=calibration, aggregate="majority", orders="one", early_stop=0.9)
     card.save(tmp_path)
     assert Card.load(tmp_path) == card
@@ -153,11 +158,33 @@ def test_a_tie_band_by_hand():
 
 def test_a_band_for_a_wanted_accuracy():
     labels, p_first = np.array([1.0, 1.0, 0.0, 1.0, 0.5]), np.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    # right, right, wrong, right: accuracy from the surest down is 1, 1, 2/3, 3/4
-    assert choose_tie_band(labels, p_first, sure=1.0) == pytest.approx(0.2)
-    assert choose_tie_band(labels, p_first, sure=0.75) == 0
+    # Four of four right say no more than 0.05 ** (1 / 4) = 0.47, by a bound that holds 19 times in 20.
+    with pytest.raises(InputError, match=r"sure is 0\.5, and on 4 pairs no band"):
+        choose_tie_band(labels, p_first, sure=0.5)
+    # 40 pairs of which the 30 surest are right: 0.05 ** (1 / 30) = 0.905. Bands are tried at each 5 %, two pairs.
+    p_first = np.linspace(0.99, 0.6, 40)
+    labels = np.array([1.0] * 30 + [0.0] * 10)
+    assert choose_tie_band(labels, p_first, sure=0.9) == pytest.approx(p_first[30] - 0.5)
+    with pytest.raises(InputError, match=r"sure is 0\.95"):
+        choose_tie_band(labels, p_first, sure=0.95)
     with pytest.raises(InputError, match="sure is"):
-        choose_tie_band(np.array([0.0]), np.array([0.9]), sure=0.9)
+        choose_tie_band(np.array([0.5]), np.array([0.9]), sure=0.9)
+
+
+def test_a_wanted_accuracy_is_had_on_pairs_that_did_not_choose_the_band():
+    """Of 100 judges whose pairs are right as often as they say, no more than a few fall short on others."""
+    rng, short, chosen = np.random.default_rng(0), 0, 0
+    fresh = expit(rng.normal(0, 2.5, 50_000))
+    for _ in range(100):
+        p_first = expit(rng.normal(0, 2.5, 500))
+        labels = (rng.random(500) < p_first).astype(float)
+        try:
+            band = choose_tie_band(labels, p_first, sure=0.9)
+        except InputError:  # it may find none, which is no false promise
+            continue
+        outside = np.maximum(fresh, 1 - fresh)[np.abs(fresh - 0.5) > band]
+        short, chosen = short + (outside.mean() < 0.9), chosen + len(outside) / len(fresh)
+    assert short <= 8 and chosen > 30
 
 
 # ---------------------------------------------------------------- reliability
@@ -185,7 +212,7 @@ def test_the_drawing_is_svg_and_names_are_only_text():
 
 @pytest.fixture(scope="module")
 def tiny() -> Judge:
-    return Judge.from_pretrained("tiny", batch_size=64)
+    return Judge.from_pretrained("tiny", batch_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +236,9 @@ def test_the_embedded_judge_is_calibrated(tiny, raw):
 
 def test_any_calibration_keeps_the_mirror_image_exact(tiny, raw):
     _, answers = raw
-    sharp = Calibration(Platt(0.3, 2.0), Curve(((0.1, 0.7), (2.0, 0.9))), Platt(3.0, -1.0), Curve(((1.0, 4.0),)), 0.1)
+    sharp = Calibration(
+        Platt(0.3, 2.0), Curve(((0.1, 0.7), (2.0, 0.9))), Platt(3.0, -1.0), Curve(((1.0, 4.0),)), tie_band=0.1
+    )
     for views in answers[:50]:
         mirrored = [replace(view, flipped=not view.flipped) for view in views]
         one, other = (tiny.conclude(each, calibration=sharp) for each in (views, mirrored))
@@ -219,22 +248,52 @@ def test_any_calibration_keeps_the_mirror_image_exact(tiny, raw):
         assert (one.preferred is None) == (abs(one.p_first - 0.5) <= 0.1)
 
 
+def replayed(judge: Judge, answers) -> Judge:
+    """`judge`, with what its models say already said."""
+    queue, copied = list(answers), copy.copy(judge)
+    copied.answers = lambda prompts, firsts, seconds: [queue.pop(0) for _ in prompts]  # pyright: ignore
+    return copied
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "listener", "both"])
+def test_one_fit_serves_the_mean_the_listener_and_both(tiny, raw, aggregate):
+    pairs, answers = raw
+    judge = replayed(tiny, answers)
+    judge.card = replace(tiny.card, aggregate=aggregate)
+    result = calibrate(judge, pairs, progress=False)
+    fitted = result.calibration
+    assert fitted.mode == Mode(aggregate=aggregate)
+    assert Curve() not in (fitted.verdict, fitted.listener, fitted.both)
+    other = calibrate(replayed(tiny, answers), pairs, progress=False).calibration
+    assert replace(fitted, mode=None) == replace(other, mode=None)
+    assert result.after["nll"] < result.before["nll"]
+    decided = [tiny.conclude(one, calibration=fitted, aggregate=aggregate).p_first for one in answers]
+    assert result.p_after.tolist() == [p for p in decided if p in set(result.p_after.tolist())]
+
+
+def test_without_a_listener_there_is_nothing_to_fit_for_it(tiny, raw):
+    pairs, answers = raw
+    deaf = [[replace(view, p_heard=None) for view in views] for views in answers]
+    result = calibrate(replayed(tiny, deaf), pairs, progress=False)
+    assert (result.calibration.listener, result.calibration.both) == (Curve(), Curve())
+    assert result.listener_after is None
+
+
+def test_sure_is_measured_on_the_part_that_measures(tiny, raw):
+    pairs, answers = raw
+    result = calibrate(replayed(tiny, answers), pairs, sure=0.7, progress=False)
+    outside = np.abs(result.p_after - 0.5) > result.calibration.tie_band
+    right = (result.p_after > 0.5) == (result.labels > 0.5)
+    assert result.after["preferred"] == pytest.approx(outside.mean())
+    assert result.after["preferred_accuracy"] == pytest.approx(right[outside].mean())
+
+
 def test_a_position_bias_is_found_and_taken_out(tiny, raw):
     """Two log-odds for whatever is shown first: Platt's bias has to be two lower, and the verdicts as before."""
     pairs, answers = raw
     shifted = [[replace(v, p_own=float(expit(logit(v.p_own) + 2.0))) for v in views] for views in answers]
 
-    class Biased:
-        def __init__(self, answers):
-            self.queue = list(answers)
-
-        def answers(self, prompts, firsts, seconds):
-            return [self.queue.pop(0) for _ in prompts]
-
-        def conclude(self, views, *, calibration):
-            return tiny.conclude(views, calibration=calibration)
-
-    straight, biased = (calibrate(Biased(each), pairs, progress=False) for each in (answers, shifted))  # pyright: ignore
+    straight, biased = (calibrate(replayed(tiny, each), pairs, progress=False) for each in (answers, shifted))
     scale = biased.calibration.answer.temperature
     assert straight.calibration.answer.bias - biased.calibration.answer.bias == pytest.approx(2.0 / scale, abs=0.01)
     assert biased.p_after == pytest.approx(straight.p_after, abs=0.01)
@@ -261,10 +320,13 @@ def test_the_command_writes_a_copy_that_judges_by_it(random_judge, tmp_path):
     result = CliRunner().invoke(app, arguments + options)
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert {"ece", "brier", "nll", "preferred"} == answer["before"].keys() == answer["after"].keys()
+    assert (
+        {"ece", "brier", "nll", "preferred", "preferred_accuracy"} == answer["before"].keys() == answer["after"].keys()
+    )
     card = Card.load(out)
     assert card.fast_calibration.to_dict() == answer["calibration"]
-    assert (card.calibration, card.thoughts) == (Calibration(), 2)
+    assert card.fast_calibration.mode == Mode(think=False)
+    assert (card.calibration, card.thoughts) == (Calibration(), 1)  # what is not asked to think says nothing of that
     assert card.listener == str(random_judge)
     assert xml.etree.ElementTree.parse(plot).getroot().tag.endswith("svg")
     assert Judge.from_pretrained(out).card == card
@@ -284,3 +346,119 @@ def test_the_command_calibrates_a_folder_where_it_is(random_judge, tmp_path):
     assert "before" in result.stdout and "tie band" in result.stdout
     assert Card.load(folder).fast_calibration != Calibration()
     assert json.loads((folder / CARD).read_text())["listener"] == "."
+
+
+def test_calibrating_without_thoughts_leaves_how_the_judge_thinks(random_judge, tmp_path):
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    mine = Calibration(Platt(2.0), mode=Mode(thoughts=3))
+    Card.amend(folder, thoughts=3, calibration=mine)
+    options = ["--no-think", "--thoughts", "2", "--orders", "one", "--aggregate", "listener", "--early-stop", "0.9"]
+    arguments = ["calibrate", "--judge", str(folder), "--data", "tiny:id", "--limit", "60", *options]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    card = Card.load(folder)
+    assert (card.thoughts, card.orders, card.aggregate, card.early_stop) == (3, "both", "mean", None)
+    assert card.calibration == mine
+    assert card.fast_calibration.mode == Mode(think=False, aggregate="listener", orders="one")
+
+
+@pytest.mark.parametrize("with_out", [True, False])
+def test_a_relative_listener_is_found_again_from_anywhere(random_judge, tmp_path, monkeypatch, with_out):
+    """Relative to where the command ran, and not to the judge's folder, which is how a card reads a name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_judge, "jd")
+    shutil.copytree(random_judge, "lis")
+    options = ["--no-think", "--aggregate", "both", *(["--out", "sub/out"] if with_out else [])]
+    for name in ("./lis", "lis"):
+        shutil.rmtree("sub", ignore_errors=True)
+        arguments = ["calibrate", "--judge", "jd", "--data", "tiny:id", "--limit", "60", "--listener", name, *options]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.stderr
+        folder = tmp_path / ("sub/out" if with_out else "jd")
+        assert Card.load(folder).listener == str(tmp_path / "lis")
+        monkeypatch.chdir("/")
+        assert Judge.from_pretrained(folder).listener is not None
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("place", [".", "file/x.svg"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_judging(random_judge, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    arguments = ["calibrate", "--judge", str(random_judge), "--data", "tiny:id", "--out", str(out), "--no-think"]
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / place)])
+    assert result.exit_code == 2 and "plot is" in result.stderr
+    assert not out.exists()
+    made = CliRunner().invoke(app, [*arguments, "--limit", "60", "--plot", str(tmp_path / "new" / "x.svg")])
+    assert made.exit_code == 0 and (tmp_path / "new" / "x.svg").exists()
+
+
+# ---------------------------------------------------------------- which way of judging it is for
+
+
+def test_an_older_card_is_for_the_way_it_says_and_stays_so(tmp_path):
+    saved = Card(thoughts=2, calibration=Calibration(Platt(2.0)), fast_calibration=Calibration(Platt(3.0)))
+    saved.save(tmp_path)
+    older = json.loads((tmp_path / CARD).read_text())
+    for name in ("calibration", "fast_calibration"):
+        del older[name]["mode"], older[name]["both"]
+    (tmp_path / CARD).write_text(json.dumps(older))
+    card = replace(Card.load(tmp_path), thoughts=8, aggregate="both", orders="one")
+    assert card.calibration.mode == Mode(thoughts=2)
+    assert card.fast_calibration.mode == Mode(think=False)
+    assert Card().calibration.mode is None  # it changes nothing, and is for every way
+
+
+@pytest.mark.parametrize(
+    ("changes", "covered"),
+    [
+        ({}, True),
+        ({"aggregate": "listener"}, True),
+        ({"aggregate": "both"}, True),
+        ({"aggregate": "majority"}, False),
+        ({"thoughts": 8}, False),
+        ({"orders": "one"}, False),
+        ({"early_stop": 0.9}, False),
+        ({"think": False}, False),
+    ],
+)
+def test_what_a_calibration_is_for(changes, covered):
+    line = Curve(((1.0, 2.0),))
+    calibration = Calibration(verdict=line, listener=line, both=line, mode=Mode())
+    assert calibration.covers(Mode(**changes)) is covered
+    assert Calibration().covers(Mode(**changes))
+    if "aggregate" in changes:  # chosen for the mean, and none was fitted
+        assert not replace(calibration, tie_band=0.1).covers(Mode(**changes))
+        assert not replace(calibration, both=Curve(), listener=Curve()).covers(Mode(**changes))
+
+
+def test_another_way_of_judging_is_warned_of_once_and_both_are_named(tiny, raw):
+    _, answers = raw
+    judge = copy.copy(tiny)
+    judge.card = replace(tiny.card, thoughts=8, orders="one")
+    with pytest.warns(UserWarning) as caught:
+        judge.conclude(answers[0])
+        judge.conclude(answers[1])
+    assert len(caught) == 1
+    said = str(caught[0].message)
+    assert "1 thought an order" in said and "8 thoughts an order" in said and "orders 'one'" in said
+    assert "listener-reward calibrate" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.copy(tiny).conclude(answers[0])
+        judge.conclude(answers[0], calibration=Calibration())
+
+
+@pytest.mark.parametrize("saved", [3, {"thoughts": 0}, {"aggregate": "median"}, {"order": "both"}, {"think": "yes"}])
+def test_an_unusable_mode_is_named(saved):
+    with pytest.raises(InputError, match="mode"):
+        Calibration.from_dict({"mode": saved})
+
+
+def test_the_embedded_judge_is_as_sure_as_people_agree(tiny):
+    """The promise of docs/judging.md, on pairs that neither fitted its calibration nor are in the tables."""
+    pairs, p_first = load_pairs("tiny:id", limit=1000, seed=2), []
+    for start in range(0, len(pairs), 128):
+        rows = pairs[start : start + 128]
+        firsts, seconds = map(list, zip(*rows["images"], strict=True))
+        p_first += [verdict.p_first for verdict in tiny.compare_many(rows["prompt"], firsts, seconds)]
+    assert expected_calibration_error(np.array(pairs["p_first"]), np.array(p_first)) <= 0.03

@@ -114,6 +114,13 @@ def test_a_thought_drives_neither_the_table_nor_the_terminal(loads: Any, FakeJud
     assert "\x1b" not in output
 
 
+def test_a_tie_within_the_band_is_not_called_exact(loads: Any, FakeJudge: Any, pictures: Any):
+    loads(instead(FakeJudge(), lambda: Verdict(0.58, None, (), None, None, 0.0, 0)))
+    output = run("compare", "--prompt", "red", *pictures[:2]).stdout
+    assert "No preference: p = 0.580 for the first image, within the tie band." in output
+    assert "exact" not in output
+
+
 def test_rank_json_has_the_files_best_first(loads: Any, FakeJudge: Any, pictures: Any):
     loads(FakeJudge())
     answer = json.loads(run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--json").stdout)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import kendalltau
 
+from listener_reward.calibration import Curve
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.ranking import VOTES, estimate_votes, fit_bradley_terry, next_round, pairings, rank_images
 
@@ -324,13 +327,13 @@ def shades(n):
 
 
 def test_a_judge_compares_in_batches_under_a_budget(tiny, monkeypatch):
-    sizes, compare_many = [], tiny.compare_many
+    sizes, answers = [], tiny.answers
 
-    def counted(prompts, firsts, seconds):
+    def counted(prompts, firsts, seconds, **options):
         sizes.append(len(prompts))
-        return compare_many(prompts, firsts, seconds)
+        return answers(prompts, firsts, seconds, **options)
 
-    monkeypatch.setattr(tiny, "compare_many", counted)
+    monkeypatch.setattr(tiny, "answers", counted)
     ranking = tiny.rank("a red circle", shades(12), budget=20)
     assert (sizes, ranking.comparisons) == ([6, 3, 3, 3, 3, 2], 20)
     sizes.clear()
@@ -350,6 +353,70 @@ def test_two_equal_images_among_others_are_neighbours(tiny):
     ranking = tiny.rank("a red circle", [one, two, three, two])
     assert ranking.scores[1] == pytest.approx(ranking.scores[3], abs=1e-6)
     assert abs(ranking.order.index(1) - ranking.order.index(3)) == 1
+
+
+@pytest.mark.parametrize("budget", [None, 16])
+def test_copies_share_a_score_and_keep_their_order_under_any_budget(tiny, budget):
+    """Compared one by one, copies met different images and came out apart, in either order."""
+    images = shades(9)
+    given = [images[4], *images, images[7], images[4]]
+    ranking = tiny.rank("a red circle", given, budget=budget)
+    assert ranking.scores[0] == ranking.scores[5] == ranking.scores[11]
+    assert ranking.scores[8] == ranking.scores[10]
+    assert ranking.standard_errors[8] == ranking.standard_errors[10]
+    places = [ranking.order.index(k) for k in (0, 5, 11)]
+    assert places == [places[0], places[0] + 1, places[0] + 2]
+    assert ranking.order.index(8) + 1 == ranking.order.index(10)
+    assert ranking.comparisons == (36 if budget is None else 16)
+    assert sorted(ranking.order) == list(range(12))
+
+
+def test_what_differs_by_rounding_is_equal():
+    p = {(0, 1): 0.3, (0, 2): 0.3 - 1e-13, (1, 2): 0.5}
+    ranking = rank_images(lambda pairs: [p[pair] for pair in pairs], 3)
+    assert ranking.scores[1] < ranking.scores[2] and ranking.order == [1, 2, 0]
+
+
+def test_scores_behind_a_curve_are_fitted_before_it_and_calibrated_after():
+    """Answers that add up, and a curve that bends them: the order is theirs, the scale that of the calibrated ones."""
+    quality = np.array([0.0, 0.3, 0.1, -0.2])
+    curve = Curve(((0.1, 0.5), (0.5, 0.9)))
+
+    def compare_batch(pairs):
+        return [float(expit(quality[i] - quality[j])) for i, j in pairs]
+
+    bent = rank_images(compare_batch, 4, curve=curve)
+    straight = rank_images(compare_batch, 4)
+    stretch = bent.scores[1] / straight.scores[1]
+    assert bent.scores == pytest.approx([stretch * score for score in straight.scores])
+    assert bent.standard_errors == pytest.approx([stretch * error for error in straight.standard_errors])
+    pairs = list(combinations(range(4), 2))
+    gaps = np.array([straight.scores[i] - straight.scores[j] for i, j in pairs])
+    wanted = expit(curve.of(np.array([quality[i] - quality[j] for i, j in pairs])))
+
+    def loss(factor):
+        return -np.sum(wanted * np.log(expit(factor * gaps)) + (1 - wanted) * np.log(expit(-factor * gaps)))
+
+    assert stretch == pytest.approx(float(minimize(loss, 1.0, tol=1e-10).x[0]), rel=1e-3)
+    assert rank_images(lambda pairs: [0.5] * len(pairs), 3, curve=curve).scores == [0, 0, 0]
+    # One curve that only multiplies is found again.
+    triple = rank_images(compare_batch, 4, curve=Curve(((1.0, 3.0),)), prior_std=1000.0)
+    assert triple.scores == pytest.approx(3 * (quality - quality.mean()), abs=1e-2)
+
+
+def test_without_thoughts_a_judge_ranks_before_its_curve(tiny):
+    """With a curve that flattens, scores are stretched alike and the order and their ratios are the answers' own."""
+
+    def ranked(knots):
+        judge = copy.copy(tiny)
+        judge.card = replace(
+            tiny.card, fast_calibration=replace(tiny.card.fast_calibration, verdict=Curve(knots), tie_band=0.0)
+        )
+        return np.array(judge.rank("a red circle", shades(6), budget=8).scores)
+
+    bare, bent = ranked(()), ranked(((0.01, 1.0), (0.5, 1.5)))
+    assert np.corrcoef(bare, bent)[0, 1] == pytest.approx(1, abs=1e-9)
+    assert np.abs(bent).max() > 1.5 * np.abs(bare).max()
 
 
 def test_a_round_where_nothing_is_in_doubt_any_more_still_has_pairs():

@@ -169,16 +169,16 @@ def test_an_empty_batch_has_empty_scores(FakeJudge):
 
 
 def test_info_is_told_from_each_image_s_own_side(FakeJudge, shade):
-    # Reds 255, 0, 0: the first meets the others, the listener believes the opposite of the judge, except on the tie.
+    # Reds 255, 51, 0: each meets the others, and the listener believes the opposite of the judge.
     judge = FakeJudge(slope=4.0, listener_slope=-2.0)
-    _, info = ListenerReward(judge)([shade(255), shade(0), shade(0)], ["a"] * 3)
-    believed = 1 / (1 + math.exp(2))  # of the first image, against each other one
-    assert info["listener_p_first"] == pytest.approx([believed, (1 - believed + 0.5) / 2, (1 - believed + 0.5) / 2])
-    assert info["contradicted"].tolist() == [1, 1, 1]  # a tie is no contradiction, and none to average either
+    _, info = ListenerReward(judge)([shade(255), shade(51), shade(0)], ["a"] * 3)
+    most, some, few = (1 / (1 + math.exp(-2 * gap / 255)) for gap in (-204, -255, -51))  # 1st-2nd, 1st-3rd, 2nd-3rd
+    assert info["listener_p_first"] == pytest.approx([(most + some) / 2, (1 - most + few) / 2, (2 - some - few) / 2])
+    assert info["contradicted"].tolist() == [1, 1, 1]
 
 
 def test_the_position_gap_is_its_mean_size(FakeJudge, shade):
-    _, info = ListenerReward(FakeJudge(bias=-0.125))([shade(9), shade(9)], ["a", "a"])
+    _, info = ListenerReward(FakeJudge(bias=-0.125))([shade(9), shade(10)], ["a", "a"])
     assert info["position_gap"].tolist() == [0.125, 0.125]
 
 
@@ -361,3 +361,17 @@ def test_a_judge_that_skips_a_pair_is_broken(FakeJudge, shade):
 
     with pytest.raises(JudgeError, match="0 verdicts on 1 pairs"):
         ListenerReward(Short())([shade(1), shade(2)], ["a", "a"])
+
+
+def test_equal_images_of_a_group_are_compared_as_one_and_share_its_row(FakeJudge, shade):
+    """Twelve images meet few others each: copies met different ones and scored differently."""
+    judge = FakeJudge(noise=0.5)
+    reds = [0, 20, 40, 60, 80, 100, 120, 140, 160, 180, 40, 180]
+    scores, info = ListenerReward(judge, scheme="group")([shade(red) for red in reds], ["a"] * 12)
+    alone, without = ListenerReward(FakeJudge(noise=0.5), scheme="group")([shade(r) for r in reds[:10]], ["a"] * 10)
+    assert scores.tolist() == [*alone.tolist(), alone[2], alone[9]]
+    for name, values in info.items():
+        expected = [*without[name].tolist(), without[name][2], without[name][9]]
+        assert np.array_equal(values, np.array(expected, dtype=np.float32), equal_nan=True), name
+    scores, info = ListenerReward(judge, scheme="group")([shade(7)] * 3, ["a"] * 3)
+    assert (scores.tolist(), info["failed"].tolist()) == ([0, 0, 0], [0, 0, 0])

@@ -12,11 +12,15 @@ import torch
 from PIL import Image
 from scipy.stats import t as student
 
-from listener_reward.calibration import Calibration, Curve
-from listener_reward.chat import Chat
+from listener_reward.calibration import Calibration, Curve, Platt
+from listener_reward.chat import Chat, ChatFormat
 from listener_reward.checkpoint import Card
+from listener_reward.conclude import Answer, is_sure, settled
 from listener_reward.errors import InputError
-from listener_reward.judge import Judge, is_sure
+from listener_reward.judge import Judge
+from listener_reward.listener import Listener
+from listener_reward.trace import Trace
+from listener_reward.verdict import Mode
 
 RED, DARK, BLUE = (Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (100, 0, 0), (0, 0, 255)))
 
@@ -122,9 +126,6 @@ def test_equal_images_tie_in_one_order_too():
 
 
 def test_sure_by_hand():
-    assert is_sure([1, 1], 1, 1.0) and not is_sure([1, 1], 2, 1.0)  # a lead of two can be caught up with by two
-    assert is_sure([0.9, 0.9, 0.9], 2, 1.0) and not is_sure([0.9, 0.9], 2, 1.0)  # 1.2 ahead, 1 can be lost
-    assert is_sure([], 0, 0.9) is False
     # Two votes of two, six to come: mean 1/2, variance (0 + 1/4) / 2; the standard error of the mean of all eight is
     # sqrt(1/8 * 6 / (2 * 8)) = 0.2165, t = 2.309 with 2 degrees of freedom.
     sure = student.cdf(0.5 / math.sqrt(1 / 8 * 6 / 16), 2)
@@ -144,6 +145,134 @@ def test_sureness_is_how_often_the_side_stays():
                 stayed.append((np.mean(votes[:n]) > 0.5) == (np.mean(votes) > 0.5) or np.mean(votes) == 0.5)
                 break
     assert len(stayed) > 1000 and np.mean(stayed) >= 0.9
+
+
+def said(*supports: float, flipped: bool = False) -> list[Answer]:
+    """Thoughts of one order that give the image shown first so much; their answer is the likelier image."""
+    return [Answer(flipped, n, Trace("", 1 if p > 0.5 else 2), p, None) for n, p in enumerate(supports)]
+
+
+def test_certain_by_hand():
+    def certain(answers, remaining, aggregate="mean", **calibration):
+        mode = Mode(thoughts=len(answers) + remaining, aggregate=aggregate, orders="one", early_stop=1.0)
+        return settled(answers, mode, Calibration(**calibration))
+
+    assert certain(said(0.9, 0.9, 0.9), 2) and not certain(said(0.9, 0.9), 2)  # 1.2 ahead, 1 can be lost
+    assert certain(said(1.0, 1.0), 1, "majority") and not certain(said(1.0, 1.0), 2, "majority")
+    # Three votes of five can end at 3 : 2, which is (3 + 1) / (5 + 2) = 0.571 by the rule of succession.
+    assert certain(said(1, 1, 1), 2, "majority", tie_band=0.07)
+    assert not certain(said(1, 1, 1), 2, "majority", tie_band=0.08)
+    # With 1 to come, 0.5 and 0.5 end at a mean between 1/3 and 2/3: within 0.17 of a half, whatever it says.
+    assert certain(said(0.5, 0.5), 1, tie_band=0.17) and not certain(said(0.5, 0.5), 1, tie_band=0.16)
+    assert not certain([], 3)
+
+
+def test_sure_of_a_side_of_the_band_by_hand():
+    # As below, with the mean 1/2 above even odds, and an edge at 0.2 above them: t = 0.3 / 0.2165.
+    sure = student.cdf(0.3 / math.sqrt(1 / 8 * 6 / 16), 2)
+    assert is_sure([1, 1], 6, sure - 1e-6, edge=0.2) and not is_sure([1, 1], 6, sure + 1e-6, edge=0.2)
+    # Even odds so far, and an edge 0.3 to both sides: the chance of both.
+    inside = 2 * student.cdf(0.3 / math.sqrt((0.25 + 0.5) / 2 * 6 / 16), 2) - 1
+    assert is_sure([1, 0], 6, inside - 1e-6, edge=0.3) and not is_sure([1, 0], 6, inside + 1e-6, edge=0.3)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "majority", "listener", "both"])
+@pytest.mark.parametrize("band", [0.0, 0.08, 0.2])
+def test_stopping_at_certainty_changes_no_verdict_with_a_band(aggregate, band):
+    """On scripted thoughts of both orders: the preference of all is the preference of those that were needed."""
+    rng = np.random.default_rng(0)
+    calibration = Calibration(
+        Platt(2.0, 0.1), Curve(((0.5, 0.8), (2.0, 1.6))), Platt(1.5), Curve(((1.0, 1.4),)), Curve(((1.0, 1.2),)), band
+    )
+    card = Card(thoughts=6, aggregate=aggregate, calibration=calibration)
+    whole = Judge(Thinker("1"), Listener(Thinker("1"), ChatFormat()), card)
+    short = Judge(Thinker("1"), whole.listener, replace(card, early_stop=1.0, calibration=replace(calibration)))
+    saved = ties = 0
+    for _ in range(150):
+        lean = rng.choice([0.35, 0.6, 0.85])
+        answers = []
+        for flipped in (False, True):
+            votes = rng.random(6) < (1 - lean if flipped else lean)
+            own = np.where(votes, *rng.uniform([[0.55], [0.02]], [[0.98], [0.45]], (2, 6)))
+            heard = np.clip(own + rng.normal(0, 0.2, 6), 0.02, 0.98)
+            thoughts = zip(said(*own, flipped=flipped), heard, strict=True)
+            answers += [replace(one, p_heard=float(h)) for one, h in thoughts]
+        needed = short._needed(answers, short.card.mode(), short.card.calibration)
+        saved += len(answers) - len(needed)
+        everything, stopped = (one.conclude(answers, calibration=calibration) for one in (whole, short))
+        assert stopped.preferred == everything.preferred
+        ties += stopped.preferred is None
+    assert saved > 10 and (ties > 10 or band == 0)
+
+
+# ---------------------------------------------------------------- listener, and both
+
+
+def answers_of_two(own=(0.8, 0.3), heard=(0.9, 0.4)) -> list[Answer]:
+    """One thought in each order; `own` and `heard` are of the image shown first in the order given, then swapped."""
+    views = zip((False, True), own, heard, strict=True)
+    return [Answer(flipped, 0, Trace("t", 1 if p > 0.5 else 2), p, h) for flipped, p, h in views]
+
+
+def listening(**card) -> Judge:
+    return Judge(Thinker("1"), Listener(Thinker("1"), ChatFormat()), Card(**card))
+
+
+def test_the_listener_and_both_by_hand():
+    # The listener gives the caller's first 0.9 and 0.6.
+    heard = listening(aggregate="listener").conclude(answers_of_two(heard=(0.9, 0.4)))
+    assert heard.p_first == heard.listener_p_first == pytest.approx(0.75)
+    assert heard.position_gap == pytest.approx(0.3)
+    # Reasoner: 0.75, odds 3. Listener: mean 0.6, odds 1.5. Together sqrt(4.5).
+    together = listening(aggregate="both").conclude(answers_of_two(heard=(0.7, 0.5)))
+    assert together.p_first == pytest.approx(4.5**0.5 / (1 + 4.5**0.5))
+    assert together.position_gap == pytest.approx((0.1 + 0.2) / 2)
+    # Each has a curve of its own, and the sum a third: odds 3 ** 2 and 1.5 ** 0.5, the mean's log-odds tripled.
+    double, half, triple = (Curve(((1.0, slope),)) for slope in (2.0, 0.5, 3.0))
+    calibration = Calibration(verdict=double, listener=half, both=triple)
+    odds = (3.0**2 * 1.5**0.5) ** (3 / 2)
+    bent = listening(aggregate="both", calibration=calibration).conclude(answers_of_two(heard=(0.7, 0.5)))
+    assert bent.p_first == pytest.approx(odds / (1 + odds))
+
+
+@pytest.mark.parametrize("aggregate", ["listener", "both"])
+def test_a_verdict_that_listens_is_a_mirror_image_to_the_last_bit(aggregate):
+    rng = np.random.default_rng(1)
+    calibration = Calibration(
+        Platt(0.7, 0.3), Curve(((0.3, 0.7), (2.0, 0.9))), Platt(3.0, -1.0), Curve(((1.0, 1.7),)), Curve(((1.0, 1.3),))
+    )
+    judges = listening(aggregate=aggregate, calibration=calibration)
+    for _ in range(300):
+        answers = answers_of_two(tuple(rng.random(2)), tuple(rng.random(2)))
+        mirrored = [replace(answer, flipped=not answer.flipped) for answer in answers]
+        one, other = judges.conclude(answers), judges.conclude(mirrored)
+        assert other.p_first == 1 - one.p_first and one.p_first == 1 - other.p_first
+        assert (other.contradicted, other.position_gap) == (one.contradicted, one.position_gap)
+    assert judges.compare("x", RED, RED.copy()).p_first == 0.5
+
+
+def test_a_listener_that_decides_still_contradicts_the_reasoner():
+    verdict = listening(aggregate="listener").conclude(answers_of_two(heard=(0.2, 0.9)))
+    assert (verdict.preferred, verdict.contradicted) == (2, True)
+    assert listening(aggregate="both").conclude(answers_of_two()).contradicted is False
+
+
+def test_listening_without_a_listener_is_refused(random_judge):
+    with pytest.raises(InputError, match="aggregate is 'both', and the judge has no listener"):
+        judge("1", aggregate="both")
+    with pytest.raises(InputError, match="aggregate is 'listener'"):
+        Judge.from_pretrained(random_judge, listener="none", aggregate="listener")
+    with pytest.raises(InputError, match="aggregate is 'listener'"):
+        judge("1").conclude(said(0.9), aggregate="listener")
+
+
+def test_a_judge_that_listens_by_its_card_can_be_told_to_do_without(random_judge, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    Card.amend(folder, aggregate="both")
+    assert Judge.from_pretrained(folder).card.aggregate == "both"
+    assert Judge.from_pretrained(folder, listener="none").card.aggregate == "mean"
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "majority"])

@@ -34,6 +34,8 @@ Schedule = Callable[[int, Outcomes, int, np.random.Generator], list[tuple[int, i
 SHARES = {16: (16, 24, 30, 40, 60), 64: (96, 128, 161, 242, 504)}
 STARTS = {16: 3, 64: 1}
 MODES = {"thinking": {}, "8 thoughts": {"thoughts": 8}, "fast": {"think": False}, "fast uncalibrated": {"think": False}}
+"""Of "fast" the answers before the verdict's curve are kept, on which `Judge.rank` fits its scores; "fast uncalibrated"
+is without Platt's scaling of each answer too."""
 
 
 def ours(n: int, outcomes: Outcomes, size: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -99,7 +101,7 @@ def simulated(n: int, error: float, seed: int) -> np.ndarray:
 def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int = 0) -> np.ndarray:
     """Round robins (prompts, n, n) of the embedded judge, kept in `folder`."""
     from listener_reward import Judge
-    from listener_reward.calibration import Calibration
+    from listener_reward.calibration import Calibration, Curve
     from listener_reward.tiny.draw import draw
     from listener_reward.tiny.world import sample_candidate, sample_prompt, wording
 
@@ -112,6 +114,8 @@ def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int =
             judge = judge or Judge.from_pretrained("tiny", batch_size=128, listener="none", seed=seed, **MODES[mode])
             if mode == "fast uncalibrated":
                 judge.card = replace(judge.card, fast_calibration=Calibration())
+            elif mode == "fast":
+                judge.card = replace(judge.card, fast_calibration=replace(judge.card.fast_calibration, verdict=Curve()))
             rng = random.Random(f"rank/{n}/{number}")
             prompt = sample_prompt(rng, held=False)
             words = wording(prompt, rng)

@@ -3,8 +3,9 @@
     python tests/benchmarks/verdicts.py --pairs 1500 --svg docs/verdicts.svg
 
 The embedded judge thinks eight times in each order about every pair, once; each way of judging is then replayed on
-those thoughts (`Judge.conclude`), so that the rows differ in nothing but the rule. Tokens are those of the
-completions, tags and end included; reading an answer costs a forward pass and no token. Differences are paired with the
+those thoughts (`Judge.conclude`), so that the rows differ in nothing but the rule. All rows use the card's
+calibration, which is for its own way of judging: hence the warning. Tokens are those of the completions, tags and end
+included; reading an answer, the listener's too, costs a forward pass and no token. Differences are paired with the
 row marked *, with their 95 % intervals.
 """
 
@@ -20,9 +21,9 @@ import numpy as np
 from rich.progress import track
 
 from listener_reward import Judge
+from listener_reward.conclude import Answer
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate import expected_calibration_error, side
-from listener_reward.judge import Answer
 from listener_reward.verdict import Verdict
 
 THOUGHTS = 8
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--split", default="id")
     parser.add_argument("--svg", type=Path, help="where the curve goes")
     args = parser.parse_args()
-    judge = Judge.from_pretrained("tiny", batch_size=128, listener="none", thoughts=THOUGHTS)
+    judge = Judge.from_pretrained("tiny", batch_size=128, thoughts=THOUGHTS)
     pairs = load_pairs(f"tiny:{args.split}", limit=args.pairs)
     labels = np.array(pairs["p_first"])
     slow, fast = gather(judge, pairs, think=True), gather(judge, pairs, think=False)
@@ -46,11 +47,13 @@ def main() -> None:
     costs = [[tokens(judge, answer) for answer in answers] for answers in slow]
 
     def replay(family: str, name: str, chosen: Sequence[Sequence[Answer]], think: bool = True, **card: Any) -> Row:
-        judge.card = replace(judge.card, **{"aggregate": "mean", "early_stop": None, "thoughts": THOUGHTS, **card})
+        usual = {"aggregate": "mean", "early_stop": None, "thoughts": THOUGHTS, "orders": "both"}
+        judge.card = replace(judge.card, **{**usual, **card})
+        mode, calibration = judge.card.mode(think), judge.card.calibration
         verdicts = [judge.conclude(answers, think=think) for answers in chosen]
-        used = [len(judge._needed(answers, judge.card.calibration)) if think else 0 for answers in chosen]
+        used = [len(judge._needed(answers, mode, calibration)) if think else 0 for answers in chosen]
         spent = [
-            sum(cost[list(all_).index(one)] for one in judge._needed(some, judge.card.calibration)) if think else 0
+            sum(cost[list(all_).index(one)] for one in judge._needed(some, mode, calibration)) if think else 0
             for all_, some, cost in zip(slow, chosen, costs, strict=True)
         ]
         return family, name, right(labels, verdicts), np.array(used), np.array(spent)
@@ -62,13 +65,25 @@ def main() -> None:
         return [[a for a in answers if a.flipped == coin] for answers, coin in zip(views, coins, strict=True)]
 
     rows = [
-        replay("fast", "fast, one order", one_order(fast), think=False),
+        replay("fast", "fast, one order", one_order(fast), think=False, orders="one"),
         replay("fast", "fast, both orders", fast, think=False),
-        *(replay("one order", f"one order, {k} of mean", one_order(first(k)), thoughts=k) for k in (1, 2, 4)),
+        *(
+            replay("one order", f"one order, {k} of mean", one_order(first(k)), thoughts=k, orders="one")
+            for k in (1, 2, 4)
+        ),
         *(replay("mean", f"mean of {k} in each order" + " *" * (k == 1), first(k), thoughts=k) for k in (1, 2, 4, 8)),
         *(
             replay("majority", f"majority of {k} in each order", first(k), thoughts=k, aggregate="majority")
             for k in (2, 4, 8)
+        ),
+        *(
+            replay(who, f"{name} of {k} in each order", first(k), thoughts=k, aggregate=who)
+            for who, name in (("listener", "listener's mean"), ("both", "both together"))
+            for k in (1, 2, 4, 8)
+        ),
+        *(
+            replay("both, early stop", f"both together, of 8, early stop {p:g}", slow, early_stop=p, aggregate="both")
+            for p in STOPS
         ),
         *(replay("mean, early stop", f"mean of 8, early stop {p:g}", slow, early_stop=p) for p in STOPS),
         *(
@@ -121,6 +136,7 @@ def right(labels: np.ndarray, verdicts: Sequence[Verdict]) -> np.ndarray:
 def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
     """Accuracy against tokens as SVG, one line for each family."""
     colors = {"fast": "#888", "one order": "#5b8c3e", "mean": "#2b6ca3", "majority": "#8a5ba8"}
+    colors |= {"listener": "#3aa6a0", "both": "#d1669e", "both, early stop": "#222"}
     colors |= {"mean, early stop": "#b5533c", "majority, early stop": "#c99a2e"}
     most = max(row[4].mean() for row in rows)
     low, high = (100 * pick(row[2].mean() for row in rows) for pick in (min, max))

@@ -1,0 +1,237 @@
+"""From answers to a verdict, and when enough have been given: arithmetic only, no model.
+
+An answer is about the image that was shown first. Here answers are calibrated, averaged within each order and over
+both, and calibrated once more. A verdict is a function of differences between the orders, so that swapping the images
+turns its sign and changes nothing else, to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy.special import expit, logit, stdtr
+
+from listener_reward.calibration import Calibration, Curve
+from listener_reward.errors import InputError
+from listener_reward.shaping import contradicted
+from listener_reward.trace import Trace
+from listener_reward.verdict import LISTENING, Mode, Thought, Verdict
+
+_GRID = 2**40
+"""Probabilities are rounded to multiples of 1 / _GRID, on which 1 - p is exact in both directions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One thought and what the two models made of it, before any calibration, about the image that was shown first."""
+
+    flipped: bool
+    """Whether the caller's second image was shown first."""
+    number: int
+    """Which of the thoughts of its order it is, from 0."""
+    trace: Trace
+    p_own: float
+    """The reasoner's probability at its answer slot, in (0, 1)."""
+    p_heard: float | None
+    """The listener's; None without one."""
+
+    @property
+    def vote(self) -> float:
+        """1 for the image shown first, 0 for the other: the answer given, or where that is malformed the likelier."""
+        if self.trace.answer is not None:
+            return float(self.trace.answer == 1)
+        return 0.5 if self.p_own == 0.5 else float(self.p_own > 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    """What one of those who decide says of a pair: (flipped, p of the image shown first) for each answer."""
+
+    said: list[tuple[bool, float]]
+    curve: Curve
+    shrink: float = 1.0
+    """Multiplies the mean's distance from 1/2."""
+
+    @property
+    def support(self) -> list[float]:
+        """What each answer gives the caller's first image, in [0, 1]."""
+        return [1 - p if flipped else p for flipped, p in self.said]
+
+    def p_first(self, margin: float) -> float:
+        """Its calibrated probability, where the mean of what it says is `margin` over 1/2."""
+        return _probability(margin * self.shrink, self.curve)
+
+
+def check_listens(mode: Mode, listens: bool) -> None:
+    """Raises `InputError` for a way to judge that needs a listener where there is none."""
+    if mode.aggregate in LISTENING and not listens:
+        raise InputError(
+            f"aggregate is {mode.aggregate!r}, and the judge has no listener; give one (--listener), or choose 'mean' "
+            "or 'majority'"
+        )
+
+
+def verdict_of(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Verdict:
+    """The verdict that answers to one pair amount to, of which there must be one at least."""
+    raw = sorted(raw, key=lambda answer: (answer.flipped != raw[0].flipped, answer.number))
+    views = [_calibrated(view, calibration) for view in raw]
+    voices = _voices(views, mode, calibration)
+    spread = [_over_orders(voice.said) for voice in voices]
+    p_first = _together(voices, [margin for margin, _ in spread], calibration)
+    preferred = _preferred(p_first, calibration.tie_band)
+    heard = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
+    listener_p_first = _probability(_over_orders(heard)[0], calibration.listener) if heard else None
+    # A listener that decides cannot contradict the verdict; it can still contradict the one who thought.
+    own = _over_orders([(view.flipped, view.p_own) for view in views])[0] if mode.aggregate in LISTENING else None
+    lead = p_first - 0.5 if own is None else own
+    return Verdict(
+        p_first=p_first,
+        preferred=preferred,
+        thoughts=tuple(_thought(view) for view in views) if mode.think else (),
+        listener_p_first=listener_p_first,
+        contradicted=None
+        if listener_p_first is None or preferred is None or lead == 0
+        else (listener_p_first < 0.5 if lead > 0 else listener_p_first > 0.5),
+        position_gap=math.fsum(gap for _, gap in spread) / len(spread),
+        malformed=sum(not view.trace.well_formed for view in views) if mode.think else 0,
+    )
+
+
+def settled(answers: Sequence[Answer], mode: Mode, calibration: Calibration) -> bool:
+    """Whether a pair with these thoughts needs no more of them to stop as early as `mode` says.
+
+    It needs none where the thoughts still to come could not change which image is preferred, or that none is, even if
+    they all said the same. With an early stop below 1 it also needs none where `is_sure` of the log-odds of the verdict
+    as it stands, in which each thought has a linear share: at the slope from even odds to there.
+    """
+    if not answers or mode.early_stop is None:
+        return False
+    voices = _voices([_calibrated(answer, calibration) for answer in answers], mode, calibration)
+    n, remaining = len(answers), max(mode.planned - len(answers), 0)
+    leads = [math.fsum(p - 0.5 for p in voice.support) for voice in voices]
+    extremes = [
+        _together(voices, [(lead + turn * remaining / 2) / (n + remaining) for lead in leads], calibration)
+        for turn in (-1, 1)
+    ]
+    band = calibration.tie_band
+    if _preferred(extremes[0], band) == _preferred(extremes[1], band):
+        return True
+    if mode.early_stop >= 1:
+        return False
+    margins = [lead / n or 1e-6 for lead in leads]  # at even odds there is no slope: that of very near by
+    log_odds = [float(logit(voice.p_first(margin))) for voice, margin in zip(voices, margins, strict=True)]
+    mean = math.fsum(log_odds) / len(voices)
+    last = float(calibration.both.of(np.array(mean)) / mean) if len(voices) > 1 and mean else 1.0
+    slopes = [last * x / margin / len(voices) for x, margin in zip(log_odds, margins, strict=True)]
+    steepness = math.fsum(slopes)
+    if steepness <= 0:  # the curve says even odds of all that is near
+        return False
+    each = zip(*(voice.support for voice in voices), strict=True)
+    support = [0.5 + math.fsum(s * (p - 0.5) for s, p in zip(slopes, ps, strict=True)) / steepness for ps in each]
+    return is_sure(support, remaining, mode.early_stop, edge=float(logit(0.5 + band)) / steepness)
+
+
+def is_sure(support: Sequence[float], remaining: int, sureness: float, *, edge: float = 0.0) -> bool:
+    """Whether the mean of all thoughts will be on the side of the mean so far, with probability `sureness`.
+
+    `support` holds what each thought gives the caller's first image, in [0, 1]; `remaining` are still to come, at least
+    one. The sides are more than `edge` above 1/2, more than that below it, and between. It is a t-test: the distance of
+    the mean from the edge against its standard error, for a finite number of thoughts. The variance is pooled with one
+    thought of the largest variance there is, 1/4, because a few thoughts may agree by chance.
+    """
+    n = len(support)
+    mean = math.fsum(p - 0.5 for p in support) / n
+    variance = (math.fsum((p - 0.5 - mean) ** 2 for p in support) + 0.25) / n
+    error = math.sqrt(variance * remaining / (n * (n + remaining)))
+    if abs(mean) > edge:
+        return float(stdtr(n, (abs(mean) - edge) / error)) >= sureness
+    inside = stdtr(n, (edge - mean) / error) + stdtr(n, (edge + mean) / error) - 1
+    return float(inside) >= sureness
+
+
+def on_grid(p: float) -> float:
+    """The multiple of 1 / _GRID nearest to `p`, in (0, 1): float32 rounds a sure answer to 0 or 1, which nobody is."""
+    return min(max(round(p * _GRID), 1), _GRID - 1) / _GRID
+
+
+def _calibrated(view: Answer, calibration: Calibration) -> Answer:
+    return replace(
+        view,
+        p_own=on_grid(calibration.answer(view.p_own)),
+        p_heard=None if view.p_heard is None else on_grid(calibration.heard(view.p_heard)),
+    )
+
+
+def _voices(views: Sequence[Answer], mode: Mode, calibration: Calibration) -> list[_Voice]:
+    """Who decides by `mode`, of calibrated answers."""
+    if mode.aggregate == "majority":
+        # Laplace's rule of succession: n votes of n are no certainty. An early stop foretells what all would say.
+        n = max(mode.planned, len(views))
+        return [_Voice([(view.flipped, view.vote) for view in views], calibration.verdict, n / (n + 2))]
+    own = _Voice([(view.flipped, view.p_own) for view in views], calibration.verdict)
+    if mode.aggregate == "mean":
+        return [own]
+    said = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
+    check_listens(mode, len(said) == len(views))
+    heard = _Voice(said, calibration.listener)
+    return [heard] if mode.aggregate == "listener" else [own, heard]
+
+
+def _over_orders(shown_first: Sequence[tuple[bool, float]]) -> tuple[float, float]:
+    """p(caller's first) - 1/2, and how much more it got when shown first than when shown second (NaN of one order).
+
+    `shown_first` holds (flipped, p(image shown first)). The two are differences of what the orders gave, so swapping
+    the images turns the sign of the first and changes nothing else, to the last bit.
+    """
+    as_given = [p for flipped, p in shown_first if not flipped]
+    swapped = [p for flipped, p in shown_first if flipped]
+    if not swapped:
+        return math.fsum(as_given) / len(as_given) - 0.5, math.nan
+    if not as_given:
+        return 0.5 - math.fsum(swapped) / len(swapped), math.nan
+    straight, reverse = math.fsum(as_given) / len(as_given), math.fsum(swapped) / len(swapped)
+    return (straight - reverse) / 2, straight + reverse - 1.0
+
+
+def _together(voices: Sequence[_Voice], margins: Sequence[float], calibration: Calibration) -> float:
+    """The calibrated p_first of voices whose means are these margins over 1/2: for two the mean of their log-odds."""
+    each = [voice.p_first(margin) for voice, margin in zip(voices, margins, strict=True)]
+    if len(each) == 1:
+        return each[0]
+    # Sizes with a sign, added: logit(1 - p) need not be -logit(p) to the last bit.
+    log_odds = math.fsum(math.copysign(logit(max(p, 1 - p)), p - 0.5) for p in each) / len(each)
+    return _probability(math.copysign(float(expit(abs(log_odds))) - 0.5, log_odds), calibration.both)
+
+
+def _probability(margin: float, curve: Curve) -> float:
+    """The calibrated probability for a margin over 1/2. The size first, then the grid, so that 1 - p is exact."""
+    if margin == 0:
+        return 0.5
+    high = on_grid(curve(on_grid(0.5 + abs(margin))))
+    return high if margin > 0 else 1.0 - high
+
+
+def _preferred(p_first: float, tie_band: float) -> Literal[1, 2] | None:
+    if abs(p_first - 0.5) <= tie_band:
+        return None
+    return 1 if p_first > 0.5 else 2
+
+
+def _thought(view: Answer) -> Thought:
+    """A thought in the caller's numbering."""
+    trace, p_heard = view.trace, view.p_heard
+    answer: Literal[1, 2] | None = trace.answer
+    if view.flipped and answer is not None:
+        answer = 2 if answer == 1 else 1
+    return Thought(
+        text=trace.thought,
+        order="swapped" if view.flipped else "as given",
+        answer=answer,
+        p_first=1.0 - view.p_own if view.flipped else view.p_own,
+        listener_p_first=None if p_heard is None else (1.0 - p_heard if view.flipped else p_heard),
+        contradicted=None if p_heard is None else contradicted(trace, p_heard),
+    )
