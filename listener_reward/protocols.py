@@ -76,17 +76,18 @@ def hpsv2_inversion(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) 
 def hpsv3_pair(judge: np.ndarray, people: np.ndarray) -> Credits:
     """HPSv3, `evaluate.py` in mode `pair`: the share of pairs whose winner has the higher score; a tie is wrong.
 
-    The published files hold the winner in `path1`, so there is no tie of people; where one comes in it is left out.
+    The published files hold the winner in `path1`, and the script looks at no votes: `people` is positive where the
+    first image is `path1`. Where a tie of people comes in from elsewhere it is left out.
     """
     return imagereward(judge, people)
 
 
-def hpsv3_ranking(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits:
-    """HPSv3, `evaluate.py` in mode `ranking`: for each prompt the share of pairs in the people's order, then averaged.
+def hpsv3_ranking(judge: np.ndarray, people: np.ndarray) -> Credits:
+    """HPSv3, `evaluate.py:calc_rank_acc` in mode `ranking`: the share of pairs in the people's order, over all prompts.
 
-    Our reading, because the script was not to be had: HPSv2's rule. Where nobody ties it equals `hpsv2_inversion` too.
+    It pools, as `imagereward` does and `hpsv2` does not: pairs of equal rank are left out, a judge's tie is wrong.
     """
-    return hpsv2(judge, people, prompts)
+    return imagereward(judge, people)
 
 
 def genai_bench_diff(judge: np.ndarray, people: np.ndarray) -> Credits:

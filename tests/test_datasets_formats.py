@@ -17,7 +17,9 @@ from PIL import Image
 from listener_reward.datasets import FEATURES, FORMATS, load_pairs
 from listener_reward.datasets.format import PUBLISHED
 from listener_reward.errors import InputError
+from listener_reward.evaluate import evaluate_scores
 from listener_reward.images import to_pil
+from listener_reward.scores import Scores
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -203,12 +205,31 @@ def test_hpdv3_path1_always_wins(tmp_path):
     unknown = {"model1": None, "model2": None, "choice_dist": None, "confidence": None}
     rows = rows_of(as_json(tmp_path / "test.json", [base | voted, base | unknown] * 8))
     assert [row["p_first"] for row in rows] == [0.75, 1.0] * 8
+    assert {(row["rank_first"], row["rank_second"]) for row in rows} == {(1, 2)}
     assert {tuple(map(shade, row["images"])) for row in rows} == {(10, 20)}
     assert [(row["model_first"], row["votes_second"], row["confidence"]) for row in rows[:2]] == [
         ("kolors", 4, 0.9999),
         (None, None, None),
     ]
     assert len({row["group"] for row in rows}) == 1, "the same prompt is the same group"
+
+
+def test_hpdv3_votes_stand_in_either_order_and_path1_has_the_more(tmp_path):
+    """As upstream, which sorts them. Even votes say nothing, but the file still says who won."""
+    base = {"prompt": "a cat", "path1": "images/10.png", "path2": "images/20.png", "confidence": None}
+    votes = [[9, 3], [3, 9], [5, 5], [0, 4]] * 8
+    path = as_json(tmp_path / "test.json", [base | {"choice_dist": counts} for counts in votes])
+    pairs = load_pairs(f"hpdv3:{path}", check_images=False)
+    assert len(set(pairs["swapped"])) == 2
+    rows = [as_published(row) for row in pairs]
+    assert [row["p_first"] for row in rows] == [0.75, 0.75, 0.5, 1.0] * 8
+    assert [(row["votes_first"], row["votes_second"]) for row in rows[:4]] == [(9, 3), (9, 3), (5, 5), (4, 0)]
+    scores = Scores("path1", "score", {row["id"]: (1.0, None) for row in rows})
+    results = {r.protocol: r for r in evaluate_scores(scores, pairs, protocols=["hpsv3-pair", "imagereward"]).protocols}
+    assert (results["hpsv3-pair"].value, results["hpsv3-pair"].pairs) == (1.0, 32), "even votes count too"
+    turned = Scores("path2", "score", {row["id"]: (-1.0, None) for row in rows})
+    assert evaluate_scores(turned, pairs).protocols[0].value == 0.0
+    assert evaluate_scores(scores, pairs).n_ties == 8
 
 
 def test_hpdv3_plus_plus_has_its_images_above_its_files(tmp_path):

@@ -29,7 +29,8 @@ they come out, after the shuffle; `rank_*` is short for both.
 - `imagereward`: and `rank_*` (float64, 1 is best, equal is a tie), `place_*` (int64, where in the published list).
 - `hpdv2`: and `rank_*` (float64, published, lower is better), `place_*`, `votes_*` (float64, annotators who rank it
   ahead, half for a tie; null without annotators).
-- `hpdv3`: and `model_*` (string), `votes_*`, `confidence` (float64). The published first always won.
+- `hpdv3`: and `model_*` (string), `rank_*` (1 for the published first, which always won), `votes_*`, `confidence`
+  (float64).
 - `pickapic`: and `model_*`, `examples_per_prompt` (int64).
 - `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string).
 - `genai-bench`: and `model_*`, `both_bad` (bool).
