@@ -8,7 +8,7 @@ published protocols of the data set (`measure`), for a judge that is run here as
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,9 @@ __all__ = [
     "side",
     "wilson",
 ]
+
+_FILMED = 8
+"""Pairs of videos for each call of the judge, at most."""
 
 SWAP_TOLERANCE = 1e-6
 """How far p_first of a pair and of its swapped copy may be from summing to one, for the judge to be symmetric."""
@@ -126,7 +129,8 @@ def evaluate(
 
     Args:
         judge: a `Judge`, or anything with its `compare_many` and `name`.
-        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them.
+        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them. Videos
+            are judged as storyboards of their frames; give a `ClipJudge` of `integrations.video` for its other ways.
         batch_size: pairs for each call of the judge.
         progress: show a progress bar on standard error.
         swap_check: how many pairs, from the first on, are judged a second time with their images swapped.
@@ -153,8 +157,7 @@ def evaluate(
 
     with _bar(progress) as bar:
         task = bar.add_task("judging", total=None if n is None else n + min(swap_check, n)) if bar else None
-        for rows in _batches(pairs, batch_size):
-            labels.add(rows)
+        for rows in _shown(_batches(pairs, batch_size), labels):
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
@@ -212,11 +215,12 @@ def evaluate_scores(
     """
     check_protocols(protocols or ())
     _check(pairs)
-    labels, groups, started = Labels(), [], time.perf_counter()
+    labels, asked, started = Labels(), [], time.perf_counter()
     for rows in _batches(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
         labels.add(rows)
-        groups += rows.get("group", rows["prompt"]) if scores.images else []
-    answers = labels.answers(**scores.margins(labels.columns, groups))
+        if scores.images:
+            asked += zip(*(rows[name] for name in ("group", "prompt") if name in rows), strict=True)
+    answers = labels.answers(**scores.margins(labels.columns, asked))
     record = _record(scores.name, labels, answers, side(answers.judge / 2 + 0.5), protocols)
     return replace(record, missing=int(np.isnan(answers.judge).sum()), seconds=time.perf_counter() - started)
 
@@ -368,6 +372,33 @@ def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool
         if not 0 <= verdict.p_first <= 1:
             raise JudgeError(f"{judge.name} answered p_first = {verdict.p_first} for prompt {prompt!r}")
     return verdicts
+
+
+def _shown(batches: Iterator[dict[str, list[Any]]], labels: Labels) -> Iterator[dict[str, list[Any]]]:
+    """The batches as a judge of images is shown them, videos as storyboards of their frames; `labels` gets them first.
+
+    Storyboards are decoded and large, so that few of them are held at a time.
+    """
+    from listener_reward.datasets.format import is_video
+
+    for rows in batches:
+        filmed = [any(isinstance(image, Mapping) and is_video(image) for image in pair) for pair in rows["images"]]
+        size = _FILMED if any(filmed) else len(filmed)
+        for start in range(0, len(filmed), size):
+            part = {name: values[start : start + size] for name, values in rows.items()}
+            labels.add(part)
+            if any(filmed):
+                part["images"] = [
+                    [_storyboard(image) if isinstance(image, Mapping) and is_video(image) else image for image in pair]
+                    for pair in part["images"]
+                ]
+            yield part
+
+
+def _storyboard(video: Mapping[str, Any]) -> Any:
+    from listener_reward.integrations.video import as_picture
+
+    return as_picture(video["path"] if video["bytes"] is None else video["bytes"], field="a video of the data")
 
 
 def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:

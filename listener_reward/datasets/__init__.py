@@ -33,7 +33,7 @@ they come out, after the shuffle; `rank_*` is short for both.
   (float64).
 - `pickapic`: and `model_*`, `examples_per_prompt` (int64).
 - `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string).
-- `genai-bench`: and `model_*`, `both_bad` (bool).
+- `genai-bench`: and `model_*`, `both_bad` (bool). The images of its video configuration are paths of videos.
 - `videogen`: and `dimension`, `model_*`, `fps_*`, `frames_*`, `mos_*` (float64). The images are paths of videos.
 - `mmrb2`: and `dimension` (the task), `model_*`, `votes_*`, `category`.
 """
@@ -53,7 +53,17 @@ from typing import Any, Literal, overload
 
 import datasets
 
-from listener_reward.datasets.format import PUBLISHED, Format, Labelled, Place, Row, Skipped, read_pairs
+from listener_reward.datasets.format import (
+    PUBLISHED,
+    Format,
+    Labelled,
+    Place,
+    Row,
+    Skipped,
+    is_video,
+    read_pairs,
+    starts_as_video,
+)
 from listener_reward.datasets.genai_bench import GENAI_BENCH
 from listener_reward.datasets.generic import generic_format
 from listener_reward.datasets.hpdv3 import HPDV3
@@ -165,7 +175,7 @@ def load_pairs(
         if not pairs:
             raise InputError(_no_pairs(spec, opened.pairs()))
         if check_images and opened.shuffled:
-            pairs = _readable(pairs, spec, max_broken, opened.video)
+            pairs = _readable(pairs, spec, max_broken)
         return _dataset([_shuffled(pair, seed) if opened.shuffled else pair for pair in pairs], features)
     if next(_labelled(opened.pairs()), None) is None:
         raise InputError(_no_pairs(spec, opened.pairs()))
@@ -183,7 +193,7 @@ def _stream(
     features, shuffled = opened.features, opened.shuffled
     pairs = islice(_labelled(opened.pairs()), limit)
     if check_images and shuffled:
-        pairs = _readable_stream(pairs, spec, max_broken, opened.video)
+        pairs = _readable_stream(pairs, spec, max_broken)
     for pair in pairs:
         yield _row(_shuffled(pair, seed) if shuffled else pair, features)
 
@@ -218,10 +228,6 @@ class Opened:
     @property
     def shuffled(self) -> bool:
         return self.tiny is None
-
-    @property
-    def video(self) -> bool:
-        return self.form is not None and self.form.video
 
 
 def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str, str] | None, stream: bool) -> Opened:
@@ -293,23 +299,23 @@ def _sample(pairs: Iterable[Labelled], limit: int | None, seed: int) -> list[Lab
     return [pair for _, pair in sorted((index, pair) for _, index, pair in kept)]
 
 
-def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float, video: bool) -> list[Labelled]:
+def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float) -> list[Labelled]:
     """The pairs whose images both decode. Every distinct image is decoded once, so that no run breaks on one later."""
     images = {_key(image): (one.pair.id, image) for one in pairs for image in (one.pair.first, one.pair.second)}
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda named: fault(named[0], named[1], video), images.values())
+        found = pool.map(lambda named: fault(*named), images.values())
         faults = dict(zip(images, found, strict=True))
     kept = [one for one in pairs if not (faults[_key(one.pair.first)] or faults[_key(one.pair.second)])]
     _report_broken(spec, len(pairs) - len(kept), len(pairs), [fault for fault in faults.values() if fault], max_broken)
     return kept
 
 
-def _readable_stream(pairs: Iterable[Labelled], spec: str, max_broken: float, video: bool) -> Iterator[Labelled]:
+def _readable_stream(pairs: Iterable[Labelled], spec: str, max_broken: float) -> Iterator[Labelled]:
     """As `_readable`, pair by pair: refuses as soon as it is clear, warns at the end."""
     seen = broken = 0
     messages: list[str] = []
     for seen, one in enumerate(pairs, start=1):
-        faults = [why for image in (one.pair.first, one.pair.second) if (why := fault(one.pair.id, image, video))]
+        faults = [why for image in (one.pair.first, one.pair.second) if (why := fault(one.pair.id, image))]
         if not faults:
             yield one
             continue
@@ -329,17 +335,25 @@ def _report_broken(spec: str, broken: int, n: int, messages: Sequence[str], max_
     warnings.warn(f"{summary}. These pairs are left out", stacklevel=4)
 
 
-def fault(pair_id: str, image: Any, video: bool) -> str | None:
-    """Why an image cannot be used, None if it can. A video only has to be there."""
-    what = f"{'a video' if video else 'an image'} of pair {pair_id}"
-    if video:
-        there = image["path"] is not None and Path(image["path"]).is_file()
-        return None if there else f"{what} is {image['path']!r}, where there is no file; check the path"
+def fault(pair_id: str, image: Any) -> str | None:
+    """Why an image cannot be used, None if it can. A video only has to be there and to start as one."""
+    if is_video(image):
+        return None if image["bytes"] is not None else _video_fault(f"a video of pair {pair_id}", image["path"])
     try:
-        to_pil(image, field=what)
+        to_pil(image, field=f"an image of pair {pair_id}")
     except InputError as error:
         return str(error)
     return None
+
+
+def _video_fault(what: str, path: str) -> str | None:
+    if "://" in path:
+        return f"{what} is {path!r}, which is not on this machine; download the videos and give a file that names them"
+    if not Path(path).is_file():
+        return f"{what} is {path!r}, where there is no file; check the path"
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return None if starts_as_video(head) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
 
 
 def _key(image: Any) -> str | int:
