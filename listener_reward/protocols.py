@@ -62,14 +62,17 @@ def hpsv2(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits
     return per_prompt(imagereward(judge, people), prompts)
 
 
-def hpsv2_inversion(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits:
+def hpsv2_inversion(
+    judge: np.ndarray, people: np.ndarray, prompts: np.ndarray, swapped: np.ndarray | None = None
+) -> Credits:
     """HPSv2, `inversion_score`: one minus the share of pairs in the opposite order, averaged over prompts.
 
     A pair tied in either ranking counts as right, so every pair counts. `people` is the difference of the published
-    (averaged) ranks. The published script ranks the images by `argsort`, which breaks a judge's exact tie by position;
-    here it is the first image that wins it. A missing answer is wrong.
+    (averaged) ranks. The published script ranks the images by `argsort`, which breaks a judge's exact tie by the place
+    in the file: the published first wins it, which is the second image where `swapped` is. A missing answer is wrong.
     """
-    right = _agrees(np.where(judge == 0, 1.0, judge), people) | (people == 0)
+    earlier = 1.0 if swapped is None else np.where(swapped, -1.0, 1.0)
+    right = _agrees(np.where(judge == 0, earlier, judge), people) | (people == 0)
     return per_prompt(_counted(right & ~np.isnan(judge), np.ones(len(people))), prompts)
 
 

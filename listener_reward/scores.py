@@ -51,7 +51,7 @@ class Scores:
     words: dict[str, str | None] = field(default_factory=dict)
     """Pair's id to the judge's output, where the file has GenAI-Bench labels."""
     images: dict[str, float] = field(default_factory=dict)
-    """Image to its score, for a file with one row an image. A key is `image`, or a group or prompt, a tab and `image`."""
+    """Image to its score, for a file with one row an image. A key is the image, or group or prompt, tab, and image."""
 
     def margins(self, labels: Mapping[str, list[Any]], asked: Iterable[Sequence[str]] = ()) -> dict[str, Any]:
         """The margins for pairs as they are shown: the arguments of `measure.Answers` that a judge gives.

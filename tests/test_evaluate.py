@@ -358,6 +358,21 @@ def test_videos_are_judged_as_storyboards_and_few_at_a_time(tmp_path):
     assert {image.size for pair in watched for image in pair} == {(4 * 32 + 3 * 4, 2 * 32 + 4)}, "2 rows of 4 frames"
 
 
+def test_a_validation_set_gives_pickscore_its_threshold(FakeJudge, make_pairs):
+    # Slope ln 4: p_first - p_second is tanh(ln 2 * (red - red) / 255), which is 0.6 of 255 and 0.265 of 100.
+    judge, validation = FakeJudge(slope=math.log(4)), make_pairs([(255, 0, 1.0), (200, 100, 0.5), (0, 100, 0.5)])
+    test = make_pairs([(0, 255, 0.0), (120, 100, 0.5), (50, 100, 1.0)])
+    with pytest.raises(InputError, match="imagereward has no use; ask for the protocol pickscore"):
+        evaluate(judge, test, validation=validation, progress=False)
+    assert judge.calls == [], "refused before anything slow"
+    options = {"protocols": ["pickscore"], "progress": False, "swap_check": 0}
+    record = evaluate(judge, test, validation=validation, batch_size=2, **options)
+    assert record.n == 3 and sum(map(len, judge.calls)) == 6
+    assert record.protocols[0].thresholds == (0.3,)
+    assert record.protocols[0].value == (1 + 1 + 0.5) / 3, "the last is a tie to the judge and none to people"
+    assert len(evaluate(judge, test, **options).protocols[0].thresholds) == 2, "without, it is cross-fitted"
+
+
 def test_a_stream_without_pairs(FakeJudge, make_pairs):
     empty = datasets.IterableDataset.from_generator(lambda: iter(()), features=make_pairs([(1, 1, 1.0)]).features)
     with pytest.raises(InputError, match="0 rows"):

@@ -104,6 +104,13 @@ def test_inversion_score_of_the_published_loop(lists):
     assert p.hpsv2_inversion(*as_pairs(lists)).value == pytest.approx(np.mean(expected))
 
 
+def test_inversion_ties_go_to_the_published_first_whatever_is_shown():
+    judge, people, prompts = array(0, 0), array(1, -1), np.array([0, 1])  # both: the winner is published first
+    assert p.hpsv2_inversion(judge, people, prompts, np.array([False, True])).value == 1
+    assert p.hpsv2_inversion(judge, -people, prompts, np.array([False, True])).value == 0
+    assert p.hpsv2_inversion(judge, people, prompts).value == 0.5, "without a shuffle the first image is it"
+
+
 def test_without_ties_all_rank_protocols_are_one_and_follow_kendall():
     """With no tie on either side the share of concordant pairs is (tau + 1) / 2."""
     rng = np.random.default_rng(0)

@@ -142,6 +142,23 @@ def test_published_sets_take_scores_by_prompt_and_image(write, tmp_path, columns
     assert margins.tolist() == [1.0, 5.0]
 
 
+def test_a_validation_set_is_scored_by_the_same_file_of_images(write):
+    """Logits: of a difference of 1 the softmax's margin is 0.46. The validation set's ties lie there, so it is one."""
+    image = {"prompt": "x", "image_first": "1.png", "image_second": "2.png", "item_first": "1", "item_second": "2"}
+    pairs, validation = (
+        load_pairs(str(write([image | {"p_first": share} for share in shares], name)), check_images=False)
+        for shares, name in (([1.0, 0.5], "test.jsonl"), ([0.5, 0.5], "validation.jsonl"))
+    )
+    images = read_scores(write([{"image": "1", "score": 3.0}, {"image": "2", "score": 2.0}]))
+    (result,) = evaluate_scores(images, pairs, protocols=["pickscore"], validation=validation).protocols
+    assert (result.thresholds, result.value) == ((0.5,), 0.75)
+    names = read_scores(write([{"id": "0", "margin": 1.0}, {"id": "1", "margin": 1.0}]))
+    with pytest.raises(InputError, match="names pairs, of which a validation set has the same ids"):
+        evaluate_scores(names, pairs, protocols=["pickscore"], validation=validation)
+    with pytest.raises(InputError, match="has no use"):
+        evaluate_scores(images, pairs, validation=validation)
+
+
 def test_a_score_under_another_prompt_is_none_of_this_one_s(write):
     rows = [{"image": f"x/{k}.png", "prompt": "p", "score": k} for k in (1, 2, 3)]
     with pytest.warns(UserWarning, match="no score for 1 of 6 pairs, such as 'x/1.png'"):

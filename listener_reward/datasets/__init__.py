@@ -41,14 +41,14 @@ they come out, after the shuffle; `rank_*` is short for both.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from heapq import nsmallest
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heappushpop
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any, Literal, overload
 
 import datasets
@@ -152,8 +152,9 @@ def load_pairs(
 
     Args:
         spec: what to read, see the table at the top of this module.
-        limit: keep a random sample of this many pairs, in the order of the file, the same for the same seed; of a
-            stream, the first ones. For the tiny world, the number of pairs to draw.
+        limit: keep at most this many pairs: all pairs of groups (records, or prompts) drawn at random, in the order of
+            the file, the same for the same seed. Of a group that is larger than `limit` some pairs. Of a stream, the
+            first pairs. For the tiny world, the number of pairs to draw.
         seed: of the sample and of the image order; for the tiny world, of the pairs.
         columns: what the file calls a field of the generic schema, such as `{"prompt": "caption"}`.
         stream: give an iterable that holds a batch of rows at a time, for sets larger than memory. Each pass over it
@@ -176,6 +177,8 @@ def load_pairs(
             raise InputError(_no_pairs(spec, opened.pairs()))
         if check_images and opened.shuffled:
             pairs = _readable(pairs, spec, max_broken)
+            if not pairs:
+                raise InputError(f"{spec}: no pair has two images that can be read; complete the images")
         return _dataset([_shuffled(pair, seed) if opened.shuffled else pair for pair in pairs], features)
     if next(_labelled(opened.pairs()), None) is None:
         raise InputError(_no_pairs(spec, opened.pairs()))
@@ -291,12 +294,59 @@ def _labelled(pairs: Iterable[Labelled | Skipped]) -> Iterator[Labelled]:
 
 
 def _sample(pairs: Iterable[Labelled], limit: int | None, seed: int) -> list[Labelled]:
-    """All pairs, or as many as `limit` at random, of which no more are ever held; in their order."""
+    """All pairs, or those of as many groups at random as fit into `limit`; in their order.
+
+    A group is what a protocol averages over: half of it would be measured as another thing. Each has a random number
+    from its name, and the lowest are kept, so that no more than `limit` pairs and one group are ever held.
+    """
     if limit is None:
         return list(pairs)
-    draw = Random(seed).random
-    kept = nsmallest(limit, ((draw(), index, pair) for index, pair in enumerate(pairs)))
-    return [pair for _, pair in sorted((index, pair) for _, index, pair in kept)]
+    groups: dict[str, _Group] = {}
+    highest: list[tuple[float, str]] = []  # a heap
+    held, barred = 0, math.inf
+    for index, one in enumerate(pairs):
+        name = one.columns.get("group") or f"\0{one.pair.prompt}"
+        if name not in groups:
+            number = _random(f"{seed}/{name}")
+            if number >= barred:
+                continue
+            groups[name] = _Group(number)
+            heappush(highest, (-number, name))
+        held += groups[name].add(index, one, limit, seed)
+        # What stands before the highest group fills the sample already: neither it nor any above it will be in.
+        while len(groups) > 1 and held - len(groups[highest[0][1]].kept) >= limit:
+            number, name = heappop(highest)
+            held, barred = held - len(groups.pop(name).kept), -number
+    sample: list[tuple[int, Labelled]] = []
+    for group in sorted(groups.values(), key=lambda group: group.number):
+        if sample and len(sample) + group.size > limit:
+            break
+        sample += [(index, one) for _, index, one in group.kept]
+    return [one for _, one in sorted(sample, key=lambda pair: pair[0])]
+
+
+def _random(name: str) -> float:
+    """A number in [0, 1) that is the name's own."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+@dataclass
+class _Group:
+    """Pairs of one group, of which no more than the limit are kept: those with the lowest random numbers."""
+
+    number: float
+    size: int = 0
+    kept: list[tuple[float, int, Labelled]] = field(default_factory=list)
+
+    def add(self, index: int, one: Labelled, limit: int, seed: int) -> int:
+        """How many more are kept now, 1 or 0."""
+        self.size += 1
+        entry = (-_random(f"{seed}/{one.pair.id}/{index}"), index, one)
+        if len(self.kept) < limit:
+            heappush(self.kept, entry)
+            return 1
+        heappushpop(self.kept, entry)
+        return 0
 
 
 def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float) -> list[Labelled]:
