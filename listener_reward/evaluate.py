@@ -454,7 +454,7 @@ def _shown(batches: Iterator[dict[str, list[Any]]], labels: Labels) -> Iterator[
 
 
 def _storyboard(video: Mapping[str, Any]) -> Any:
-    from listener_reward.integrations.video import as_picture
+    from listener_reward.integrations.video import as_picture  # pyright: ignore[reportMissingImports]
 
     return as_picture(video["path"] if video["bytes"] is None else video["bytes"], field="a video of the data")
 
