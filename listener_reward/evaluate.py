@@ -28,6 +28,7 @@ from listener_reward.measure import (
     default_protocols,
     measure,
 )
+from listener_reward.shown import shown
 from listener_reward.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -50,9 +51,6 @@ __all__ = [
     "side",
     "wilson",
 ]
-
-_FILMED = 8
-"""Pairs of videos for each call of the judge, at most."""
 
 SWAP_TOLERANCE = 1e-6
 """How far p_first of a pair and of its swapped copy may be from summing to one, for the judge to be symmetric."""
@@ -163,7 +161,7 @@ def evaluate(
 
     with _bar(progress) as bar:
         task = bar.add_task("judging", total=None if n is None else n + min(swap_check, n)) if bar else None
-        for rows in _shown(_batches(pairs, batch_size), labels):
+        for rows in shown(_batches(pairs, batch_size), labels):
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
@@ -265,7 +263,7 @@ def _judged_threshold(
     """The judge's tie threshold, from its verdicts on a validation set."""
     _check(validation)
     labels, p_first = Labels(), []
-    for rows in _shown(_batches(validation, batch_size), labels):
+    for rows in shown(_batches(validation, batch_size), labels):
         if not p_first:
             _threshold(labels, protocols, None)
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
@@ -430,33 +428,6 @@ def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool
         if not 0 <= verdict.p_first <= 1:
             raise JudgeError(f"{judge.name} answered p_first = {verdict.p_first} for prompt {prompt!r}")
     return verdicts
-
-
-def _shown(batches: Iterator[dict[str, list[Any]]], labels: Labels) -> Iterator[dict[str, list[Any]]]:
-    """The batches as a judge of images is shown them, videos as storyboards of their frames; `labels` gets them first.
-
-    Storyboards are decoded and large, so that few of them are held at a time.
-    """
-    from listener_reward.datasets.format import is_video
-
-    for rows in batches:
-        filmed = [any(isinstance(image, Mapping) and is_video(image) for image in pair) for pair in rows["images"]]
-        size = _FILMED if any(filmed) else len(filmed)
-        for start in range(0, len(filmed), size):
-            part = {name: values[start : start + size] for name, values in rows.items()}
-            labels.add(part)
-            if any(filmed):
-                part["images"] = [
-                    [_storyboard(image) if isinstance(image, Mapping) and is_video(image) else image for image in pair]
-                    for pair in part["images"]
-                ]
-            yield part
-
-
-def _storyboard(video: Mapping[str, Any]) -> Any:
-    from listener_reward.integrations.video import as_picture  # pyright: ignore[reportMissingImports]
-
-    return as_picture(video["path"] if video["bytes"] is None else video["bytes"], field="a video of the data")
 
 
 def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:

@@ -166,9 +166,9 @@ def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
 
 def is_video(media: Any) -> bool:
     """Whether an undecoded image is a video in truth, by its path's suffix or its first bytes."""
-    if media["bytes"] is not None:
+    if media.get("bytes") is not None:
         return starts_as_video(media["bytes"][:12])
-    return Path(media["path"] or "").suffix.lower() in _VIDEO_SUFFIXES
+    return Path(media.get("path") or "").suffix.lower() in _VIDEO_SUFFIXES
 
 
 def starts_as_video(head: bytes) -> bool:
