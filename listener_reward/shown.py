@@ -27,6 +27,9 @@ _FILMED = 8
 _AHEAD = 32
 """Pictures that are decoded at a time, before their bytes are counted again."""
 
+_EMBEDDED = "\0"
+"""How the key of a picture begins that is no file; no path can."""
+
 
 def shown(batches: Iterable[dict[str, list[Any]]], labels: Labels) -> Iterator[dict[str, list[Any]]]:
     """The batches with their pictures decoded; `labels` gets each as it was.
@@ -66,16 +69,17 @@ def _decoded(pairs: list[list[Any]], kept: dict[str, Image.Image], pool: ThreadP
     decoded = [
         [found.get(_key(image), image) if isinstance(image, Mapping) else image for image in pair] for pair in pairs
     ]
-    kept |= {key: picture for key, picture in found.items() if isinstance(key, str)}
+    kept |= {key: picture for key, picture in found.items() if not key.startswith(_EMBEDDED)}
     held = sum(map(_bytes, kept.values()))
     while held > BUDGET:
         held -= _bytes(kept.pop(next(iter(kept))))
     return decoded
 
 
-def _key(image: Mapping[str, Any]) -> str | int:
+def _key(image: Mapping[str, Any]) -> str:
     """A file is known by its path, embedded bytes by their place in memory, which says nothing once they are gone."""
-    return id(image) if image.get("bytes") is not None or not image.get("path") else str(image["path"])
+    embedded = image.get("bytes") is not None or not image.get("path")
+    return f"{_EMBEDDED}{id(image)}" if embedded else str(image["path"])
 
 
 def _picture(image: Mapping[str, Any]) -> Image.Image | None:

@@ -170,9 +170,8 @@ def imscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_picture_of_many_pairs_is_read_and_scored_once(monkeypatch):
     read, scored = [], []
-    monkeypatch.setattr(
-        "listener_reward.peers.scorers.to_pil", lambda image, field: read.append(field) or to_pil(image)
-    )
+    reading = "listener_reward.peers.scorers.to_pil"
+    monkeypatch.setattr(reading, lambda image, field: read.append(field) or to_pil(image))
     pictures = [noise(seed) for seed in range(3)]
 
     def score(prompts: list[str], images: list[Image.Image]) -> list[float]:
