@@ -203,6 +203,18 @@ def test_a_peer_that_is_not_installed_is_named(judges, data):
     assert result.exit_code == 2 and "pip install imscore" in result.stderr
 
 
+def test_a_validation_set_by_its_spec(judges, data, tmp_path):
+    other = tmp_path / "validation.jsonl"
+    other.write_text("".join(json.dumps(json.loads(line) | {"p_first": 0.5}) + "\n" for line in data.open()))
+    asked = ["--data", data, "--judge", "good", "--protocol", "pickscore", "--json"]
+    (result,) = json.loads(run(*asked, "--validation", other).stdout)["protocols"].values()
+    assert len(result["thresholds"]) == 1 and result["value"] < 1, "all ties there, so that it ties here too"
+    (alone,) = json.loads(run(*asked).stdout)["protocols"].values()
+    assert len(alone["thresholds"]) == 2 and alone["value"] == 1
+    refused = run(*asked, "--validation", data)
+    assert refused.exit_code == 2 and "the data itself" in refused.stderr
+
+
 def test_a_stream_gives_the_same(judges, data):
     whole = json.loads(run("--data", data, "--judge", "good", "--json").stdout)
     streamed = json.loads(run("--data", data, "--judge", "good", "--json", "--stream").stdout)
