@@ -279,13 +279,31 @@ def evaluate_pairs(
             show_default="those of the data set",
         ),
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation",
+            metavar="SPEC",
+            help="Other pairs, on which the protocol pickscore chooses its tie threshold, as published: "
+            '"pickapic:yuvalkirstain/pickapic_v1:validation_unique".',
+            show_default="cross-fitted on the pairs themselves",
+        ),
+    ] = None,
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Judge the first N pairs.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Judge at most N pairs: all those of prompts drawn at random. Of a stream, the first N pairs.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")] = False,
     html: Annotated[
@@ -336,9 +354,17 @@ def evaluate_pairs(
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
             options: dict[str, Any] = {"limit": limit, "seed": seed, "check_images": bool(names)}
-            pairs = load_pairs(data, **options, stream=True) if stream else load_pairs(data, **options)
-            found = [evaluate_scores(file, pairs, protocols=protocol) for file in files]
-            other = evaluate_scores(rival, pairs, protocols=protocol) if rival else None
+            if validation == data:
+                raise InputError(
+                    f"validation is {validation!r}, the data itself; choose its tie threshold on other pairs"
+                )
+            sets = [spec for spec in (data, validation) if spec is not None]
+            pairs, *apart = [
+                load_pairs(spec, **options, stream=True) if stream else load_pairs(spec, **options) for spec in sets
+            ]
+            how: dict[str, Any] = {"protocols": protocol, "validation": apart[0] if apart else None}
+            found = [evaluate_scores(file, pairs, **how) for file in files]
+            other = evaluate_scores(rival, pairs, **how) if rival else None
             if html is not None:
                 for scored in (*found, *([other] if other else [])):
                     shown += scored_gallery(scored, pairs, mistakes=mistakes)
@@ -348,7 +374,7 @@ def evaluate_pairs(
                     gallery = Gallery(loaded.name, mistakes)
                     watch = None if html is None else gallery.add
                     progress = sys.stderr.isatty()
-                    found.append(evaluate(loaded, pairs, progress=progress, protocols=protocol, watch=watch))
+                    found.append(evaluate(loaded, pairs, progress=progress, watch=watch, **how))
                     shown += gallery.pairs
                 except (InputError, MissingExtraError, JudgeError) as error:
                     if len(names) + len(files) == 1:

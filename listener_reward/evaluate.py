@@ -8,7 +8,7 @@ published protocols of the data set (`measure`), for a judge that is run here as
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,11 @@ from listener_reward.measure import (
     ProtocolResult,
     check_protocols,
     check_shares,
+    choose_tie_threshold,
     default_protocols,
     measure,
 )
+from listener_reward.shown import shown
 from listener_reward.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -118,6 +120,7 @@ def evaluate(
     keep: bool = False,
     protocols: Sequence[str] | None = None,
     watch: Callable[[dict[str, list[Any]], list[Verdict]], None] | None = None,
+    validation: datasets.Dataset | datasets.IterableDataset | None = None,
 ) -> Evaluation:
     """Judges every pair and takes the judge's record.
 
@@ -126,7 +129,8 @@ def evaluate(
 
     Args:
         judge: a `Judge`, or anything with its `compare_many` and `name`.
-        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them.
+        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them. Videos
+            are judged as storyboards of their frames; give a `ClipJudge` of `integrations.video` for its other ways.
         batch_size: pairs for each call of the judge.
         progress: show a progress bar on standard error.
         swap_check: how many pairs, from the first on, are judged a second time with their images swapped.
@@ -135,10 +139,13 @@ def evaluate(
         protocols: names from `measure.PROTOCOLS`; None for those of the data set.
         watch: called with each batch (column to list) and its verdicts, such as `Gallery.add`, which keeps the worst
             mistakes.
+        validation: further pairs, judged first, on which the protocol `pickscore` chooses its tie threshold, as
+            published; without them it is cross-fitted. The tests with the swapped pairs are left out there.
 
     Raises:
         InputError: no pairs, a column or a label that is missing or out of range, a batch size below 1, or a protocol
-            that there is not, or that needs what the data does not have.
+            that there is not, or that needs what the data does not have; or `validation`, and no protocol that asks
+            for it.
         JudgeError: the judge broke. A pair that could not be judged has no score, so neither has the set.
     """
     if batch_size < 1:
@@ -147,14 +154,14 @@ def evaluate(
         raise InputError(f"swap_check is {swap_check}; it must be 0 or more")
     check_protocols(protocols or ())
     n = _check(pairs)
+    threshold = None if validation is None else _judged_threshold(judge, validation, batch_size, think, protocols)
     labels, tally, kept = Labels(), _Tally(), []
     mirrored = checked = right = decided = 0
     started = time.perf_counter()
 
     with _bar(progress) as bar:
         task = bar.add_task("judging", total=None if n is None else n + min(swap_check, n)) if bar else None
-        for rows in _batches(pairs, batch_size):
-            labels.add(rows)
+        for rows in shown(_batches(pairs, batch_size), labels):
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
@@ -182,6 +189,7 @@ def evaluate(
         position_gap=gaps,
         listened=np.array(tally.listened),
         contradicted=np.array(tally.contradictions),
+        tie_threshold=threshold,
     )
     listener = np.array(tally.listener)
     heard = ~np.isnan(listener)
@@ -203,22 +211,74 @@ def evaluate(
 
 
 def evaluate_scores(
-    scores: Scores, pairs: datasets.Dataset | datasets.IterableDataset, *, protocols: Sequence[str] | None = None
+    scores: Scores,
+    pairs: datasets.Dataset | datasets.IterableDataset,
+    *,
+    protocols: Sequence[str] | None = None,
+    validation: datasets.Dataset | datasets.IterableDataset | None = None,
 ) -> Evaluation:
     """The record of a model that was run elsewhere, from its file of scores (`scores.read_scores`). No picture is read.
 
+    Args:
+        validation: as for `evaluate`; the file has to score its images too.
+
     Raises:
-        InputError: as `evaluate`; or the scores are not those of these pairs.
+        InputError: as `evaluate`; or the scores are not those of these pairs; or `validation`, and a file that names
+            pairs: two sets have pairs of the same name.
     """
     check_protocols(protocols or ())
     _check(pairs)
-    labels, groups, started = Labels(), [], time.perf_counter()
-    for rows in _batches(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
-        labels.add(rows)
-        groups += rows.get("group", rows["prompt"]) if scores.images else []
-    answers = labels.answers(**scores.margins(labels.columns, groups))
+    started, threshold = time.perf_counter(), None
+    if validation is not None:
+        if not scores.images:
+            raise InputError(
+                f"{scores.name} names pairs, of which a validation set has the same ids; give one row an image"
+            )
+        _check(validation)
+        labels, judged = _scored(scores, validation)
+        threshold = _threshold(labels, protocols, judged)
+    labels, judged = _scored(scores, pairs)
+    answers = labels.answers(**judged, tie_threshold=threshold)
     record = _record(scores.name, labels, answers, side(answers.judge / 2 + 0.5), protocols)
     return replace(record, missing=int(np.isnan(answers.judge).sum()), seconds=time.perf_counter() - started)
+
+
+def _scored(scores: Scores, pairs: datasets.Dataset | datasets.IterableDataset) -> tuple[Labels, dict[str, Any]]:
+    """The labels, and what the file says of the pairs as arguments of `Answers`."""
+    labels, asked = Labels(), []
+    for rows in _batches(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
+        labels.add(rows)
+        if scores.images:
+            asked += zip(*(rows[name] for name in ("group", "prompt") if name in rows), strict=True)
+    return labels, scores.margins(labels.columns, asked)
+
+
+def _judged_threshold(
+    judge: Judge,
+    validation: datasets.Dataset | datasets.IterableDataset,
+    batch_size: int,
+    think: bool | None,
+    protocols: Sequence[str] | None,
+) -> float:
+    """The judge's tie threshold, from its verdicts on a validation set."""
+    _check(validation)
+    labels, p_first = Labels(), []
+    for rows in shown(_batches(validation, batch_size), labels):
+        if not p_first:
+            _threshold(labels, protocols, None)
+        firsts, seconds = map(list, zip(*rows["images"], strict=True))
+        p_first += [verdict.p_first for verdict in _judge(judge, rows["prompt"], firsts, seconds, think)]
+    return _threshold(labels, protocols, {"judge": 2 * np.array(p_first) - 1})
+
+
+def _threshold(labels: Labels, protocols: Sequence[str] | None, judged: Mapping[str, Any] | None) -> float:
+    """The tie threshold for what was `judged`; without it this only refuses protocols that have no use for one."""
+    names = default_protocols(list(labels.sources)) if protocols is None else protocols
+    if "pickscore" not in names:
+        raise InputError(
+            f"validation is given, for which {', '.join(names)} has no use; ask for the protocol pickscore"
+        )
+    return 0.0 if judged is None else choose_tie_threshold(labels.answers(**judged))
 
 
 def _record(

@@ -60,7 +60,13 @@ def wilson(count: int, n: int) -> tuple[float, float] | None:
 
 
 def clustered_interval(
-    earned: np.ndarray, possible: np.ndarray, clusters: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+    earned: np.ndarray,
+    possible: np.ndarray,
+    clusters: np.ndarray,
+    *,
+    share: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """The 95 % interval of `earned.sum() / possible.sum()`, by a percentile bootstrap that draws whole clusters.
 
@@ -71,6 +77,8 @@ def clustered_interval(
     Args:
         earned, possible: (n,) floats, finite.
         clusters: (n,) integers, equal for pairs of one prompt.
+        share: whether the value is a share, of which Wilson's interval tells something. Not so a correlation, which has
+            no interval where all clusters have the same.
         resamples: number of bootstrap samples.
         seed: of the samples.
     """
@@ -79,11 +87,11 @@ def clustered_interval(
         return None
     sums = _sums(clusters[counted], earned[counted], possible[counted])
     got, could = sums
-    if (np.isin(earned[counted], (0, 1)) & (possible[counted] == 1)).all() and (could == 1).all():
+    if share and (np.isin(earned[counted], (0, 1)) & (possible[counted] == 1)).all() and (could == 1).all():
         return wilson(int(got.sum()), len(got))
     rates = got / could
     if len(rates) == 1 or (rates == rates[0]).all():
-        return wilson(round(len(rates) * float(rates[0])), len(rates)) if rates[0] in (0, 1) else None
+        return wilson(round(len(rates) * float(rates[0])), len(rates)) if share and rates[0] in (0, 1) else None
     values = np.concatenate([got[drawn].sum(1) / could[drawn].sum(1) for drawn in _draws(len(got), resamples, seed)])
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)

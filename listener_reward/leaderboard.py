@@ -85,34 +85,62 @@ def protocols_table(results: Sequence[ProtocolResult]) -> Table:
     return table
 
 
-def leaderboard_tables(board: Leaderboard) -> tuple[Table, Table]:
-    """Several judges: who is best by the protocol that decides, with the baselines, and all other numbers."""
-    ranked = _table("judge", board.protocol, "95 % interval", "difference", "95 % interval", "p")
-    others = [result.protocol for result in board.evaluations[0].protocols[1:]]
-    rest = _table("judge", *others, "ece", "position gap", "malformed", "missing")
+def leaderboard_tables(board: Leaderboard) -> list[Table]:
+    """Several judges: who is best by the protocol that decides, all other protocols, and the judges' habits.
+
+    Below every share stands what always answering the first would have. No table is wider than a terminal of 80 columns
+    where the judges' names are of 20 letters.
+    """
+    tables = [_ranked(board)]
+    others = range(1, len(board.evaluations[0].protocols))
+    for start in range(0, len(others), _ACROSS):
+        columns = others[start : start + _ACROSS]
+        table = _table("judge", *(board.evaluations[0].protocols[column].protocol for column in columns))
+        for evaluation in board.evaluations:
+            values = (number(evaluation.protocols[column].value) for column in columns)
+            table.add_row(plain(evaluation.judge), *values)
+        _add_baselines(table, board, columns)
+        tables.append(table)
+    habits = _table("judge", "ece", "position gap", "malformed", "missing")
+    for evaluation in board.evaluations:
+        found = evaluation.ece, evaluation.position_gap, evaluation.malformed_rate
+        habits.add_row(plain(evaluation.judge), *map(number, found), str(evaluation.missing))
+    return [*tables, habits]
+
+
+_ACROSS = 4
+"""Protocols side by side in one table."""
+
+
+def _ranked(board: Leaderboard) -> Table:
+    table = _table("judge", "value", "95 % interval", "differ- ence", "its interval", "p")
+    table.title = f"by {board.protocol}"
     for evaluation, test in zip(board.evaluations, board.tests, strict=True):
-        first, *more = evaluation.protocols
-        tested = (f"{test.difference:+.3f}", interval(test.interval), f"{test.p_value:.2g}") if test else ("", "", "")
-        ranked.add_row(plain(evaluation.judge), number(first.value), interval(first.interval), *tested)
-        habits = evaluation.ece, evaluation.position_gap, evaluation.malformed_rate
-        rest.add_row(
-            plain(evaluation.judge), *(number(r.value) for r in more), *map(number, habits), str(evaluation.missing)
-        )
-    baselines = board.evaluations[0].protocols
-    ranked.add_section()
-    ranked.add_row("always first", number(baselines[0].always_first))
-    if (in_file := baselines[0].always_first_in_file) is not None:
-        ranked.add_row("always first, in file order", number(in_file))
-    return ranked, rest
+        first = evaluation.protocols[0]
+        tested = (f"{test.difference:+.3f}", interval(test.interval), f"{test.p_value:.2g}") if test else ()
+        table.add_row(plain(evaluation.judge), number(first.value), interval(first.interval), *tested)
+    _add_baselines(table, board, range(1))
+    return table
+
+
+def _add_baselines(table: Table, board: Leaderboard, columns: range) -> None:
+    results = [board.evaluations[0].protocols[column] for column in columns]
+    table.add_section()
+    table.add_row("always first", *(number(result.always_first) for result in results))
+    if any(result.always_first_in_file is not None for result in results):
+        table.add_row("in file order", *(number(result.always_first_in_file) for result in results))
 
 
 def _table(*names: str) -> Table:
+    """Columns of numbers are never cut: what is too long for the terminal is the first column, which is folded."""
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(names):
-        whole = name == "95 % interval" or name in PROTOCOLS or name == "protocol"
-        table.add_column(name, no_wrap=whole, overflow="fold" if column == 0 else "ellipsis")
+        # A header stands on as many lines as it has words, so that it is no wider than its numbers.
+        words = name.replace("-", "-\n") if name in PROTOCOLS else name if "%" in name else name.replace(" ", "\n")
+        table.add_column(words, no_wrap=column > 0, overflow="fold", justify="left" if column == 0 else "right")
     return table
 
 

@@ -54,6 +54,9 @@ class Answers:
     """(n,) how many of these the listener contradicts."""
     words: Sequence[str | None] | None = None
     """The judge's output with a GenAI-Bench label, about the pair as shown here; else made from the margins."""
+    tie_threshold: float | None = None
+    """The threshold that `pickscore` takes, chosen on a validation set by `choose_tie_threshold`; without one it is
+    cross-fitted on these pairs."""
     unit: Literal["probability", "score", "answer"] = "probability"
     """What the margins are: p(first) - p(second), or the difference of a model's scores, or 1, 0 and -1 for answers."""
 
@@ -109,9 +112,25 @@ def _genai_bench(answers: Answers) -> Credits:
 
 
 def _pickscore(answers: Answers) -> tuple[Credits, Any]:
+    judge, threshold = _softmax_margins(answers), answers.tie_threshold
+    if threshold is None:
+        return protocols.pickscore_cross_fitted(judge, answers.people, answers.prompts)
+    return protocols.pickscore(judge, answers.people, threshold), threshold
+
+
+def choose_tie_threshold(validation: Answers) -> float:
+    """The threshold of PickScore's grid at which `pickscore` is highest on a validation set.
+
+    It is for `Answers.tie_threshold` of the same judge on the test set; `eval_preference_predictor.py` does so.
+    """
+    return protocols.best_tie_threshold(
+        _softmax_margins(validation), validation.people, half=0.5, grid=protocols.PICKSCORE_GRID
+    )
+
+
+def _softmax_margins(answers: Answers) -> np.ndarray:
     # PickScore's own probabilities are the softmax over the two scores, whose difference is tanh of half their margin.
-    judge = np.tanh(answers.judge / 2) if answers.unit == "score" else answers.judge
-    return protocols.pickscore_cross_fitted(judge, answers.people, answers.prompts)
+    return np.tanh(answers.judge / 2) if answers.unit == "score" else answers.judge
 
 
 def _mmrb2(answers: Answers) -> Credits:
@@ -137,9 +156,9 @@ def _ranked(answers: Answers) -> np.ndarray:
 PROTOCOLS: dict[str, Rule] = {
     "imagereward": lambda a: protocols.imagereward(a.judge, _ranked(a)),
     "hpsv2": lambda a: protocols.hpsv2(a.judge, _ranked(a), a.prompts),
-    "hpsv2-inversion": lambda a: protocols.hpsv2_inversion(a.judge, _ranked(a), a.prompts),
-    "hpsv3-pair": lambda a: protocols.hpsv3_pair(a.judge, a.people),
-    "hpsv3-ranking": lambda a: protocols.hpsv3_ranking(a.judge, _ranked(a), a.prompts),
+    "hpsv2-inversion": lambda a: protocols.hpsv2_inversion(a.judge, _ranked(a), a.prompts, a.swapped),
+    "hpsv3-pair": lambda a: protocols.hpsv3_pair(a.judge, _ranked(a)),
+    "hpsv3-ranking": lambda a: protocols.hpsv3_ranking(a.judge, _ranked(a)),
     "pickscore": _pickscore,
     "genai-bench": _genai_bench,
     "genai-bench-diff": lambda a: protocols.genai_bench_diff(a.judge, a.people),
@@ -153,6 +172,9 @@ PROTOCOLS: dict[str, Rule] = {
     "spearman": partial(_rank_correlation, method="spearman"),
 }
 """Every protocol by its name; `docs/evaluation.md` says what each computes and where it is from."""
+
+_CORRELATIONS = ("tau-b", "tau-c", "spearman")
+"""Those whose number is no share of anything."""
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "imagereward": ("imagereward", "hpsv2", "tau-b"),
@@ -198,7 +220,7 @@ def measure(answers: Answers, protocol: str) -> ProtocolResult:
     return ProtocolResult(
         protocol=protocol,
         value=credits.value,
-        interval=clustered_interval(*credits, answers.prompts),
+        interval=clustered_interval(*credits, answers.prompts, share=protocol not in _CORRELATIONS),
         always_first=_credits(_always(answers, baseline), protocol)[0].value,
         always_first_in_file=in_file,
         pairs=int(counted.sum()),
@@ -226,7 +248,10 @@ def _credits(answers: Answers, protocol: str) -> tuple[Credits, tuple[float, ...
 
 def _always(answers: Answers, judge: np.ndarray) -> Answers:
     """The same pairs, answered by someone who looks at the place alone; with the pair swapped he prefers the other."""
-    return replace(answers, judge=judge, preferred=None, forward=judge, reverse=-judge, words=None, unit="probability")
+    place = replace(answers, judge=judge, preferred=None, forward=judge, reverse=-judge, words=None)
+    # A threshold that was chosen for somebody else's margins; he himself never sees a tie.
+    threshold = None if answers.tie_threshold is None else 0.0
+    return replace(place, tie_threshold=threshold, unit="probability")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

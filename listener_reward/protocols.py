@@ -62,31 +62,35 @@ def hpsv2(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits
     return per_prompt(imagereward(judge, people), prompts)
 
 
-def hpsv2_inversion(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits:
+def hpsv2_inversion(
+    judge: np.ndarray, people: np.ndarray, prompts: np.ndarray, swapped: np.ndarray | None = None
+) -> Credits:
     """HPSv2, `inversion_score`: one minus the share of pairs in the opposite order, averaged over prompts.
 
     A pair tied in either ranking counts as right, so every pair counts. `people` is the difference of the published
-    (averaged) ranks. The published script ranks the images by `argsort`, which breaks a judge's exact tie by position;
-    here it is the first image that wins it. A missing answer is wrong.
+    (averaged) ranks. The published script ranks the images by `argsort`, which breaks a judge's exact tie by the place
+    in the file: the published first wins it, which is the second image where `swapped` is. A missing answer is wrong.
     """
-    right = _agrees(np.where(judge == 0, 1.0, judge), people) | (people == 0)
+    earlier = 1.0 if swapped is None else np.where(swapped, -1.0, 1.0)
+    right = _agrees(np.where(judge == 0, earlier, judge), people) | (people == 0)
     return per_prompt(_counted(right & ~np.isnan(judge), np.ones(len(people))), prompts)
 
 
 def hpsv3_pair(judge: np.ndarray, people: np.ndarray) -> Credits:
     """HPSv3, `evaluate.py` in mode `pair`: the share of pairs whose winner has the higher score; a tie is wrong.
 
-    The published files hold the winner in `path1`, so there is no tie of people; where one comes in it is left out.
+    The published files hold the winner in `path1`, and the script looks at no votes: `people` is positive where the
+    first image is `path1`. Where a tie of people comes in from elsewhere it is left out.
     """
     return imagereward(judge, people)
 
 
-def hpsv3_ranking(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits:
-    """HPSv3, `evaluate.py` in mode `ranking`: for each prompt the share of pairs in the people's order, then averaged.
+def hpsv3_ranking(judge: np.ndarray, people: np.ndarray) -> Credits:
+    """HPSv3, `evaluate.py:calc_rank_acc` in mode `ranking`: the share of pairs in the people's order, over all prompts.
 
-    Our reading, because the script was not to be had: HPSv2's rule. Where nobody ties it equals `hpsv2_inversion` too.
+    It pools, as `imagereward` does and `hpsv2` does not: pairs of equal rank are left out, a judge's tie is wrong.
     """
-    return hpsv2(judge, people, prompts)
+    return imagereward(judge, people)
 
 
 def genai_bench_diff(judge: np.ndarray, people: np.ndarray) -> Credits:

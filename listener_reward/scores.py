@@ -20,7 +20,7 @@ import math
 import re
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -51,20 +51,21 @@ class Scores:
     words: dict[str, str | None] = field(default_factory=dict)
     """Pair's id to the judge's output, where the file has GenAI-Bench labels."""
     images: dict[str, float] = field(default_factory=dict)
-    """Image to its score, for a file with one row an image. A key may be `image` or `group` + tab + `image`."""
+    """Image to its score, for a file with one row an image. A key is the image, or group or prompt, tab, and image."""
 
-    def margins(self, labels: Mapping[str, list[Any]], groups: Iterable[str] = ()) -> dict[str, Any]:
+    def margins(self, labels: Mapping[str, list[Any]], asked: Iterable[Sequence[str]] = ()) -> dict[str, Any]:
         """The margins for pairs as they are shown: the arguments of `measure.Answers` that a judge gives.
 
         Args:
             labels: the columns `id`, `swapped`, `item_first` and `item_second` of the pairs, as far as there are any.
-            groups: the group or prompt of each pair, for images that answer several prompts.
+            asked: what each pair was asked, for images that answer several prompts: its group where it has one, and its
+                prompt. A file may use either.
 
         Raises:
             InputError: more than `MAX_MISSING` of the pairs have no score, or the data lacks a column needed to tell.
         """
         if self.images:
-            margins, unnamed = self._by_image(labels, list(groups))
+            margins, unnamed = self._by_image(labels, list(asked))
             self._complain(np.isnan(margins), unnamed)
             return {"judge": margins, "unit": self.unit}
         ids = [str(name) for name in _column(labels, "id", self.name)]
@@ -88,22 +89,22 @@ class Scores:
             answers["words"] = [_turned(word) if turn else word for word, turn in zip(outputs, swapped, strict=True)]
         return answers
 
-    def _by_image(self, labels: Mapping[str, list[Any]], groups: list[str]) -> tuple[np.ndarray, list[str]]:
+    def _by_image(self, labels: Mapping[str, list[Any]], asked: list[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
         firsts, seconds = (_column(labels, name, self.name) for name in ("item_first", "item_second"))
         short = _short_names(self.images)
-        groups = groups or [""] * len(firsts)
         unnamed: list[str] = []
 
-        def score(group: str, item: str) -> float:
-            for key in (f"{group}\t{item}", item, short.get(PurePosixPath(item.replace("\\", "/")).name)):
+        def score(words: Sequence[str], item: str) -> float:
+            before = [*(f"{word}\t" for word in words), ""]
+            for key in (*(word + item for word in before), *(short.get(word + _file_name(item)) for word in before)):
                 if key is not None and key in self.images:
                     return self.images[key]
             unnamed.append(item)
             return math.nan
 
         scored = [
-            score(group, str(first)) - score(group, str(second))
-            for group, first, second in zip(groups, firsts, seconds, strict=True)
+            score(words, str(first)) - score(words, str(second))
+            for words, first, second in zip(asked or [()] * len(firsts), firsts, seconds, strict=True)
         ]
         return np.array(scored), unnamed
 
@@ -159,12 +160,10 @@ def _unit(row: Mapping[str, Any]) -> Unit:
 
 def _add(scores: Scores, row: Mapping[str, Any]) -> None:
     if "image" in row and "score" in row:
-        group = row.get("group", row.get("prompt"))
-        _put(
-            scores.images,
-            _name(row, "image") if group is None else f"{group}\t{_name(row, 'image')}",
-            _number(row, "score"),
-        )
+        image, score = _name(row, "image"), _number(row, "score")
+        words = [str(row[column]) for column in ("group", "prompt") if row.get(column) not in (None, "")]
+        for key in dict.fromkeys(f"{word}\t{image}" for word in words) or (image,):
+            _put(scores.images, key, score)
         return
     name, reverse = _name(row, "id"), None
     if "p_first" in row:
@@ -232,12 +231,18 @@ def _turned(answer: str | None) -> str | None:
 
 
 def _short_names(images: Mapping[str, float]) -> dict[str, str]:
-    """File name to whole key, for file names that only one image has: scores are often written from another folder."""
+    """Key with the bare file name to whole key, where only one image has it: scores are often written from another
+    folder. What the image was asked stays in the key, for its score under another prompt is another score."""
     short: dict[str, str | None] = {}
     for key in images:
-        name = PurePosixPath(key.split("\t")[-1].replace("\\", "/")).name
+        words, tab, image = key.rpartition("\t")
+        name = words + tab + _file_name(image)
         short[name] = None if name in short else key
     return {name: key for name, key in short.items() if key is not None}
+
+
+def _file_name(image: str) -> str:
+    return PurePosixPath(image.replace("\\", "/")).name
 
 
 def _column(labels: Mapping[str, list[Any]], name: str, file: str) -> list[Any]:

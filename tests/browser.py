@@ -11,7 +11,36 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+_PLACES = (
+    "/opt/google/chrome/chrome",
+    "/snap/bin/chromium",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+_PLAYWRIGHT = (
+    "chromium-*/chrome-linux*/chrome",
+    "chromium_headless_shell-*/chrome-*/*headless*shell",
+    "chromium-*/chrome-mac*/Chromium.app/Contents/MacOS/Chromium",
+)
+
+
+def find_chromium() -> str | None:
+    """The variable CHROMIUM, else what is on PATH, in the usual places, or in playwright's cache, the newest first."""
+    if named := os.environ.get("CHROMIUM"):
+        return shutil.which(named)
+    caches = [
+        os.environ.get("PLAYWRIGHT_BROWSERS_PATH", ""),
+        "~/.cache/ms-playwright",
+        "~/Library/Caches/ms-playwright",
+    ]
+    folders = [Path(cache).expanduser() for cache in caches if cache]
+    cached = [str(path) for folder in folders for pattern in _PLAYWRIGHT for path in sorted(folder.glob(pattern))[::-1]]
+    return next(filter(None, map(shutil.which, (*_NAMES, *_PLACES, *cached))), None)
+
+
+CHROMIUM = find_chromium()
+NO_CHROMIUM = "no Chromium: apt-get install chromium, or playwright install chromium, or name one in CHROMIUM"
 
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

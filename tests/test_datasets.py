@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from listener_reward.datasets import FEATURES, TINY_PAIRS, load_pairs
+from listener_reward.datasets import FEATURES, TINY_PAIRS, _sample, load_pairs
+from listener_reward.datasets.format import Labelled
 from listener_reward.errors import InputError
 from listener_reward.images import to_pil
+from listener_reward.pairs import PreferencePair
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.world import split_pairs
 
@@ -372,6 +376,64 @@ def test_a_limit_is_a_seeded_sample_in_the_order_of_the_file(folder):
     assert ids == [int(i) for i in load_pairs(path, limit=10)["id"]]
     assert ids != [int(i) for i in load_pairs(path, limit=10, seed=1)["id"]]
     assert len(load_pairs(path, limit=99)) == 50
+
+
+def records(folder: Path, sizes: list[int]) -> str:
+    """ImageReward's records, of so many images each."""
+    rows = [
+        {"id": str(k), "prompt": "x", "generations": [f"{k}-{i}.png" for i in range(n)], "ranking": [*range(n)]}
+        for k, n in enumerate(sizes)
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
+    return f"imagereward:{folder}"
+
+
+def test_a_limit_takes_whole_records(tmp_path):
+    sizes = [4, 5, 6, 4, 5, 9, 4, 4] * 5
+    spec, pairs_of = records(tmp_path, sizes), {str(k): n * (n - 1) // 2 for k, n in enumerate(sizes)}
+    drawn = set()
+    for seed in range(20):
+        groups = Counter(load_pairs(spec, limit=50, seed=seed, check_images=False)["group"])
+        assert all(pairs_of[name] == n for name, n in groups.items()), "a record in part"
+        assert 50 - 36 < sum(groups.values()) <= 50
+        drawn |= groups.keys()
+    assert len(drawn) > 30, "any record can be drawn"
+    assert len(load_pairs(spec, limit=10_000, check_images=False)) == sum(pairs_of.values())
+
+
+def test_a_record_larger_than_the_limit_gives_some_of_its_pairs_at_random(tmp_path):
+    spec = records(tmp_path, [12])
+    drawn = [load_pairs(spec, limit=7, seed=seed, check_images=False)["id"] for seed in range(30)]
+    assert all(len(set(ids)) == 7 for ids in drawn)
+    assert len({name for ids in drawn for name in ids}) > 60, "66 pairs, any of which can be drawn"
+
+
+def test_a_sample_holds_little_of_a_long_file():
+    """Counted where the pairs are kept, over 20,000 pairs of 4,000 prompts that come back again and again."""
+
+    class Counted(Labelled):
+        __hash__ = object.__hash__
+
+    most, alive = 0, weakref.WeakSet()
+
+    def pairs():
+        nonlocal most
+        for k in range(20_000):
+            one = Counted(PreferencePair(f"p{k % 4000}", b"", b"", 1.0, str(k), "x"), {})
+            alive.add(one)
+            most = max(most, len(alive))
+            yield one
+            del one
+
+    sample = _sample(pairs(), 50, 0)
+    assert len(sample) == 50 and most < 70
+    assert Counter(Counter(one.pair.prompt for one in sample).values()) == {5: 10}
+
+
+def test_nothing_left_is_told_even_where_every_image_may_be_broken(folder):
+    path = written(folder, [entry("gone.png", label=1)])
+    with pytest.warns(UserWarning, match="1 of 1 pairs"), pytest.raises(InputError, match="no pair has two images"):
+        load_pairs(path, max_broken=1)
 
 
 @pytest.mark.parametrize("limit", [0, -1])

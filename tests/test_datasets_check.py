@@ -173,8 +173,8 @@ def test_rows_that_are_no_pairs_are_counted_by_their_reason(tmp_path):
     lines = ["path_A,path_B,prompt,VQ", *(f"a.mp4,b.mp4,a cat,{label}" for label in ("A", "invalid", "same"))]
     (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
     for name in ("a.mp4", "b.mp4"):
-        (tmp_path / name).write_bytes(b"video")
-    found = check_data(str(tmp_path / "train.csv"))
+        (tmp_path / name).write_bytes(b"....ftypisom")
+    found = check_data(f"videogen:{tmp_path / 'train.csv'}#VQ")
     assert (found.format, found.pairs, found.left_out) == ("videogen", 2, {"VQ is invalid": 1})
     assert found.sizes is None and found.usable
 

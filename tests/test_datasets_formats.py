@@ -14,10 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from listener_reward.datasets import FEATURES, FORMATS, load_pairs
-from listener_reward.datasets.format import PUBLISHED
+from listener_reward.datasets import FEATURES, FORMATS, fault, load_pairs
+from listener_reward.datasets.format import PUBLISHED, read_pairs
+from listener_reward.datasets.rows import Hub
 from listener_reward.errors import InputError
+from listener_reward.evaluate import evaluate_scores
 from listener_reward.images import to_pil
+from listener_reward.scores import Scores
+
+MP4 = b"....ftypisom"
+"""The start of a video file."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -203,12 +209,31 @@ def test_hpdv3_path1_always_wins(tmp_path):
     unknown = {"model1": None, "model2": None, "choice_dist": None, "confidence": None}
     rows = rows_of(as_json(tmp_path / "test.json", [base | voted, base | unknown] * 8))
     assert [row["p_first"] for row in rows] == [0.75, 1.0] * 8
+    assert {(row["rank_first"], row["rank_second"]) for row in rows} == {(1, 2)}
     assert {tuple(map(shade, row["images"])) for row in rows} == {(10, 20)}
     assert [(row["model_first"], row["votes_second"], row["confidence"]) for row in rows[:2]] == [
         ("kolors", 4, 0.9999),
         (None, None, None),
     ]
     assert len({row["group"] for row in rows}) == 1, "the same prompt is the same group"
+
+
+def test_hpdv3_votes_stand_in_either_order_and_path1_has_the_more(tmp_path):
+    """As upstream, which sorts them. Even votes say nothing, but the file still says who won."""
+    base = {"prompt": "a cat", "path1": "images/10.png", "path2": "images/20.png", "confidence": None}
+    votes = [[9, 3], [3, 9], [5, 5], [0, 4]] * 8
+    path = as_json(tmp_path / "test.json", [base | {"choice_dist": counts} for counts in votes])
+    pairs = load_pairs(f"hpdv3:{path}", check_images=False)
+    assert len(set(pairs["swapped"])) == 2
+    rows = [as_published(row) for row in pairs]
+    assert [row["p_first"] for row in rows] == [0.75, 0.75, 0.5, 1.0] * 8
+    assert [(row["votes_first"], row["votes_second"]) for row in rows[:4]] == [(9, 3), (9, 3), (5, 5), (4, 0)]
+    scores = Scores("path1", "score", {row["id"]: (1.0, None) for row in rows})
+    results = {r.protocol: r for r in evaluate_scores(scores, pairs, protocols=["hpsv3-pair", "imagereward"]).protocols}
+    assert (results["hpsv3-pair"].value, results["hpsv3-pair"].pairs) == (1.0, 32), "even votes count too"
+    turned = Scores("path2", "score", {row["id"]: (-1.0, None) for row in rows})
+    assert evaluate_scores(turned, pairs).protocols[0].value == 0.0
+    assert evaluate_scores(scores, pairs).n_ties == 8
 
 
 def test_hpdv3_plus_plus_has_its_images_above_its_files(tmp_path):
@@ -347,6 +372,42 @@ def test_genai_bench_keeps_the_two_ties_apart(tmp_path):
         load_pairs(parquet(tmp_path / "bad.parquet", [rows[0] | {"vote_type": "A"}]))
 
 
+def genai_videos(folder: Path, first: bytes = MP4) -> str:
+    """Two rows as the Hub's `video_generation` has them: videos are strings."""
+    (folder / "videos").mkdir()
+    (folder / "videos" / "a.mp4").write_bytes(first), (folder / "videos" / "b.mp4").write_bytes(MP4)
+    sides = {"left_video": "videos/a.mp4", "right_video": "videos/b.mp4", "left_model": "x", "right_model": "y"}
+    rows = [{"prompt": f"cat {k}", "vote_type": vote, **sides} for k, vote in enumerate(("leftvote", "bothbad_vote"))]
+    return parquet(folder / "test_v1-00000-of-00001.parquet", rows)
+
+
+def test_genai_bench_videos_are_files_that_are_looked_for_and_not_decoded(tmp_path):
+    rows = rows_of(genai_videos(tmp_path))
+    assert [row["p_first"] for row in rows] == [1.0, 0.5]
+    assert [image["path"] for image in rows[0]["images"]] == [str(tmp_path / "videos" / f"{x}.mp4") for x in "ab"]
+    assert (rows[0]["item_first"], rows[0]["model_second"]) == ("videos/a.mp4", "y")
+
+
+def test_a_genai_bench_video_that_is_none_is_told(tmp_path):
+    path = genai_videos(tmp_path, b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"2 of 2 pairs .* a video of pair . is '.*a.mp4', which is no video"):
+        load_pairs(path)
+
+
+def test_genai_bench_videos_on_the_hub_need_no_file_for_scores(tmp_path):
+    """The Hub's rows may not name files of this machine, and these do not: their address is kept instead."""
+    hub = Hub("org/name:video_generation/test_v1", datasets.Dataset.from_parquet(genai_videos(tmp_path)))
+    one, _ = read_pairs(hub, FORMATS["genai-bench"])
+    assert one.pair.first == {"bytes": None, "path": "hf://datasets/org/name/videos/a.mp4"}
+    assert one.columns["item_first"] == "videos/a.mp4"
+    assert "download the videos" in fault("0", one.pair.first)
+    still = Hub("org/name:image_generation/test_v1", datasets.Dataset.from_list(
+        [{"prompt": "x", "vote_type": "tievote", "left_image": "/etc/a.png", "right_image": "/etc/b.png"}]
+    ))  # fmt: skip
+    with pytest.raises(InputError, match="has to embed its images"):
+        list(read_pairs(still, FORMATS["genai-bench"]))
+
+
 # ---------------------------------------------------------------- VideoGen-RewardBench
 
 
@@ -368,7 +429,7 @@ def videogen(folder: Path, *labels: dict) -> str:
     ]
     (folder / "videos").mkdir()
     for name in ("1_A.mp4", "1_B.mp4"):
-        (folder / "videos" / name).write_bytes(b"....ftypisom")
+        (folder / "videos" / name).write_bytes(MP4)
     with (folder / "videogen-rewardbench.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -391,7 +452,9 @@ def test_videogen_invalid_labels_are_left_out_and_missing_videos_counted(tmp_pat
     gone = {"VQ": "A", "path_A": "videos/gone.mp4"}
     spec = videogen(tmp_path, *[{"VQ": "A"}] * 8, {"VQ": "invalid"}, gone)
     with pytest.warns(UserWarning, match=r"1 of 9 pairs .* a video of pair 9/VQ is '.*gone.mp4'"):
-        assert len(load_pairs(spec)) == 8
+        assert len(load_pairs(f"{spec}#VQ")) == 8
+    with pytest.raises(InputError, match="there is no Overall; name what to compare as videogen:PATH#VQ"):
+        load_pairs(spec)
     with pytest.raises(InputError, match="Overall has no label; the row has labels for VQ"):
         load_pairs(f"{spec}#Overall")
     with pytest.raises(InputError, match="dimension is 'beauty'"):
@@ -400,7 +463,7 @@ def test_videogen_invalid_labels_are_left_out_and_missing_videos_counted(tmp_pat
 
 @pytest.mark.skipif(not (SHARED / "videoalign").is_dir(), reason="VideoAlign's examples are not on this machine")
 def test_the_labelled_clips_of_videoalign():
-    rows = rows_of(str(SHARED / "videoalign" / "example.csv"))
+    rows = rows_of(f"videogen:{SHARED / 'videoalign' / 'example.csv'}#all")
     assert len(rows) == 36 and len({row["item_first"] for row in rows}) == 3
     labels = {(row["item_first"][-5 - 2], row["dimension"]): row["p_first"] for row in rows}
     assert [labels["1", name] for name in ("VQ", "MQ", "TA")] == [0.0, 0.0, 1.0]

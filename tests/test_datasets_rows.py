@@ -223,7 +223,7 @@ def test_hub_names_splits_and_configurations(monkeypatch):
     assert asked == [
         ("org/name", {"name": "conf", "split": "test"}),
         ("org/name", {"split": "validation_unique", "streaming": True}),
-        ("org/name", {"name": "image_generation", "split": "test"}),
+        ("org/name", {"name": "image_generation", "split": "test_v1"}),
         ("org/name", {"split": "train_0001"}),
     ]
 

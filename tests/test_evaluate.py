@@ -10,7 +10,9 @@ import math
 import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
+from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import (
     brier_score,
@@ -321,6 +323,54 @@ def test_a_stream_is_never_far_ahead_of_the_judge(FakeJudge, make_pairs):
     assert record.n == 10_000 and record.accuracy == 1.0
     assert max(ahead) <= 51
     assert max(map(len, judge.calls)) == 50
+
+
+def test_videos_are_judged_as_storyboards_and_few_at_a_time(tmp_path):
+    """GenAI-Bench's video rows through a judge of images, which prefers the redder picture."""
+    av = pytest.importorskip("av")
+    for name, red in (("red", 220), ("dark", 20)):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for _ in range(9):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32), (red, 0, 0)))
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    row = {"prompt": "x", "left_video": "red.mp4", "right_video": "dark.mp4", "vote_type": "leftvote"}
+    (tmp_path / "test_v1.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(20)))
+    asked, watched = [], []
+
+    class Redder:
+        name = "redder"
+
+        def compare_many(self, prompts, firsts, seconds, *, think=None):
+            asked.append(len(firsts))
+            sums = [[np.asarray(image)[..., 0].mean() for image in images] for images in (firsts, seconds)]
+            return [_verdict(0.9 if one > other else 0.1) for one, other in zip(*sums, strict=True)]
+
+    pairs = load_pairs(f"genai-bench:{tmp_path / 'test_v1.jsonl'}")
+    assert 0 < sum(pairs["swapped"]) < 20
+    record = evaluate(
+        Redder(), pairs, progress=False, swap_check=4, watch=lambda rows, _: watched.extend(rows["images"])
+    )  # fmt: skip
+    assert (record.n, record.accuracy, record.swap_consistency) == (20, 1.0, 1.0)
+    assert max(asked) == 8, "storyboards are large"
+    assert {image.size for pair in watched for image in pair} == {(4 * 32 + 3 * 4, 2 * 32 + 4)}, "2 rows of 4 frames"
+
+
+def test_a_validation_set_gives_pickscore_its_threshold(FakeJudge, make_pairs):
+    # Slope ln 4: p_first - p_second is tanh(ln 2 * (red - red) / 255), which is 0.6 of 255 and 0.265 of 100.
+    judge, validation = FakeJudge(slope=math.log(4)), make_pairs([(255, 0, 1.0), (200, 100, 0.5), (0, 100, 0.5)])
+    test = make_pairs([(0, 255, 0.0), (120, 100, 0.5), (50, 100, 1.0)])
+    with pytest.raises(InputError, match="imagereward has no use; ask for the protocol pickscore"):
+        evaluate(judge, test, validation=validation, progress=False)
+    assert judge.calls == [], "refused before anything slow"
+    options = {"protocols": ["pickscore"], "progress": False, "swap_check": 0}
+    record = evaluate(judge, test, validation=validation, batch_size=2, **options)
+    assert record.n == 3 and sum(map(len, judge.calls)) == 6
+    assert record.protocols[0].thresholds == (0.3,)
+    assert record.protocols[0].value == (1 + 1 + 0.5) / 3, "the last is a tie to the judge and none to people"
+    assert len(evaluate(judge, test, **options).protocols[0].thresholds) == 2, "without, it is cross-fitted"
 
 
 def test_a_stream_without_pairs(FakeJudge, make_pairs):

@@ -96,6 +96,16 @@ def credits(*rights: float) -> tuple[np.ndarray, np.ndarray]:
     return array(*rights), np.ones(len(rights))
 
 
+def test_wilson_is_for_shares_only():
+    """A tau of 0 on each of six prompts is no share of nothing in six."""
+    zeros, ones = np.zeros(6), np.ones(6)
+    assert clustered_interval(zeros, ones, np.arange(6)) == wilson(0, 6)
+    assert clustered_interval(zeros, ones, np.arange(6), share=False) is None
+    mixed = clustered_interval(array(1, 1, 1, 1, 0, 0), ones, np.arange(6), share=False)
+    assert mixed is not None and mixed != wilson(4, 6)
+    assert mixed[1] == 1.0, "the bootstrap draws six times a one often enough"
+
+
 def test_mcnemar_worked_by_hand():
     # Only the first is right on 8 pairs, only the second on 2: P(at most 2 or at least 8 of 10) = 2 * 56 / 1024.
     first, second = [1] * 8 + [0] * 2 + [1] * 5, [0] * 8 + [1] * 2 + [1] * 5

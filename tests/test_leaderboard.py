@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from listener_reward.cli import app
@@ -15,7 +18,8 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import Evaluation, evaluate
 from listener_reward.judge import Judge
-from listener_reward.leaderboard import leaderboard, plain
+from listener_reward.leaderboard import leaderboard, leaderboard_tables, plain, protocols_table
+from listener_reward.measure import PROTOCOLS
 
 
 @pytest.fixture
@@ -78,6 +82,43 @@ def test_only_the_same_can_be_compared(evaluations):
         leaderboard([evaluations[0], replace(evaluations[1], answers=None)])
 
 
+def printed(tables: Any, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_tables_fit_a_terminal_of_80_columns(FakeJudge: Any, data: Path):
+    """All protocols there are, of judges with long names: no number and no header is cut, no short name folded."""
+    pairs, names = load_pairs(str(data)), list(PROTOCOLS)
+    judges = [FakeJudge(name=name) for name in ("a" * 20, "s2.jsonl", "openai:Qwen/Qwen2.5-VL-7B@http://localhost/v1")]
+    board = leaderboard([evaluate(judge, pairs, progress=False, protocols=names) for judge in judges])
+    text = printed(leaderboard_tables(board)) + printed([protocols_table(board.evaluations[0].protocols)])
+    assert max(map(len, text.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in text
+    shown = re.sub(r"\s+", "", text)
+    for name in ("a" * 20, "s2.jsonl", *names):
+        assert re.search(rf"(^|\s){name}(\s|$)", text) or all(part in shown for part in name.split("-")), name
+    assert re.search(r"^ *s2\.jsonl +1\.000 ", text, re.M) and re.search(rf"^ *{'a' * 20} ", text, re.M)
+
+
+def test_the_baseline_is_below_every_protocol(FakeJudge: Any, data: Path):
+    """Also below those that do not decide; each judge's own numbers are above it."""
+    names = ["imagereward", "hpsv2", "hpsv2-inversion", "mmrb2", "videogen-with-ties", "hpsv3-ranking", "tau-b"]
+    pairs = load_pairs(str(data))
+    judges = [FakeJudge(name="good"), FakeJudge(slope=-1.0, name="contrary")]
+    board = leaderboard([evaluate(judge, pairs, progress=False, protocols=names) for judge in judges])
+    *tables, habits = (printed([table]) for table in leaderboard_tables(board))
+    assert len(tables) == 3 and "always first" not in habits
+    results = board.evaluations[0].protocols
+    for text, part in zip(tables, (results[:1], results[1:5], results[5:]), strict=True):
+        (shown,) = re.findall(r"^ *always first +(.*?) *$", text, re.M)
+        (in_file,) = re.findall(r"^ *in file order +(.*?) *$", text, re.M)
+        assert shown.split() == [f"{result.always_first:.3f}" for result in part]
+        assert in_file.split() == [f"{result.always_first_in_file:.3f}" for result in part]
+        assert len(re.findall(r"^ *good +1\.000", text, re.M)) == 1
+
+
 def test_a_file_s_name_drives_neither_the_table_nor_the_terminal():
     assert plain("[red]x\x1b[31m") == r"\[red]x" + "\N{REPLACEMENT CHARACTER}" + r"\[31m"
 
@@ -114,7 +155,7 @@ def test_several_judges_and_files_in_one_table(judges, data, tmp_path, monkeypat
     assert answer["judges"][1]["paired"]["difference"] == -0.25
     table = run("--data", data, "--judge", "contrary", "--judge", "good", "--scores", mine).stdout
     assert table.index("good") < table.index("mine.jsonl") < table.index("contrary")
-    assert "always first, in file order" in table
+    assert "always first" in table and "in file order" in table
     assert "40 pairs of 10 prompts count" in table
 
 
@@ -160,6 +201,18 @@ def test_one_broken_judge_does_not_lose_the_others(judges, data):
 def test_a_peer_that_is_not_installed_is_named(judges, data):
     result = run("--data", data, "--judge", "imscore:HPSv2")
     assert result.exit_code == 2 and "pip install imscore" in result.stderr
+
+
+def test_a_validation_set_by_its_spec(judges, data, tmp_path):
+    other = tmp_path / "validation.jsonl"
+    other.write_text("".join(json.dumps(json.loads(line) | {"p_first": 0.5}) + "\n" for line in data.open()))
+    asked = ["--data", data, "--judge", "good", "--protocol", "pickscore", "--json"]
+    (result,) = json.loads(run(*asked, "--validation", other).stdout)["protocols"].values()
+    assert len(result["thresholds"]) == 1 and result["value"] < 1, "all ties there, so that it ties here too"
+    (alone,) = json.loads(run(*asked).stdout)["protocols"].values()
+    assert len(alone["thresholds"]) == 2 and alone["value"] == 1
+    refused = run(*asked, "--validation", data)
+    assert refused.exit_code == 2 and "the data itself" in refused.stderr
 
 
 def test_a_stream_gives_the_same(judges, data):

@@ -11,7 +11,16 @@ import pytest
 
 from listener_reward import protocols
 from listener_reward.errors import InputError
-from listener_reward.measure import DEFAULTS, PROTOCOLS, Answers, Labels, compare, default_protocols, measure
+from listener_reward.measure import (
+    DEFAULTS,
+    PROTOCOLS,
+    Answers,
+    Labels,
+    choose_tie_threshold,
+    compare,
+    default_protocols,
+    measure,
+)
 
 
 def answers(judge: list[float], people: list[float], **more: Any) -> Answers:
@@ -140,6 +149,32 @@ def test_pickscore_sees_scores_as_probabilities():
     softmax = np.exp(margins) / (1 + np.exp(margins))
     shares = measure(answers((2 * softmax - 1).tolist(), people.tolist(), prompts=prompts), "pickscore")
     assert scores == shares and scores.value == 1 and scores.thresholds == (0.1, 0.1)
+
+
+def test_pickscore_takes_the_threshold_of_a_validation_set():
+    """There ties lie below 0.3 and choices above; here a margin of 0.35 is a choice, one of 0.25 a tie."""
+    validation = answers([0.3, -0.3, 0.4, -0.4], [0, 0, 0.5, -0.5])
+    assert choose_tie_threshold(validation) == 0.3
+    test = answers([0.25, 0.35, 0.35, 0.25], [0, 0.5, 0, 0.5])
+    result = measure(replace(test, tie_threshold=0.3), "pickscore")
+    assert (result.value, result.thresholds) == ((1 + 1 + 0.5 + 0.5) / 4, (0.3,))
+    assert result.always_first == (0.5 + 1 + 0.5 + 1) / 4, "it never ties, whatever the judge's threshold"
+    assert result.value != measure(test, "pickscore").value
+    logits = answers([2 * float(np.arctanh(0.3)), 0.0], [0, 0], unit="score")
+    assert choose_tie_threshold(logits) == 0.3, "scores are logits: the threshold is about their softmax"
+
+
+def test_a_correlation_of_zero_everywhere_has_no_interval():
+    """Of three images the middle one is moved to an end: two pairs agree on one side, so tau-b is 1/3, then -1/3."""
+    images = {"firsts": ["a", "a", "b"] * 2, "seconds": ["b", "c", "c"] * 2}
+    people, prompts = [0.5] * 6, [0, 0, 0, 1, 1, 1]
+    same = measure(answers([-1, 1, 2] * 2, people, prompts=prompts, **images), "tau-b")
+    assert same.value == pytest.approx(1 / 3) and same.interval is None
+    perfect = measure(answers([1, 2, 1] * 2, people, prompts=prompts, **images), "tau-b")
+    assert perfect.value == pytest.approx(1) and perfect.interval is None
+    swapped = np.array([True] * 6)
+    ties = measure(answers([0] * 6, people, prompts=prompts, swapped=swapped), "hpsv2-inversion")
+    assert ties.value == 0, "an exact tie is the published first's, which is shown second and worse"
 
 
 def test_mmrb2_without_orders_counts_a_judge_twice():

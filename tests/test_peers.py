@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -19,11 +22,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.evaluate import evaluate, is_mirrored
+from listener_reward.evaluate import evaluate, evaluate_scores, is_mirrored
+from listener_reward.images import to_pil
 from listener_reward.peers import is_peer, load_peer
 from listener_reward.peers.endpoint import EndpointJudge, endpoint_judge
-from listener_reward.peers.scorers import ScoreJudge, clip_judge, imscore_judge, pickscore_judge
+from listener_reward.peers.scorers import IMSCORE, ScoreJudge, clip_judge, imscore_judge, pickscore_judge
+from listener_reward.scores import read_scores
 
 
 def noise(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -162,6 +168,22 @@ def imscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         del sys.modules[name]
 
 
+def test_a_picture_of_many_pairs_is_read_and_scored_once(monkeypatch):
+    read, scored = [], []
+    reading = "listener_reward.peers.scorers.to_pil"
+    monkeypatch.setattr(reading, lambda image, field: read.append(field) or to_pil(image))
+    pictures = [noise(seed) for seed in range(3)]
+
+    def score(prompts: list[str], images: list[Image.Image]) -> list[float]:
+        scored.extend(images)
+        return [float(np.asarray(image).mean()) for image in images]
+
+    firsts, seconds = zip(*[(pictures[i], pictures[j]) for i in range(3) for j in range(3)], strict=True)
+    verdicts = ScoreJudge("mean", score).compare_many(["x"] * 9, firsts, seconds)
+    assert len(read) == len(scored) == 3
+    assert [verdict.preferred is None for verdict in verdicts] == [i == j for i in range(3) for j in range(3)]
+
+
 def test_imscore_gets_pixels_of_one_size_at_a_time(imscore: None):
     prompts = ["four", "fours", "four"]
     firsts, seconds = [noise(0), noise(1, (8, 8)), noise(2)], [noise(3, (8, 8)), noise(4), noise(5)]
@@ -173,6 +195,50 @@ def test_imscore_gets_pixels_of_one_size_at_a_time(imscore: None):
     for verdict, prompt, first, second in zip(verdicts, prompts, firsts, seconds, strict=True):
         expected = 1 / (1 + np.exp(score(prompt, second) - score(prompt, first)))
         assert verdict.p_first == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("breaks", ["from_pretrained", "score"])
+def test_imscore_that_does_not_know_our_transformers_says_what_to_do(imscore: None, monkeypatch, breaks: str):
+    """As imscore 0.0.11 does with transformers 5: ImageReward when it loads, PickScorer when it scores."""
+    model = importlib.import_module("imscore.imreward.model").ImageReward
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AttributeError("BertTokenizer has no attribute additional_special_tokens_ids")
+
+    monkeypatch.setattr(model, breaks, broken)
+    with pytest.raises(MissingExtraError, match=r"ImageReward does not work .*special_tokens.*score_with_imscore\.py"):
+        imscore_judge("ImageReward").compare_many(["x"], [noise(0)], [noise(1)])
+
+
+def test_scores_of_imscore_s_own_environment(imscore: None, tmp_path: Path):
+    """The documented script from a data set to `eval --scores`, one picture being under two prompts; imscore is a
+    stand-in."""
+    script, folder = Path(__file__).parents[1] / "docs" / "score_with_imscore.py", tmp_path / "pictures"
+    assert runpy.run_path(str(script))["MODELS"] == IMSCORE
+    for level in (10, 90, 200):
+        Image.new("RGB", (level % 7 + 4, 5), (level, 0, 0)).save(tmp_path / f"{level}.png")
+    rows = [
+        {"prompt": "a cat", "path1": "90.png", "path2": "10.png", "choice_dist": None},
+        {"prompt": "a much longer prompt", "path1": "200.png", "path2": "90.png", "choice_dist": None},
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    data = f"hpdv3:{tmp_path / 'test.json'}"
+
+    def run(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, str(script), *arguments, "--to", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("list", "--data", data)
+    scores = tmp_path / "ImageReward.jsonl"
+    scores.write_text(run("score", "--model", "ImageReward"))
+    found = {(row["prompt"], row["image"]): row["score"] for row in map(json.loads, scores.read_text().splitlines())}
+    assert found["a much longer prompt", "90.png"] == pytest.approx(20 * 90 / 255)
+    assert found["a cat", "90.png"] == pytest.approx(5 * 90 / 255) and len(found) == 4
+    record = evaluate_scores(read_scores(scores), load_pairs(data))
+    assert (record.missing, record.protocols[0].value) == (0, 1.0)
 
 
 def test_imscore_that_is_not_installed_says_how_to_install_it():

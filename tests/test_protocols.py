@@ -63,7 +63,20 @@ def test_imagereward_pools_and_hpsv2_averages(lists):
     per_prompt = [right / total for right, total in counts if total]
     assert p.hpsv2(judge, people, prompts).value == pytest.approx(np.mean(per_prompt))
     assert p.imagereward(judge, people).value != pytest.approx(np.mean(per_prompt))  # the two are not the same number
-    assert p.hpsv3_ranking(judge, people, prompts).value == p.hpsv2(judge, people, prompts).value
+
+
+def test_hpsv3_ranking_counts_over_all_prompts(lists):
+    """`calc_rank_acc`, one pair at a time: lower ranks are better, and one pair of counters serves all prompts."""
+    right = total = 0
+    for scores, ranks in lists:
+        for i, j in combinations(range(len(ranks)), 2):
+            if ranks[i] != ranks[j]:
+                better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
+                right += scores[better] > scores[worse]
+                total += 1
+    judge, people, prompts = as_pairs(lists)
+    assert p.hpsv3_ranking(judge, people).value == pytest.approx(right / total)
+    assert p.hpsv3_ranking(judge, people).value != pytest.approx(p.hpsv2(judge, people, prompts).value)
 
 
 def test_a_prompt_on_which_people_are_always_split_is_left_out():
@@ -91,14 +104,22 @@ def test_inversion_score_of_the_published_loop(lists):
     assert p.hpsv2_inversion(*as_pairs(lists)).value == pytest.approx(np.mean(expected))
 
 
+def test_inversion_ties_go_to_the_published_first_whatever_is_shown():
+    judge, people, prompts = array(0, 0), array(1, -1), np.array([0, 1])  # both: the winner is published first
+    assert p.hpsv2_inversion(judge, people, prompts, np.array([False, True])).value == 1
+    assert p.hpsv2_inversion(judge, -people, prompts, np.array([False, True])).value == 0
+    assert p.hpsv2_inversion(judge, people, prompts).value == 0.5, "without a shuffle the first image is it"
+
+
 def test_without_ties_all_rank_protocols_are_one_and_follow_kendall():
     """With no tie on either side the share of concordant pairs is (tau + 1) / 2."""
     rng = np.random.default_rng(0)
     lists = [(rng.normal(size=6).tolist(), rng.permutation(6).tolist()) for _ in range(10)]
     judge, people, prompts = as_pairs(lists)
     concordant = np.mean([(kendalltau(scores, [-r for r in ranks]).statistic + 1) / 2 for scores, ranks in lists])
-    for rule in (p.hpsv2, p.hpsv2_inversion, p.hpsv3_ranking):
+    for rule in (p.hpsv2, p.hpsv2_inversion):
         assert rule(judge, people, prompts).value == pytest.approx(concordant)
+    assert p.hpsv3_ranking(judge, people).value == pytest.approx(concordant), "all prompts are of one size"
 
 
 def test_pairs_with_a_winner():

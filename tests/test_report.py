@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
 
 from listener_reward.report import COLUMNS, _cells, _picture, write_report
@@ -642,7 +643,23 @@ def test_any_value_of_an_evaluation_may_be_missing(tmp_path: Path, gap: Any) -> 
 SHOWN = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent).length"
 
 
-@pytest.mark.skipif(CHROMIUM is None or not Path("/bin/bash").exists(), reason="needs Chromium and bash")
+def test_a_browser_is_looked_for_in_playwright_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(browser, "_PLACES", ())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "cache"))
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    assert browser.find_chromium() is None
+    program = tmp_path / "cache/chromium-1200/chrome-linux/chrome"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n"), program.chmod(0o755)
+    assert browser.find_chromium() == str(program)
+    monkeypatch.setenv("CHROMIUM", str(tmp_path / "gone"))
+    assert browser.find_chromium() is None, "what is named and not there is not replaced by another"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
 def test_in_a_real_browser(tmp_path: Path) -> None:
     long = "two very " + "long" * 200 + " words"
     pages = [write_report(tmp_path / "demo.html", results(title=long))]
@@ -651,32 +668,32 @@ def test_in_a_real_browser(tmp_path: Path) -> None:
     crowded = [pair(model=long, split=long, id=long, prompt=long), pair(model=long + "2")]
     pages.insert(0, write_report(tmp_path / "long.html", judged(table=named, pairs=crowded, summary=long)))
     colors = {}
-    with Browser(tmp_path / "profile") as browser:
+    with Browser(tmp_path / "profile") as tab:
         for page in pages:
             for width in (1280, 390):
                 for scheme in ("light", "dark"):
-                    browser.open(page, width=width, scheme=scheme)
-                    assert browser.complaints == []
-                    assert browser.requests == [page.as_uri()], "the page asks for something"
-                    across = browser.run("[document.documentElement.scrollWidth, innerWidth]")
+                    tab.open(page, width=width, scheme=scheme)
+                    assert tab.complaints == []
+                    assert tab.requests == [page.as_uri()], "the page asks for something"
+                    across = tab.run("[document.documentElement.scrollWidth, innerWidth]")
                     assert across[0] <= width == across[1], "the page scrolls sideways"
-                    colors[scheme] = browser.run("getComputedStyle(document.body).backgroundColor")
-                    assert browser.run("[...document.images].every(image => image.complete && image.naturalWidth)")
+                    colors[scheme] = tab.run("getComputedStyle(document.body).backgroundColor")
+                    assert tab.run("[...document.images].every(image => image.complete && image.naturalWidth)")
             assert colors["light"] != colors["dark"]
 
         def search(text: str) -> int:
-            browser.run(f"box = document.querySelector('#filter'); box.value = {text!r}; box.dispatchEvent({event})")
-            return browser.run(SHOWN)
+            tab.run(f"box = document.querySelector('#filter'); box.value = {text!r}; box.dispatchEvent({event})")
+            return tab.run(SHOWN)
 
         def choose(name: str, option: int) -> int:
             choice = f"choice = document.querySelector('select[name={name}]')"
-            browser.run(f"{choice}; choice.selectedIndex = {option}; choice.dispatchEvent({event})")
-            return browser.run(SHOWN)
+            tab.run(f"{choice}; choice.selectedIndex = {option}; choice.dispatchEvent({event})")
+            return tab.run(SHOWN)
 
         event = "new Event('input', {bubbles: true})"
-        assert browser.run(SHOWN) == 3 and browser.run("!document.querySelector('#filters').hidden")
+        assert tab.run(SHOWN) == 3 and tab.run("!document.querySelector('#filters').hidden")
         assert (search("GREEN  stars"), search("no such word"), search("row 17"), search("")) == (1, 0, 1, 3)
         assert (choose("mark", 1), choose("model", 2), search("green"), search("")) == (2, 1, 0, 1)
-        assert browser.run("document.querySelector('#count').textContent") == "1 of 3"
+        assert tab.run("document.querySelector('#count').textContent") == "1 of 3"
         assert (choose("mark", 0), choose("model", 0), choose("contradicted", 1)) == (1, 3, 1)
-        assert browser.complaints == []
+        assert tab.complaints == []

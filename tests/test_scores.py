@@ -75,7 +75,7 @@ SHOWN: dict[str, list[Any]] = {
 )
 def test_every_form_of_row_in_every_type_of_file(write, name, rows, unit, margins):
     scores = read_scores(write(rows, name))
-    found = scores.margins(SHOWN, ["g"] * 3)
+    found = scores.margins(SHOWN, [["g"]] * 3)
     assert scores.unit == found["unit"] == unit
     assert found["judge"].tolist() == pytest.approx(margins)  # pair b is turned: its published first is shown second
 
@@ -120,7 +120,51 @@ def test_images_are_found_by_path_and_by_name_where_that_is_unique(write):
 
 def test_one_image_may_answer_several_prompts(write):
     rows = [{"image": f"x/{k}.png", "group": g, "score": k * s} for k in (1, 2, 3) for g, s in (("p", 1), ("q", -1))]
-    assert read_scores(write(rows)).margins(SHOWN, ["p", "p", "q"])["judge"].tolist() == [-1, 2, 2]
+    assert read_scores(write(rows)).margins(SHOWN, [["p"], ["p"], ["q"]])["judge"].tolist() == [-1, 2, 2]
+
+
+@pytest.mark.parametrize("columns", [("prompt",), ("group",), ("group", "prompt")])
+@pytest.mark.parametrize("folder", ["images/", "/elsewhere/"])
+def test_published_sets_take_scores_by_prompt_and_image(write, tmp_path, columns, folder):
+    """HPDv3 with one image under two prompts, where it is the better and the worse one. Its `group` is a hash."""
+    rows = [
+        {"prompt": "a cat", "path1": "images/1.png", "path2": "images/2.png", "choice_dist": None},
+        {"prompt": "a dog", "path1": "images/3.png", "path2": "images/1.png", "choice_dist": None},
+    ]
+    pairs = load_pairs(f"hpdv3:{write(rows, 'test.json')}", check_images=False)
+    group = dict(zip(pairs["prompt"], pairs["group"], strict=True))
+    scored = [("a cat", 1, 2.0), ("a cat", 2, 1.0), ("a dog", 3, 0.0), ("a dog", 1, -5.0)]
+    lines = [{"prompt": p, "group": group[p], "image": f"{folder}{k}.png", "score": s} for p, k, s in scored]
+    lines = [{name: line[name] for name in (*columns, "image", "score")} for line in lines]
+    record = evaluate_scores(read_scores(write(lines)), pairs)
+    assert (record.missing, record.protocols[0].value, record.accuracy) == (0, 1.0, 1.0)
+    margins = np.where(pairs["swapped"], -1, 1) * record.answers.judge  # pyright: ignore[reportOptionalMemberAccess]
+    assert margins.tolist() == [1.0, 5.0]
+
+
+def test_a_validation_set_is_scored_by_the_same_file_of_images(write):
+    """Logits: of a difference of 1 the softmax's margin is 0.46. The validation set's ties lie there, so it is one."""
+    image = {"prompt": "x", "image_first": "1.png", "image_second": "2.png", "item_first": "1", "item_second": "2"}
+    pairs, validation = (
+        load_pairs(str(write([image | {"p_first": share} for share in shares], name)), check_images=False)
+        for shares, name in (([1.0, 0.5], "test.jsonl"), ([0.5, 0.5], "validation.jsonl"))
+    )
+    images = read_scores(write([{"image": "1", "score": 3.0}, {"image": "2", "score": 2.0}]))
+    (result,) = evaluate_scores(images, pairs, protocols=["pickscore"], validation=validation).protocols
+    assert (result.thresholds, result.value) == ((0.5,), 0.75)
+    names = read_scores(write([{"id": "0", "margin": 1.0}, {"id": "1", "margin": 1.0}]))
+    with pytest.raises(InputError, match="names pairs, of which a validation set has the same ids"):
+        evaluate_scores(names, pairs, protocols=["pickscore"], validation=validation)
+    with pytest.raises(InputError, match="has no use"):
+        evaluate_scores(images, pairs, validation=validation)
+
+
+def test_a_score_under_another_prompt_is_none_of_this_one_s(write):
+    rows = [{"image": f"x/{k}.png", "prompt": "p", "score": k} for k in (1, 2, 3)]
+    with pytest.warns(UserWarning, match="no score for 1 of 6 pairs, such as 'x/1.png'"):
+        shown = {name: values * 2 for name, values in SHOWN.items()}
+        found = read_scores(write(rows)).margins(shown, [["p"]] * 5 + [["q"]])
+    assert np.isnan(found["judge"]).tolist() == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(
@@ -262,8 +306,9 @@ def test_a_recorded_judge_of_genai_bench_through_the_loader(write, task, publish
     """gpt4o's labels as a file of scores: the loader's shuffle turns the votes and the labels alike."""
     with (SHARED / "genai_bench" / f"votes_{task}_generation.csv").open(newline="") as file:
         votes = list(csv.DictReader(file))
-    images = {"left_image": "left.png", "right_image": "right.png"}
-    rows = [{"prompt": f"prompt {row['idx']}", "vote_type": row["human_vote"], **images} for row in votes]
+    media = {"image": ("left_image", "right_image"), "video": ("left_video", "right_video")}[task]
+    files = {name: f"{name}.{'png' if task == 'image' else 'mp4'}" for name in media}
+    rows = [{"prompt": f"prompt {row['idx']}", "vote_type": row["human_vote"], **files} for row in votes]
     pairs = load_pairs(f"genai-bench:{write(rows, 'test.jsonl')}", check_images=False)
     answers = [{"id": name, "answer": row["gpt4o"]} for name, row in zip(pairs["id"], votes, strict=True)]
     record = evaluate_scores(read_scores(write(answers, "gpt4o.jsonl")), pairs)

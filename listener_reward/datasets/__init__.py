@@ -30,10 +30,11 @@ they come out, after the shuffle; `rank_*` is short for both.
 - `imagereward`: and `rank_*` (float64, 1 is best, equal is a tie), `place_*` (int64, where in the published list).
 - `hpdv2`: and `rank_*` (float64, published, lower is better), `place_*`, `votes_*` (float64, annotators who rank it
   ahead, half for a tie; null without annotators).
-- `hpdv3`: and `model_*` (string), `votes_*`, `confidence` (float64). The published first always won.
+- `hpdv3`: and `model_*` (string), `rank_*` (1 for the published first, which always won), `votes_*`, `confidence`
+  (float64).
 - `pickapic`: and `model_*`, `examples_per_prompt` (int64).
 - `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string).
-- `genai-bench`: and `model_*`, `both_bad` (bool).
+- `genai-bench`: and `model_*`, `both_bad` (bool). The images of its video configuration are paths of videos.
 - `videogen`: and `dimension`, `model_*`, `fps_*`, `frames_*`, `mos_*` (float64). The images are paths of videos.
 - `mmrb2`: and `dimension` (the task), `model_*`, `votes_*`, `category`.
 """
@@ -41,19 +42,29 @@ they come out, after the shuffle; `rank_*` is short for both.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from heapq import nsmallest
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heappushpop
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any, Literal, overload
 
 import datasets
 
-from listener_reward.datasets.format import PUBLISHED, Format, Labelled, Place, Row, Skipped, read_pairs
+from listener_reward.datasets.format import (
+    PUBLISHED,
+    Format,
+    Labelled,
+    Place,
+    Row,
+    Skipped,
+    is_video,
+    read_pairs,
+    starts_as_video,
+)
 from listener_reward.datasets.genai_bench import GENAI_BENCH
 from listener_reward.datasets.generic import generic_format
 from listener_reward.datasets.hpdv3 import HPDV3
@@ -142,8 +153,9 @@ def load_pairs(
 
     Args:
         spec: what to read, see the table at the top of this module.
-        limit: keep a random sample of this many pairs, in the order of the file, the same for the same seed; of a
-            stream, the first ones. For the tiny world, the number of pairs to draw.
+        limit: keep at most this many pairs: all pairs of groups (records, or prompts) drawn at random, in the order of
+            the file, the same for the same seed. Of a group that is larger than `limit` some pairs. Of a stream, the
+            first pairs. For the tiny world, the number of pairs to draw.
         seed: of the sample and of the image order; for the tiny world, of the pairs.
         columns: what the file calls a field of the generic schema, such as `{"prompt": "caption"}`.
         stream: give an iterable that holds a batch of rows at a time, for sets larger than memory. Each pass over it
@@ -165,7 +177,9 @@ def load_pairs(
         if not pairs:
             raise InputError(_no_pairs(spec, opened.pairs()))
         if check_images and opened.shuffled:
-            pairs = _readable(pairs, spec, max_broken, opened.video)
+            pairs = _readable(pairs, spec, max_broken)
+            if not pairs:
+                raise InputError(f"{spec}: no pair has two images that can be read; complete the images")
         return _dataset([_shuffled(pair, seed) if opened.shuffled else pair for pair in pairs], features)
     if next(_labelled(opened.pairs()), None) is None:
         raise InputError(_no_pairs(spec, opened.pairs()))
@@ -183,7 +197,7 @@ def _stream(
     features, shuffled = opened.features, opened.shuffled
     pairs = islice(_labelled(opened.pairs()), limit)
     if check_images and shuffled:
-        pairs = _readable_stream(pairs, spec, max_broken, opened.video)
+        pairs = _readable_stream(pairs, spec, max_broken)
     for pair in pairs:
         yield _row(_shuffled(pair, seed) if shuffled else pair, features)
 
@@ -218,10 +232,6 @@ class Opened:
     @property
     def shuffled(self) -> bool:
         return self.tiny is None
-
-    @property
-    def video(self) -> bool:
-        return self.form is not None and self.form.video
 
 
 def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str, str] | None, stream: bool) -> Opened:
@@ -285,31 +295,78 @@ def _labelled(pairs: Iterable[Labelled | Skipped]) -> Iterator[Labelled]:
 
 
 def _sample(pairs: Iterable[Labelled], limit: int | None, seed: int) -> list[Labelled]:
-    """All pairs, or as many as `limit` at random, of which no more are ever held; in their order."""
+    """All pairs, or those of as many groups at random as fit into `limit`; in their order.
+
+    A group is what a protocol averages over: half of it would be measured as another thing. Each has a random number
+    from its name, and the lowest are kept, so that no more than `limit` pairs and one group are ever held.
+    """
     if limit is None:
         return list(pairs)
-    draw = Random(seed).random
-    kept = nsmallest(limit, ((draw(), index, pair) for index, pair in enumerate(pairs)))
-    return [pair for _, pair in sorted((index, pair) for _, index, pair in kept)]
+    groups: dict[str, _Group] = {}
+    highest: list[tuple[float, str]] = []  # a heap
+    held, barred = 0, math.inf
+    for index, one in enumerate(pairs):
+        name = one.columns.get("group") or f"\0{one.pair.prompt}"
+        if name not in groups:
+            number = _random(f"{seed}/{name}")
+            if number >= barred:
+                continue
+            groups[name] = _Group(number)
+            heappush(highest, (-number, name))
+        held += groups[name].add(index, one, limit, seed)
+        # What stands before the highest group fills the sample already: neither it nor any above it will be in.
+        while len(groups) > 1 and held - len(groups[highest[0][1]].kept) >= limit:
+            number, name = heappop(highest)
+            held, barred = held - len(groups.pop(name).kept), -number
+    sample: list[tuple[int, Labelled]] = []
+    for group in sorted(groups.values(), key=lambda group: group.number):
+        if sample and len(sample) + group.size > limit:
+            break
+        sample += [(index, one) for _, index, one in group.kept]
+    return [one for _, one in sorted(sample, key=lambda pair: pair[0])]
 
 
-def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float, video: bool) -> list[Labelled]:
+def _random(name: str) -> float:
+    """A number in [0, 1) that is the name's own."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+@dataclass
+class _Group:
+    """Pairs of one group, of which no more than the limit are kept: those with the lowest random numbers."""
+
+    number: float
+    size: int = 0
+    kept: list[tuple[float, int, Labelled]] = field(default_factory=list)
+
+    def add(self, index: int, one: Labelled, limit: int, seed: int) -> int:
+        """How many more are kept now, 1 or 0."""
+        self.size += 1
+        entry = (-_random(f"{seed}/{one.pair.id}/{index}"), index, one)
+        if len(self.kept) < limit:
+            heappush(self.kept, entry)
+            return 1
+        heappushpop(self.kept, entry)
+        return 0
+
+
+def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float) -> list[Labelled]:
     """The pairs whose images both decode. Every distinct image is decoded once, so that no run breaks on one later."""
     images = {_key(image): (one.pair.id, image) for one in pairs for image in (one.pair.first, one.pair.second)}
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda named: fault(named[0], named[1], video), images.values())
+        found = pool.map(lambda named: fault(*named), images.values())
         faults = dict(zip(images, found, strict=True))
     kept = [one for one in pairs if not (faults[_key(one.pair.first)] or faults[_key(one.pair.second)])]
     _report_broken(spec, len(pairs) - len(kept), len(pairs), [fault for fault in faults.values() if fault], max_broken)
     return kept
 
 
-def _readable_stream(pairs: Iterable[Labelled], spec: str, max_broken: float, video: bool) -> Iterator[Labelled]:
+def _readable_stream(pairs: Iterable[Labelled], spec: str, max_broken: float) -> Iterator[Labelled]:
     """As `_readable`, pair by pair: refuses as soon as it is clear, warns at the end."""
     seen = broken = 0
     messages: list[str] = []
     for seen, one in enumerate(pairs, start=1):
-        faults = [why for image in (one.pair.first, one.pair.second) if (why := fault(one.pair.id, image, video))]
+        faults = [why for image in (one.pair.first, one.pair.second) if (why := fault(one.pair.id, image))]
         if not faults:
             yield one
             continue
@@ -329,17 +386,25 @@ def _report_broken(spec: str, broken: int, n: int, messages: Sequence[str], max_
     warnings.warn(f"{summary}. These pairs are left out", stacklevel=4)
 
 
-def fault(pair_id: str, image: Any, video: bool) -> str | None:
-    """Why an image cannot be used, None if it can. A video only has to be there."""
-    what = f"{'a video' if video else 'an image'} of pair {pair_id}"
-    if video:
-        there = image["path"] is not None and Path(image["path"]).is_file()
-        return None if there else f"{what} is {image['path']!r}, where there is no file; check the path"
+def fault(pair_id: str, image: Any) -> str | None:
+    """Why an image cannot be used, None if it can. A video only has to be there and to start as one."""
+    if is_video(image):
+        return None if image["bytes"] is not None else _video_fault(f"a video of pair {pair_id}", image["path"])
     try:
-        to_pil(image, field=what)
+        to_pil(image, field=f"an image of pair {pair_id}")
     except InputError as error:
         return str(error)
     return None
+
+
+def _video_fault(what: str, path: str) -> str | None:
+    if "://" in path:
+        return f"{what} is {path!r}, which is not on this machine; download the videos and give a file that names them"
+    if not Path(path).is_file():
+        return f"{what} is {path!r}, where there is no file; check the path"
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return None if starts_as_video(head) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
 
 
 def _key(image: Any) -> str | int:

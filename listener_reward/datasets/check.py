@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat
 from listener_reward.datasets import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
-from listener_reward.datasets.format import Labelled, Skipped
+from listener_reward.datasets.format import Labelled, Skipped, is_video
 from listener_reward.errors import InputError
 from listener_reward.images import to_pil
 
@@ -171,8 +171,7 @@ class _Tally:
             for image in (one.pair.first, one.pair.second):
                 images.setdefault(_image_key(image), (one.pair.id, image))
         new = {key: named for key, named in images.items() if key not in self.looked}
-        video = self.opened.video
-        self.looked |= zip(new, pool.map(lambda named: _look(named[0], named[1], video), new.values()), strict=True)
+        self.looked |= zip(new, pool.map(lambda named: _look(*named), new.values()), strict=True)
         for one in pairs:
             self._add(one)
 
@@ -274,10 +273,10 @@ def _three(values: list[Any]) -> dict[str, Any] | None:
     return {"least": values[0], "median": values[len(values) // 2], "greatest": values[-1]}
 
 
-def _look(pair_id: str, image: Any, video: bool) -> tuple[str | None, tuple[int, int] | None]:
+def _look(pair_id: str, image: Any) -> tuple[str | None, tuple[int, int] | None]:
     """Why an image cannot be used, or its size."""
-    if video:
-        return fault(pair_id, image, video), None
+    if is_video(image):
+        return fault(pair_id, image), None
     try:
         return None, to_pil(image, field=f"an image of pair {pair_id}").size
     except InputError as error:

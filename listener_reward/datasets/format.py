@@ -16,6 +16,9 @@ from listener_reward.pairs import PreferencePair
 
 Row: TypeAlias = "Mapping[str, Any]"
 
+_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+_VIDEO_STARTS = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "))
+
 PUBLISHED = {"group": "string", "item_first": "string", "item_second": "string"}
 """Columns of every published format beside those of all data, and their Arrow types."""
 
@@ -75,8 +78,6 @@ class Format:
     """Where the Hub keeps its images in archives: the repository to download and unpack. None if they are embedded."""
     split: str = "train"
     """The Hub's split unless one is named, and its configuration with a slash where it has several."""
-    video: bool = False
-    """Whether what is compared are video files, which are looked for and not decoded."""
 
     def recognises(self, fields: set[str]) -> bool:
         return any(sign <= fields for sign in self.signs)
@@ -161,6 +162,18 @@ def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
     if len(folders) > 1 and not os.path.isfile(found):
         found = next(filter(os.path.isfile, others), found)
     return {"bytes": None, "path": os.path.normpath(found)}
+
+
+def is_video(media: Any) -> bool:
+    """Whether an undecoded image is a video in truth, by its path's suffix or its first bytes."""
+    if media.get("bytes") is not None:
+        return starts_as_video(media["bytes"][:12])
+    return Path(media.get("path") or "").suffix.lower() in _VIDEO_SUFFIXES
+
+
+def starts_as_video(head: bytes) -> bool:
+    """Whether these first bytes of a file are those of an mp4, mov, webm, mkv or avi."""
+    return any(head[at:].startswith(magic) for at, magic in _VIDEO_STARTS)
 
 
 def names(row: Row) -> str:

@@ -1,8 +1,12 @@
-"""GenAI-Bench: votes of an arena between two generators, with two kinds of tie."""
+"""GenAI-Bench: votes of an arena between two generators, of images or of videos, with two kinds of tie.
+
+Its authors score their four-way rule on the split `test_v1`; UnifiedReward and VisionReward take `test`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from listener_reward.datasets.format import Format, Labelled, Place, Row, field, names, published, text, undecoded
 from listener_reward.errors import InputError
@@ -20,10 +24,12 @@ def _genai_bench(row: Row, place: Place) -> Iterator[Labelled]:
     media = next((name for name in ("image", "output_image", "video") if f"left_{name}" in row), None)
     if media is None:
         raise InputError(f"left_image or left_video is not in {names(row)}; add it")
-    first, second = (undecoded(field(row, f"{side}_{media}"), place) for side in ("left", "right"))
+    shown = [field(row, f"{side}_{media}") for side in ("left", "right")]
+    first, second = (undecoded(_located(one, place) if media == "video" else one, place) for one in shown)
     prompt = next((row[name] for name in ("prompt", "instruct_prompt", "instruction") if name in row), None)
     yield published(
         PreferencePair(prompt, first, second, p_first, str(place.index), "genai-bench"),  # pyright: ignore[reportArgumentType] - checked there
+        item=tuple(one if isinstance(one, str) else None for one in shown),
         model=(text(row.get("left_model")), text(row.get("right_model"))),
         both_bad=both_bad,
     )
@@ -34,5 +40,12 @@ GENAI_BENCH = Format(
     _genai_bench,
     {"model_first": "string", "model_second": "string", "both_bad": "bool"},
     signs=(frozenset({"vote_type"}),),
-    split="image_generation/test",
+    split="image_generation/test_v1",
 )
+
+
+def _located(video: Any, place: Place) -> Any:
+    """The Hub names its videos by strings and does not embed them: their address there, which is no file of ours."""
+    if place.folder is None and isinstance(video, str) and "://" not in video:
+        return f"hf://datasets/{place.file.partition(':')[0]}/{video.lstrip('/')}"
+    return video

@@ -22,7 +22,11 @@ from listener_reward.pairs import PreferencePair
 
 
 def _hpdv3(row: Row, place: Place) -> Iterator[Labelled]:
-    """`choice_dist` counts the votes for `path1` and `path2`; without it the label is 1."""
+    """`choice_dist` counts the votes, of which `path1`, the published winner, has the more; without it the label is 1.
+
+    The counts stand in either order in the files: HPSv3's loader sorts them before it takes the first for `path1`'s. A
+    pair whose votes are even keeps its published winner in the ranks, by which `hpsv3-pair` goes.
+    """
     paths = str(field(row, "path1")), str(field(row, "path2"))
     votes = _votes(row)
     # HPDv3 has its JSON beside images/, HPDv3++ in train/ and test/ with paths from the folder above.
@@ -33,6 +37,7 @@ def _hpdv3(row: Row, place: Place) -> Iterator[Labelled]:
         pair,
         item=paths,
         model=(text(row.get("model1")), text(row.get("model2"))),
+        rank=(1.0, 2.0),
         votes=votes or (None, None),
         confidence=number(row.get("confidence"), "confidence"),
     )
@@ -44,6 +49,8 @@ HPDV3 = Format(
     {
         "model_first": "string",
         "model_second": "string",
+        "rank_first": "float64",
+        "rank_second": "float64",
         "votes_first": "float64",
         "votes_second": "float64",
         "confidence": "float64",
@@ -59,8 +66,8 @@ def _votes(row: Row) -> tuple[float, float] | None:
     if counts is None:
         return None
     if not isinstance(counts, list) or len(counts) != 2:
-        raise InputError(f"choice_dist is {reprlib.repr(counts)}; give the votes for path1 and path2, or null")
-    first, second = (number(count, "choice_dist") or 0.0 for count in counts)
-    if min(first, second) < 0 or first + second == 0:
+        raise InputError(f"choice_dist is {reprlib.repr(counts)}; give the votes for the two paths, or null")
+    fewer, more = sorted(number(count, "choice_dist") or 0.0 for count in counts)
+    if fewer < 0 or more == 0:
         raise InputError(f"choice_dist is {counts!r}; give at least one vote, and none below 0")
-    return first, second
+    return more, fewer

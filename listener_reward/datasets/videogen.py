@@ -29,9 +29,13 @@ _LABELS = {"a": 1.0, "b": 0.0, "same": 0.5}
 def _videogen(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
     """`A`, `B` or `same` in each dimension; the training files also have `invalid`, which says nothing."""
     has = [name for name in DIMENSIONS if text(row.get(name))]
-    wanted = place.dimension or ("Overall" if "Overall" in row else "all")
+    wanted = place.dimension or "Overall"
     if wanted != "all" and wanted not in DIMENSIONS:
         raise InputError(f"dimension is {wanted!r}; give one of {', '.join(DIMENSIONS)}, or all")
+    if place.dimension is None and has and "Overall" not in row:
+        raise InputError(
+            f"there is no Overall; name what to compare as videogen:PATH#{has[0]}, or #all for every label"
+        )
     if not has or (wanted != "all" and wanted not in has):
         raise InputError(f"{wanted} has no label; the row has labels for {', '.join(has) or 'nothing'}")
     paths = [str(field(row, name)) for name in ("path_A", "path_B")]
@@ -67,7 +71,6 @@ VIDEOGEN = Format(
     signs=(frozenset({"path_A", "path_B", "prompt"}),),
     files=("videogen-rewardbench.csv", "example.csv"),
     archives="KwaiVGI/VideoGen-RewardBench",
-    video=True,
 )
 
 

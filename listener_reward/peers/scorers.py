@@ -76,11 +76,14 @@ class ScoreJudge:
             raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
         asked: dict[tuple[str, bytes], Image] = {}
         keys: list[list[tuple[str, bytes]]] = []
+        read: dict[int, tuple[Image, bytes]] = {}  # by object: whoever shows a picture in many pairs may hand over one
         for place, images in (("firsts", firsts), ("seconds", seconds)):
             keys.append([])
             for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-                picture = to_pil(image, field=f"{place}[{number}]")
-                content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+                if id(image) not in read:
+                    picture = to_pil(image, field=f"{place}[{number}]")
+                    read[id(image)] = picture, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+                picture, content = read[id(image)]
                 asked[prompt, content] = picture
                 keys[-1].append((prompt, content))
         scores = dict(zip(asked, self._scored([prompt for prompt, _ in asked], list(asked.values())), strict=True))
@@ -189,6 +192,8 @@ def imscore_judge(model: str) -> ScoreJudge:
         scorer = loaded.from_pretrained(weights, **hub_options(weights)).eval().to(_device())
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_cannot_load("imscore checkpoint", weights, error)) from error
+    except (AttributeError, TypeError) as error:
+        raise MissingExtraError(_other_versions(model, error)) from error
 
     @torch.inference_mode()
     def score(prompts: list[str], images: list[Image]) -> list[float]:
@@ -197,13 +202,25 @@ def imscore_judge(model: str) -> ScoreJudge:
         for size in {image.size for image in images}:
             rows = [row for row, image in enumerate(images) if image.size == size]
             pixels = torch.stack([_pixels(images[row]) for row in rows]).to(_device())
-            found = scorer.score(pixels, [prompts[row] for row in rows])
+            try:
+                found = scorer.score(pixels, [prompts[row] for row in rows])
+            except (AttributeError, TypeError) as error:
+                raise MissingExtraError(_other_versions(model, error)) from error
             # (B,) or (B, 1), which differs from model to model.
             for row, value in zip(rows, found.float().reshape(len(rows), -1)[:, 0].tolist(), strict=True):
                 scores[row] = value
         return scores
 
     return ScoreJudge(f"imscore:{model}", score, scale=scale)
+
+
+def _other_versions(model: str, error: Exception) -> str:
+    """imscore 0.0.11 asks for transformers 4.53 or later, but was written for 4: in 5 `get_image_features` gives an
+    object, and tokenizers have no `additional_special_tokens_ids`."""
+    return (
+        f"imscore:{model} does not work with this version of transformers ({type(error).__name__}: {error}); score in "
+        "an environment of its own by docs/score_with_imscore.py, and give the file by --scores"
+    )
 
 
 def _pixels(image: Image) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """10,000 pairs through `evaluate` with a fake judge: seconds, and how far memory rises above loading the pairs.
 
     python tests/benchmarks/evaluation.py --pixels 64
+    python tests/benchmarks/evaluation.py --pixels 512 --images 9
     python tests/benchmarks/evaluation.py --pixels 512 --html page.html
 
-The judge decodes every picture it is shown and prefers the redder one; nothing is cached. The pictures are smooth
-gradients with noise, stored as JPEG, which decode about as fast as photographs.
+The pairs are of any two of 500 pictures, the worst case for what `eval` keeps decoded, or with `--images N` all pairs
+of the N pictures of a prompt, one prompt after another, as HPDv2 has them. The judge wants every picture as pixels and
+prefers the redder one. The pictures are smooth gradients with noise, stored as JPEG, which decode about as fast as
+photographs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import random
 import resource
 import tempfile
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +47,7 @@ class Redder:
         return Verdict(0.5 + gap, 1 if gap > 0 else 2 if gap < 0 else None, (), None, None, 0.0, 0)
 
 
-def make(folder: Path, pairs: int, pixels: int) -> Path:
+def make(folder: Path, pairs: int, pixels: int, images: int | None = None) -> Path:
     rng, draw = np.random.default_rng(0), random.Random(0)
     ramp = np.linspace(0, 1, pixels)[:, None, None]
     for number in range(PICTURES):
@@ -51,9 +55,14 @@ def make(folder: Path, pairs: int, pixels: int) -> Path:
         picture = ends[0] + (ends[1] - ends[0]) * ramp + rng.integers(0, 20, (pixels, pixels, 3))
         Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
     with (folder / "pairs.jsonl").open("w") as file:
+        inside = list(combinations(range(images), 2)) if images else []
         for number in range(pairs):
-            first, second = draw.sample(range(PICTURES), 2)
-            row = {"prompt": f"prompt {number % PROMPTS}", "p_first": draw.random()}
+            if images:
+                prompt, place = divmod(number, len(inside))
+                first, second = ((prompt * images + one) % PICTURES for one in inside[place])
+            else:
+                prompt, (first, second) = number % PROMPTS, draw.sample(range(PICTURES), 2)
+            row = {"prompt": f"prompt {prompt}", "p_first": draw.random()}
             file.write(json.dumps(row | {"image_first": f"{first}.jpg", "image_second": f"{second}.jpg"}) + "\n")
     return folder / "pairs.jsonl"
 
@@ -66,10 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--images", type=int, help="pictures of a prompt, all pairs of which are judged")
     parser.add_argument("--html", type=Path, help="also gather the worst mistakes, and write the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = make(Path(folder), options.pairs, options.pixels)
+        data = make(Path(folder), options.pairs, options.pixels, options.images)
         started = time.perf_counter()
         pairs = load_pairs(str(data))
         loaded, before = time.perf_counter(), peak()

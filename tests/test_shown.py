@@ -1,0 +1,95 @@
+"""What a judge is shown: pictures decoded once, as many as there is room for, and nothing else changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from listener_reward import shown as module
+from listener_reward.images import to_pil
+from listener_reward.measure import Labels
+from listener_reward.shown import shown
+
+SIDE = 10
+"""A picture is 300 bytes."""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[dict[str, Any]]:
+    """Nine pictures, each of its own red, as `load_pairs` gives them."""
+    for red in range(9):
+        Image.new("RGB", (SIDE, SIDE), (red, 0, 0)).save(tmp_path / f"{red}.png")
+    return [{"bytes": None, "path": str(tmp_path / f"{red}.png")} for red in range(9)]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The pictures that were decoded, in the order in which they were asked for by the threads."""
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "to_pil", lambda image: seen.append(image) or to_pil(image))
+    return seen
+
+
+def batch(*pairs: list[Any]) -> dict[str, list[Any]]:
+    return {
+        "prompt": ["x"] * len(pairs),
+        "p_first": [1.0] * len(pairs),
+        "images": [[dict(i) for i in p] for p in pairs],
+    }
+
+
+def reds(rows: dict[str, list[Any]]) -> list[list[int]]:
+    return [[np.asarray(to_pil(image))[0, 0, 0] for image in pair] for pair in rows["images"]]
+
+
+def test_a_picture_of_many_pairs_is_decoded_once(files, decoded):
+    pairs = [[files[i], files[j]] for i in range(9) for j in range(9) if i != j]
+    labels = Labels()
+    parts = list(shown([batch(*pairs[:40]), batch(*pairs[40:])], labels))
+    assert [red for part in parts for red in reds(part)] == [[i, j] for i in range(9) for j in range(9) if i != j]
+    assert sorted(image["path"] for image in decoded) == [image["path"] for image in files]
+    assert all(isinstance(image, Image.Image) for part in parts for pair in part["images"] for image in pair)
+    assert labels.columns["item_first"][:2] == [files[0]["path"]] * 2, "labels name a picture by its file"
+
+
+def test_what_is_kept_stays_within_the_budget_and_is_the_latest(files, decoded, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 4 * 3 * SIDE * SIDE)
+    for numbers in ([0, 1], [2, 3], [0, 4], [0, 1]):
+        list_of = batch([files[k] for k in numbers])
+        kept_before = len(decoded)
+        streams = shown([list_of], Labels())
+        assert reds(next(streams)) == [numbers]
+        assert len(decoded) - kept_before == 2, "nothing outlives a run"
+    decoded.clear()
+    batches = [batch([files[i], files[j]]) for i, j in ((0, 1), (2, 3), (0, 4), (2, 3), (1, 0))]
+    assert [reds(part)[0] for part in shown(batches, Labels())] == [[0, 1], [2, 3], [0, 4], [2, 3], [1, 0]]
+    # Four are kept: 4 drives out 1, the one not used for longest, so that of the last pair only 1 is decoded anew.
+    assert [int(Path(image["path"]).stem) for image in decoded] in ([0, 1, 2, 3, 4, 1], [1, 0, 2, 3, 4, 1])
+
+
+def test_what_a_batch_has_beyond_the_budget_is_left_to_the_judge(files, decoded, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 3 * 3 * SIDE * SIDE)
+    monkeypatch.setattr(module, "_AHEAD", 2)
+    (part,) = shown([batch([files[0], files[1]], [files[2], files[3]], [files[4], files[5]])], Labels())
+    assert [isinstance(image, Image.Image) for pair in part["images"] for image in pair] == [True] * 4 + [False] * 2
+    assert part["images"][2] == [files[4], files[5]] and len(decoded) == 4
+
+
+def test_embedded_bytes_are_decoded_and_not_kept(files, decoded):
+    rows = [
+        batch([{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in files[k : k + 2]]) for k in (0, 2)
+    ]
+    assert [reds(part)[0] for part in shown(rows, Labels())] == [[0, 1], [2, 3]]
+
+
+def test_what_cannot_be_decoded_is_the_judge_s_to_tell(files):
+    pictures = [files[0], {"bytes": None, "path": "gone.png"}]
+    (part,) = shown([batch(pictures)], Labels())
+    assert part["images"][0][1] == pictures[1]
+    drawn = [Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2))]
+    rows = {"prompt": ["x"], "p_first": [1.0], "images": [drawn], "item_first": ["a"], "item_second": ["b"]}
+    assert next(shown([rows], Labels()))["images"][0] == drawn, "what is a picture already stays the same"
