@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import string
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,10 +138,12 @@ class TransformersVLM:
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
 
+        `device` None and "cuda" are this process's own GPU (`default_device`).
+
         Raises:
             InputError: the checkpoint cannot be found, reached or read.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device) if device and str(device) != "cuda" else default_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         kwargs = hub_options(name) | kwargs
         try:
@@ -381,6 +384,20 @@ def check_finite(values: Tensor, who: str) -> Tensor:
         bad = int((~torch.isfinite(values)).any(-1).sum())
         raise JudgeError(_BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
     return values
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    The current GPU is a setting of each thread and 0 in a new one, so that in a worker thread every process of a
+    machine would take the first. Where it is 0, LOCAL_RANK tells the processes of a launcher apart, unless each of them
+    is shown a single GPU.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK", "")
+    index = torch.cuda.current_device() or (int(rank) if rank.isdecimal() else 0)
+    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)
 
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:
