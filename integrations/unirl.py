@@ -42,8 +42,8 @@ def answer(
     items = body.get("requests") if isinstance(body, Mapping) else None
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise InputError("requests is no list of objects; see UniRL's reward_service/schemas.py")
-    if (version := body.get("protocol_version", "1")) != "1":
-        raise InputError(f"protocol_version is {version!r}; this server speaks '1'")
+    if (protocol := body.get("protocol_version", "1")) != "1":
+        raise InputError(f"protocol_version is {protocol!r}; this server speaks '1'")
     for position, item in enumerate(items):
         if item.get("required_rewards") != [name]:
             raise InputError(

@@ -79,5 +79,3 @@ def test_a_checkpoint_of_another_architecture_is_refused(random_judge: Path, tmp
     config.write_text(config.read_text(encoding="utf-8").replace('"qwen2_5_vl"', '"qwen2_vl"'), encoding="utf-8")
     with pytest.raises(InputError, match="'qwen2_vl' model"):
         load_policy_processor(str(folder))
-
-

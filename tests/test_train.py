@@ -186,9 +186,7 @@ def test_lora_with_its_own_base_as_the_listener(
 ):
     own = ListenerGRPOTrainer(formed_judge, grpo_config(listener="base"), tiny_pairs, peft_config=lora())
     own.train()
-    loaded = ListenerGRPOTrainer(
-        formed_judge, grpo_config(listener=str(formed_judge)), tiny_pairs, peft_config=lora()
-    )
+    loaded = ListenerGRPOTrainer(formed_judge, grpo_config(listener=str(formed_judge)), tiny_pairs, peft_config=lora())
     loaded.train()
     trained = [tensor for name, tensor in weights(own).items() if "lora_B" in name]
     assert trained and all(tensor.any() for tensor in trained)

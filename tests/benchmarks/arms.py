@@ -48,9 +48,7 @@ def run_one(report: Report, name: str, seed: int, out: str) -> None:
         else:
             curves = train_arm(report, weights=weights, out=folder, seed=seed, recipe=recipe)
         # Whoever listened in training, contradictions are always counted by the same, independent listener.
-        splits = measure(
-            report, folder, SPLITS, recipe.test_pairs, listener=RECIPE.listener, think=weights is not None
-        )
+        splits = measure(report, folder, SPLITS, recipe.test_pairs, listener=RECIPE.listener, think=weights is not None)
     settings = {"name": name, "seed": seed, "recipe": asdict(recipe), "weights": weights}
     Path(out).write_text(json.dumps({**settings, "splits": splits, "curves": curves}, indent=1))
 
