@@ -7,8 +7,12 @@ prompt that got lost, a count that does not fit or a score that is missing is an
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -20,30 +24,43 @@ Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
 
 
-def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme) -> Any:
+def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device: Any = None) -> Any:
     """What an adapter was given, as a callable of the contract.
 
     Args:
         reward: a judge's name or folder, a loaded judge, the URL of a `listener-reward serve` (for hosts whose
             dependencies this package cannot share), or any callable of the contract, which is returned as it is.
         options: passed on to `ListenerReward`, or to `RemoteReward` for a URL.
-        scheme: the one that suits the host, for a `ListenerReward` made here whose options name none.
+        scheme: the one that suits the host, for a `ListenerReward` made here whose options name none. `reference`
+            says that the host scatters a prompt's images over calls.
+        device: the host's, where the judge is loaded unless its options say otherwise; None for a host that names none.
 
     Raises:
-        InputError: none of these, or options for a reward that is already made.
+        InputError: none of these, options for a reward that is already made, or `on_failure="group-mean"` in a host
+            that scatters groups, unless the scheme is `group`.
     """
     if isinstance(reward, str) and "://" in reward:
         from .remote import RemoteReward
 
         return RemoteReward(reward, **options)
+    made = reward
     if isinstance(reward, (str, os.PathLike)) or hasattr(reward, "compare_many"):
         chosen: dict[str, Any] = {"scheme": scheme, **options}
-        return ListenerReward(reward, **chosen)
-    if not callable(reward):
+        made = ListenerReward(reward, **chosen)
+    elif not callable(reward):
         raise InputError(f"reward is a {type(reward).__name__}; give a judge's name, a URL, or a callable")
-    if options:
+    elif options:
         raise InputError(f"{', '.join(options)} would have no effect on a reward already made; give it a judge's name")
-    return reward
+    if isinstance(made, ListenerReward):
+        if scheme == "reference" and made.on_failure == "group-mean" and made.scheme != "group":
+            # Of a few images of a group the mean may be anything: a broken image would get the advantage of its call.
+            raise InputError(
+                f"on_failure is 'group-mean' with scheme={made.scheme!r}, and this host scatters a group over calls, "
+                "whose means differ; leave on_failure out, or give scheme='group', where the mean of every call is 0"
+            )
+        if device is not None:
+            made.prefer_device(device)
+    return made
 
 
 def score(
@@ -61,10 +78,13 @@ def score(
         Scores, float32 `(B,)`, and those entries of the info that are numbers for each image, float32 `(B,)`.
 
     Raises:
-        InputError: unusable images or prompts, or lengths that differ.
+        InputError: unusable images or prompts, lengths that differ, or a prompt that stands alone where the scheme is
+            `group`: there is nothing to compare its image with, and 0 would pass for a score.
         JudgeError: the reward gave something else than B finite scores.
     """
     check_prompts(prompts, len(images))
+    if isinstance(reward, ListenerReward) and reward.scheme == "group":
+        _check_company(prompts)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
     given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)
@@ -99,6 +119,34 @@ def check_prompts(prompts: Sequence[str], n: int) -> None:
             raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
         if not prompt.strip():
             raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
+
+
+def _check_company(prompts: Sequence[str]) -> None:
+    alone = [prompt for prompt, times in Counter(map(str, prompts)).items() if times == 1]
+    if alone:
+        raise InputError(
+            f"{len(alone)} of the prompts have one image in this call, such as {alone[0][:80]!r}, and scheme='group' "
+            "compares the images of a prompt with one another; hand over whole groups, or take scheme='reference'"
+        )
+
+
+async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict]:
+    """`score` for a host that runs an event loop, in a thread of the call's own.
+
+    Not in the loop's default executor, as `asyncio.to_thread` does: it has few threads, which the host needs too, and
+    calls may have to wait for one another, where a server collects their group.
+    """
+    done: Future = Future()
+    done.set_running_or_notify_cancel()  # a host that cancels its task cannot cancel a thread
+
+    def work() -> None:
+        try:
+            done.set_result(score(reward, images, prompts))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="listener-reward", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 def _numbers(values: Any) -> np.ndarray | None:

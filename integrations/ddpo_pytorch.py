@@ -1,7 +1,7 @@
 """ddpo-pytorch: a factory beside the others in `ddpo_pytorch/rewards.py`, chosen by `config.reward_fn`.
 
 def listener():
-    from .ddpo_pytorch import listener_reward
+    from listener_reward.integrations.ddpo_pytorch import listener_reward
     return listener_reward("tiny")
 """
 

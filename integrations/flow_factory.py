@@ -44,7 +44,7 @@ class ListenerPointwise(PointwiseRewardModel):
 
     def __init__(self, config: Any, accelerator: Any):
         super().__init__(config, accelerator)
-        self.reward = _reward(config, self.scheme)
+        self.reward = _reward(config, self.scheme, self.device)
         self.required_fields = _fields(config)
 
     def __call__(self, prompt: list[str], image: Any = None, video: Any = None, **_: Any) -> RewardModelOutput:
@@ -59,7 +59,7 @@ class ListenerGroupwise(GroupwiseRewardModel):
 
     def __init__(self, config: Any, accelerator: Any):
         super().__init__(config, accelerator)
-        self.reward = _reward(config, self.scheme)
+        self.reward = _reward(config, self.scheme, self.device)
         self.required_fields = _fields(config)
 
     def __call__(self, prompt: list[str], image: Any = None, video: Any = None, **_: Any) -> RewardModelOutput:
@@ -70,10 +70,10 @@ def _fields(config: Any) -> tuple[str, str]:
     return ("prompt", "video" if getattr(config, "video", False) else "image")
 
 
-def _reward(config: Any, scheme: Scheme) -> Any:
-    """From the entry's extra keys: `judge`, and `judge_options` for `ListenerReward`."""
+def _reward(config: Any, scheme: Scheme, device: Any) -> Any:
+    """From the entry's extra keys: `judge`, and `judge_options` for `ListenerReward`; on the entry's `device`."""
     judge = getattr(config, "judge", None) or PAPER_CHECKPOINT
-    return as_reward(judge, getattr(config, "judge_options", None) or {}, scheme=scheme)
+    return as_reward(judge, getattr(config, "judge_options", None) or {}, scheme=scheme, device=device)
 
 
 def _compute(reward: Any, prompt: list[str], image: Any, video: Any) -> RewardModelOutput:

@@ -2,7 +2,8 @@
 
 As one of the rewards that the host weighs and adds up, in `multi_score`:
 
-    score_functions = {..., "listener": listener_score("tiny")}        # config.reward_fn = {"listener": 1.0}
+    LISTENER = listener_score("tiny")                 # beside multi_score, so that training and evaluation share it
+    score_functions = {..., "listener": LISTENER}     # in multi_score; config.reward_fn = {"listener": 1.0}
 
 Or in place of `multi_score`, which also logs how sure the scores are:
 
@@ -30,11 +31,16 @@ def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[
     """An entry of `score_functions`: a plain function of `device` that gives `_fn(images, prompts, metadata)`.
 
     The host looks into the function's code for the word `device`, so it can be neither a class nor a partial. The judge
-    is loaded once, where `options` say (`device="cuda:1"`), or on the default device.
+    is loaded once, where `options` say (`device="cuda:1"`), or on the device that the host gives.
+
+    Raises:
+        InputError, JudgeError: when called, so at `.result()` in the host, which has no word for a missing score.
     """
     scorer = as_reward(reward, options, scheme="reference")
 
     def factory(device: Any) -> Callable:
+        as_reward(scorer, {}, scheme="reference", device=device)
+
         def _fn(images: Any, prompts: Any, metadata: Any) -> tuple[np.ndarray, dict]:
             return _score(scorer, images, prompts, metadata)[0], {}
 
@@ -52,8 +58,10 @@ def listener_multi_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Call
     `images` are NCHW floats in [0, 1], or videos (B, F, C, H, W), each judged as a storyboard.
 
     Raises:
-        InputError, JudgeError: when called, so at `.result()` in the host. `on_failure="group-mean"` gives an image on
-            which the judge broke the mean of its prompt instead: no advantage, which the host then leaves out.
+        InputError, JudgeError: when called, so at `.result()` in the host, which has no word for a missing score.
+        InputError: `on_failure="group-mean"` without `scheme="group"`. A call holds some of a group's images, and their
+            mean is not the group's: the image would have an advantage that nobody judged. With `scheme="group"` the
+            mean of every call is 0, so that it has none.
     """
     scorer = as_reward(reward, options, scheme="reference")
 

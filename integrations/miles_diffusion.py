@@ -4,23 +4,27 @@
     rm = listener_rm("http://127.0.0.1:8300")
 
 The host scores each microgroup as soon as it is generated, which may be part of a group, so the scheme is `reference`.
-Where microgroups are smaller than groups and the comparison within the group is wanted, give `group_size`: calls then
-wait for one another until the images of a prompt are all there.
+To compare within the group, start the host with `--group-rm`, so that it hands over whole groups, and give
+`scheme="group"`. Or give `group_size`: calls then wait for one another until the images of a group are all there.
+
+Evaluation calls the same function, with one sample at a time: `group_size` would wait for the others in vain, and the
+host itself refuses to evaluate with `--group-rm`. Evaluate with the reference scheme, in a run of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from listener_reward.errors import InputError
-from listener_reward.reward import PAPER_CHECKPOINT
+from listener_reward.reward import PAPER_CHECKPOINT, ListenerReward
 
 from .collector import GroupCollector
-from .contract import as_reward, score
+from .contract import as_reward, check_prompts, score_in_thread
 from .video import as_picture
 
 
@@ -31,23 +35,47 @@ def listener_rm(
 
     Args:
         reward, options: see `contract.as_reward`.
-        group_size: samples of one prompt that are compared with one another; None compares with a reference.
+        group_size: samples of one group (the host's `group_index`, or else the prompt) that wait for one another; None
+            scores each call for itself.
         timeout: seconds that a call waits for the rest of its group.
 
     Raises:
-        InputError, JudgeError: when awaited; the host has no word for a missing score, so the rollout stops.
+        InputError, JudgeError: when awaited; the host has no word for a missing score, so the rollout stops. Parts of a
+            group with `scheme="group"` are an `InputError`: each would be centred for itself.
     """
     scorer = as_reward(reward, options, scheme="group" if group_size else "reference")
-    if group_size:
-        scorer = GroupCollector(scorer, group_size, timeout=timeout)
+    collector = GroupCollector(scorer, group_size, timeout=timeout) if group_size else None
 
     async def rm(args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
+        if collector:
+            # All before the first wait: an image that cannot be read must not keep its neighbours from the group.
+            futures = [_submit(collector, sample, position) for position, sample in enumerate(samples)]
+            answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            return [value for value, _info in answers]  # pyright: ignore[reportGeneralTypeIssues]
+        expected = getattr(args, "n_samples_per_prompt", None)
+        if isinstance(scorer, ListenerReward) and scorer.scheme == "group" and expected and len(samples) < expected:
+            raise InputError(
+                f"{len(samples)} of the {expected} samples of a group came, and scheme='group' compares whole groups; "
+                "start the host with --group-rm, give group_size, or take scheme='reference'"
+            )
         pictures = [_picture(sample, position) for position, sample in enumerate(samples)]
-        prompts = [sample.prompt for sample in samples]
-        scores, _info = await asyncio.to_thread(score, scorer, pictures, prompts)
+        scores, _info = await score_in_thread(scorer, pictures, [sample.prompt for sample in samples])
         return scores.tolist()
 
     return rm
+
+
+def _submit(collector: GroupCollector, sample: Any, position: int) -> Future:
+    check_prompts([sample.prompt], 1)
+    try:
+        picture: Any = _picture(sample, position)
+    except InputError as error:
+        picture = error
+    index = getattr(sample, "group_index", None)
+    return collector.submit(picture, sample.prompt, group=None if index is None else str(index))
 
 
 def _picture(sample: Any, position: int) -> Any:

@@ -1,6 +1,6 @@
 """Pref-GRPO: a dispatcher that knows the reward `listener` and leaves the others to the host's own.
 
-    from .pref_grpo import ListenerDispatcher
+    from listener_reward.integrations.pref_grpo import ListenerDispatcher
 
     host = RewardDispatcher(args=args, device=device, reward_weights=others) if others else None
     reward_dispatcher = ListenerDispatcher("tiny", device=device, host=host)
@@ -42,14 +42,16 @@ class ListenerDispatcher:
         """
         Args:
             reward: see `contract.as_reward`. The scheme is `group`: a call holds all images of its prompts.
-            device: where the host wants its tensors.
+            device: where the host wants its tensors, and where the judge is loaded unless `options` say otherwise; on
+                the default device if this one is the CPU.
             host: the host's dispatcher, if other rewards are asked for beside this one.
             modality: "image", or "video" for files of videos, each judged as a storyboard.
         """
         if modality not in ("image", "video"):
             raise InputError(f"modality is {modality!r}; choose 'image' or 'video'")
-        self.reward = as_reward(reward, options, scheme="group")
         self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        wanted = None if self.device.type == "cpu" else self.device
+        self.reward = as_reward(reward, options, scheme="group", device=wanted)
         self.host = host
         self.modality = modality
 
@@ -63,8 +65,9 @@ class ListenerDispatcher:
         """One float32 tensor `(B,)` for each reward, and arrays to log, in the order of the inputs.
 
         Raises:
-            InputError, JudgeError: a file or prompt that cannot be used, or a judge that broke. The host's rewards
-                raise `ValueError` likewise, and so stop the step.
+            InputError, JudgeError: a file or prompt that cannot be used, a prompt with one image (the host's pairwise
+                rewards have no pair either), or a judge that broke. The host's rewards raise `ValueError` likewise, and
+                so stop the step.
         """
         others = {name: items for name, items in reward_inputs.items() if name != NAME}
         tensors, logged = self.host.compute_rewards(others) if others and self.host else ({}, {})

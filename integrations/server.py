@@ -1,6 +1,7 @@
 """The JSON service behind `listener-reward serve`: one judge for many processes, hosts and environments.
 
-- `GET /health`: `{"status": "ok", "rewards": {"listener": ["score"]}}`, for UniRL and Flow-Factory.
+- `GET /health`: `{"status": "ok", "rewards": {"listener": ["score"]}, "scorer_version": "..."}`, for UniRL and
+  Flow-Factory.
 - `POST /compute`: Flow-Factory's remote rewards, and `RemoteReward`.
 - `POST /score`: UniRL's reward service (`unirl.answer`).
 
@@ -11,18 +12,26 @@ unless told otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import selectors
+import socket
+import threading
+import uuid
+from collections import OrderedDict
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 
+from listener_reward import __version__
 from listener_reward.errors import InputError, JudgeError
 
 from . import unirl
-from .contract import Reward, score
+from .collector import GroupCollector
+from .contract import Reward, check_prompts, score
 from .video import as_picture
 
 MAX_BODY = 2**30
@@ -49,18 +58,28 @@ def make_server(
     class Handler(_Handler):
         pass
 
-    Handler.reward, Handler.name = staticmethod(reward), name
+    Handler.reward, Handler.name, Handler.version = staticmethod(reward), name, version_of(reward)
+    Handler.retries = Retries()
     try:
         return _Server((host, port), Handler)
     except OSError as error:
         raise InputError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another port") from error
 
 
-def compute(reward: Reward, body: Any) -> dict[str, Any]:
+def version_of(reward: Any) -> str:
+    """What UniRL may pin as `expected_scorer_version`: the version of this package, and the judge's name."""
+    scorer = reward.reward if isinstance(reward, GroupCollector) else reward
+    judge = getattr(scorer, "judge", scorer)
+    name = judge if isinstance(judge, str) else getattr(judge, "name", type(judge).__name__)
+    return f"listener-reward {__version__} {name}"
+
+
+def compute(reward: Reward, body: Any, *, request: str | None = None) -> dict[str, Any]:
     """The response to `POST /compute`: `{"prompt": [...], "image": [base64]}`, or `"video": [[base64 of a frame]]`.
 
     `rewards` has one number for each prompt. Where one is missing (`null`, for the judge broke on it), or all are,
-    there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was.
+    there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was. `request` names the
+    request for a collector, in which one that comes again takes no second place.
     """
     try:
         if not isinstance(body, Mapping) or not isinstance(body.get("prompt"), list):
@@ -70,7 +89,20 @@ def compute(reward: Reward, body: Any) -> dict[str, Any]:
         if not isinstance(media, list) or (images is not None and videos is not None):
             raise InputError("image or video has to be a list, one of the two")
         pictures = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
-        scores, info = score(reward, pictures, body["prompt"], missing=True)
+        unreadable = [picture for picture in pictures if isinstance(picture, InputError)]
+        if isinstance(reward, GroupCollector):
+            check_prompts(body["prompt"], len(pictures))
+            futures = [
+                reward.submit(picture, prompt, name=None if request is None else f"{request}/{i}")
+                for i, (picture, prompt) in enumerate(zip(pictures, body["prompt"], strict=True))
+            ]
+        if unreadable:
+            raise unreadable[0]
+        scores, info = (
+            reward.wait(futures)
+            if isinstance(reward, GroupCollector)
+            else score(reward, pictures, body["prompt"], missing=True)
+        )
     except (InputError, JudgeError) as error:
         return {"rewards": None, "error": str(error), "kind": "input" if isinstance(error, InputError) else "judge"}
     reply: dict[str, Any] = {
@@ -83,14 +115,65 @@ def compute(reward: Reward, body: Any) -> dict[str, Any]:
 
 
 def _read(item: Any, field: str) -> Any:
-    if isinstance(item, list):
-        return as_picture([unirl.decode(frame, f"{field}[{k}]") for k, frame in enumerate(item)], field=field)
-    return as_picture(unirl.decode(item, field), field=field)
+    """The picture, or the `InputError` that it is none."""
+    try:
+        if isinstance(item, list):
+            return as_picture([unirl.decode(frame, f"{field}[{k}]") for k, frame in enumerate(item)], field=field)
+        return as_picture(unirl.decode(item, field), field=field)
+    except InputError as error:
+        return error
 
 
 def _finite(values: np.ndarray) -> list[float | None]:
     """JSON has no word for NaN."""
     return [None if np.isnan(value) else value for value in values.tolist()]
+
+
+class Retries:
+    """Tells a request that a client sends again from an equal one of another client.
+
+    Flow-Factory's client waits 60 s and then sends the same body again, without a word that it is the same: counted
+    twice, its images would fill a group. Two clients may have equal images, too, black ones for instance. The
+    difference is that who sends again has hung up before.
+    """
+
+    def __init__(self) -> None:
+        self._asked: OrderedDict[bytes, list[tuple[str, Any]]] = OrderedDict()  # by body: names and connections
+        self._lock = threading.Lock()
+
+    def name(self, body: bytes, connection: Any) -> str:
+        """The request's name: that of an equal one whose client has hung up unanswered, or a new one."""
+        key = hashlib.sha256(body).digest()
+        with self._lock:
+            asked = self._asked.setdefault(key, [])
+            self._asked.move_to_end(key)
+            again = next((k for k, (_, earlier) in enumerate(asked) if hung_up(earlier)), None)
+            name = uuid.uuid4().hex if again is None else asked.pop(again)[0]
+            asked.append((name, connection))
+            while len(self._asked) > 4096:  # of those that nobody sent again
+                self._asked.popitem(last=False)
+        return name
+
+    def answered(self, body: bytes, name: str, connection: Any) -> None:
+        """Forgets a request, unless its client has hung up, and may ask again."""
+        key = hashlib.sha256(body).digest()
+        with self._lock:
+            if not hung_up(connection):
+                left = [one for one in self._asked.get(key, []) if one[0] != name]
+                if left:
+                    self._asked[key] = left
+                else:
+                    self._asked.pop(key, None)
+
+
+def hung_up(connection: Any) -> bool:
+    """Whether the other side has closed the connection. It must not have sent anything that is yet to be read."""
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            return bool(selector.select(0)) and connection.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):  # it is closed on this side as well
+        return True
 
 
 class _Server(ThreadingHTTPServer):
@@ -103,10 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # of a silent connection
     reward: Reward
     name: str
+    version: str
+    retries: Retries
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._reply(200, {"status": "ok", "rewards": {self.name: ["score"]}})
+            self._reply(200, {"status": "ok", "rewards": {self.name: ["score"]}, "scorer_version": self.version})
         else:
             self._reply(404, {"detail": "there are GET /health, POST /compute and POST /score"})
 
@@ -120,21 +205,24 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(
                 413 if length.isdecimal() else 411, {"detail": f"send at most {MAX_BODY} bytes, and say how many"}
             )
+        raw = self.rfile.read(int(length))
         try:
-            body = json.loads(self.rfile.read(int(length)))
+            body = json.loads(raw)
         except (ValueError, RecursionError):
             return self._reply(400, {"detail": "the body is not JSON"})
+        request = self.retries.name(raw, self.connection)
         try:
-            reply = (
-                compute(self.reward, body)
-                if self.path == "/compute"
-                else unirl.answer(self.reward, body, name=self.name)
-            )
+            if self.path == "/compute":
+                reply = compute(self.reward, body, request=request)
+            else:
+                reply = unirl.answer(self.reward, body, name=self.name, request=request, version=self.version)
         except InputError as error:
             return self._reply(400, {"detail": str(error)})
         except Exception as error:  # a fault of ours: the client hears of it, and the service goes on
             logger.exception("a request failed")
             return self._reply(500, {"detail": f"{type(error).__name__}: {error}"})
+        finally:
+            self.retries.answered(raw, request, self.connection)
         self._reply(200, reply)
 
     def _reply(self, status: int, body: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@
                                                   #                                     required_rewards=("listener",))
 
 A request holds one process's share of a batch, so the server compares with a reference image of each prompt, the same
-for all processes. With `--group-size` it collects the group from all of them first.
+for all processes. With `--group-size` it collects the group, by the `group_id` that the host sends, from all of them
+first. A request that the host repeats because that took longer than its timeout is known by its `idempotency_key`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 
+from .collector import GroupCollector
 from .contract import Reward, check_prompts, score
 from .video import as_picture
 
 _IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version", "idempotency_key")
 
 
-def answer(reward: Reward, body: Any, *, name: str = "listener") -> dict[str, Any]:
+def answer(
+    reward: Reward, body: Any, *, name: str = "listener", request: str | None = None, version: str | None = None
+) -> dict[str, Any]:
     """The response to one `ScoreRequest`.
+
+    `request` names it for a collector, where items have no `idempotency_key`; `version` is echoed as `scorer_version`.
 
     An item that cannot be scored has no entry in `results`, and its reason in `errors`: the host's notion of a failed
     sample. The one sub-metric is `score`, since the host may take a mean of several.
@@ -36,46 +42,83 @@ def answer(reward: Reward, body: Any, *, name: str = "listener") -> dict[str, An
     items = body.get("requests") if isinstance(body, Mapping) else None
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise InputError("requests is no list of objects; see UniRL's reward_service/schemas.py")
-    if (version := body.get("protocol_version", "1")) != "1":
-        raise InputError(f"protocol_version is {version!r}; this server speaks '1'")
+    if (protocol := body.get("protocol_version", "1")) != "1":
+        raise InputError(f"protocol_version is {protocol!r}; this server speaks '1'")
     for position, item in enumerate(items):
         if item.get("required_rewards") != [name]:
             raise InputError(
                 f"requests[{position}].required_rewards is {item.get('required_rewards')!r}; this server has [{name!r}]"
             )
-    results: list[dict] = [{} for _ in items]
-    errors: list[dict] = [{} for _ in items]
-    readable: dict[int, tuple[Any, str]] = {}
-    for position, item in enumerate(items):
-        try:
-            readable[position] = _read(item.get("history"), f"requests[{position}]")
-        except InputError as error:
-            errors[position][name] = str(error)
-    if readable:
-        pictures, prompts = zip(*readable.values(), strict=True)
-        try:
-            scores, _ = score(reward, list(pictures), list(prompts), missing=True)
-        except (InputError, JudgeError) as error:
-            errors = [errors[position] or {name: str(error)} for position in range(len(items))]
-        else:
-            for position, value in zip(readable, scores.tolist(), strict=True):
-                if np.isnan(value):
-                    errors[position][name] = "the judge broke on every comparison of this image"
-                else:
-                    results[position][name] = {"score": value}
-    identities = [{key: item.get(key) for key in _IDENTITY} | {"scorer_version": None} for item in items]
+    read = [_read(item.get("history"), f"requests[{position}]") for position, item in enumerate(items)]
+    if isinstance(reward, GroupCollector):
+        outcomes = _collect(reward, items, read, request)
+    else:
+        outcomes = _score(reward, read)
+    results = [{} if isinstance(outcome, Exception) else {name: {"score": outcome}} for outcome in outcomes]
+    errors = [{name: str(outcome)} if isinstance(outcome, Exception) else {} for outcome in outcomes]
+    identities = [{key: item.get(key) for key in _IDENTITY} | {"scorer_version": version} for item in items]
     return {"protocol_version": "1", "results": results, "errors": errors, "identities": identities}
 
 
-def _read(history: Any, field: str) -> tuple[Any, str]:
-    """Picture and prompt of the last turn, which is the generated one; before it may stand a condition."""
+def _score(reward: Reward, read: list[tuple[Any, Any]]) -> list[float | Exception]:
+    """Each item's score, or why it has none."""
+    outcomes: list[Any] = [picture for picture, _ in read]
+    places = [place for place, picture in enumerate(outcomes) if not isinstance(picture, InputError)]
+    if places:
+        try:
+            scores, _ = score(reward, [read[k][0] for k in places], [read[k][1] for k in places], missing=True)
+        except (InputError, JudgeError) as error:
+            answers: list[Any] = [error] * len(places)
+        else:
+            broke = JudgeError("the judge broke on every comparison of this image")
+            answers = [broke if np.isnan(value) else value for value in scores.tolist()]
+        for place, given in zip(places, answers, strict=True):
+            outcomes[place] = given
+    return outcomes
+
+
+def _collect(
+    collector: GroupCollector, items: list[Mapping], read: list[tuple[Any, Any]], request: str | None
+) -> list[float | Exception]:
+    """As `_score`. All items take their places before the first is waited for, unreadable ones, too."""
+    futures: list[Any] = []
+    for position, (item, (picture, prompt)) in enumerate(zip(items, read, strict=True)):
+        group, key = item.get("group_id"), item.get("idempotency_key")
+        if key is None and request is not None:
+            key = f"{request}/{position}"
+        try:
+            group, key = (None if value is None else str(value) for value in (group, key))
+            futures.append(collector.submit(picture, prompt, group=group, name=key))
+        except InputError as error:  # without a prompt and a group there is no place to take
+            futures.append(error)
+    outcomes: list[float | Exception] = []
+    for future in futures:
+        try:
+            outcomes.append(future if isinstance(future, InputError) else future.result()[0])
+        except (InputError, JudgeError) as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def _read(history: Any, field: str) -> tuple[Any, Any]:
+    """Picture, or the `InputError` that it is none, and prompt of the last turn, or None."""
+    turn = history[-1] if isinstance(history, list) and history and isinstance(history[-1], Mapping) else {}
+    text = turn.get("text")
+    try:
+        return _picture(history, field), text
+    except InputError as error:
+        return error, text if isinstance(text, str) and text.strip() else None
+
+
+def _picture(history: Any, field: str) -> Any:
+    """The picture of the last turn, which is the generated one; before it may stand a condition."""
     if not isinstance(history, list) or not history or not isinstance(history[-1], Mapping):
         raise InputError(f"{field}.history is empty; its last turn is the generated image with its prompt")
     turn = history[-1]
     check_prompts([turn.get("text")], 1)  # pyright: ignore[reportArgumentType]
     for key in ("image_b64", "video_b64"):
         if turn.get(key) is not None:
-            return as_picture(decode(turn[key], f"{field}.{key}"), field=f"{field}.{key}"), turn["text"]
+            return as_picture(decode(turn[key], f"{field}.{key}"), field=f"{field}.{key}")
     raise InputError(f"{field} has neither image_b64 nor video_b64; files and memory of another process are not read")
 
 

@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ class ListenerReward:
                 kept; it scores 0 exactly.
             on_failure: what an image scores when the judge broke on all its comparisons: "raise" raises `JudgeError`,
                 "nan" gives NaN, "group-mean" the mean of the prompt's other images in the call (NaN without any).
-            judge_options: passed on to `Judge.from_pretrained`.
+            judge_options: passed on to `Judge.from_pretrained`. Without a `device`, or with "cuda", the judge goes to
+                the GPU that is current where the reward is made: the first call may come from a thread of the host's,
+                where the current GPU is another.
 
         Raises:
             InputError: an unknown scheme or policy, or options that would have no effect.
@@ -105,6 +108,7 @@ class ListenerReward:
         self.judge_options = judge_options
         self._kept: dict[str, bytes] = {}  # the first image of each prompt, as PNG: raw pixels are ten times that
         self._loaded: Judge | None = None
+        self._device = _current_gpu()
         self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
 
     def __call__(
@@ -150,6 +154,11 @@ class ListenerReward:
                     table[members, 0] = np.where(np.isnan(scores), np.nanmean(scores), scores)
         return table[:, 0].copy(), {name: table[:, 1 + k].copy() for k, name in enumerate(INFO)}
 
+    def prefer_device(self, device: Any) -> None:
+        """Where to load the judge, unless `judge_options` name a device or it is loaded: for hosts that name one."""
+        if str(device) != "cuda":  # which says nothing that was not known
+            self._device = str(device)
+
     def rank(self, prompt: str, images: Any, *, budget: int | None = None) -> Ranking:
         """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
         pictures = to_pil_batch(images)
@@ -188,10 +197,10 @@ class ListenerReward:
         return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": dict(self._kept), "_loaded": None, "_lock": None}
+        return self.__dict__ | {"_kept": dict(self._kept), "_loaded": None, "_lock": None, "_device": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _device=_current_gpu())
 
     # What follows is called with the lock held.
 
@@ -201,7 +210,10 @@ class ListenerReward:
         if self._loaded is None:
             from listener_reward.judge import Judge  # imports torch: only once a judge is wanted
 
-            self._loaded = Judge.from_pretrained(self.judge, **self.judge_options)
+            options, asked = dict(self.judge_options), self.judge_options.get("device")
+            if self._device and (asked is None or (str(asked) == "cuda" and self._device.startswith("cuda"))):
+                options["device"] = self._device
+            self._loaded = Judge.from_pretrained(self.judge, **options)
         return self._loaded
 
     def _plan(self, prompt: str, pictures: list[Image.Image]) -> _Task:
@@ -263,6 +275,18 @@ class ListenerReward:
                 return [None]
             half = len(matches) // 2
             return self._ask(judge, matches[:half]) + self._ask(judge, matches[half:])
+
+
+def _current_gpu() -> str | None:
+    """The GPU that is current in this thread; None as long as nobody can have chosen one.
+
+    It loads no torch, and wakes no CUDA, which a process that is yet to fork must not.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    index = torch.cuda.current_device()
+    return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `vlm.default_device` decides
 
 
 _Match = tuple[str, "Image.Image", "Image.Image"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,10 +153,12 @@ class TransformersVLM:
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
 
+        `device` None and "cuda" are this process's own GPU (`default_device`).
+
         Raises:
             InputError: the checkpoint cannot be found, reached or read.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device) if device and str(device) != "cuda" else default_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         kwargs = hub_options(name) | kwargs
         try:
@@ -450,6 +453,20 @@ def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
 
 def _grids(shown: Sequence[Encoded]) -> Tensor | None:
     return torch.stack([each.grid for each in shown]) if shown else None
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    The current GPU is a setting of each thread and 0 in a new one, so that in a worker thread every process of a
+    machine would take the first. Where it is 0, LOCAL_RANK tells the processes of a launcher apart, unless each of them
+    is shown a single GPU.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK", "")
+    index = torch.cuda.current_device() or (int(rank) if rank.isdecimal() else 0)
+    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)
 
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:

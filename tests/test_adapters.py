@@ -6,6 +6,7 @@ they would do with the answer is done here too, so that an answer of a wrong typ
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import importlib
@@ -179,6 +180,22 @@ def test_ddpo_pytorch(FakeJudge):
     assert np.allclose(rewards, rewards[0], atol=1e-6) and order(rewards[0]) == BETTER
 
 
+@pytest.mark.parametrize("name", ["trl", "ddpo-pytorch", "flow_grpo", "miles"])
+def test_hosts_that_scatter_a_group_get_scores_of_one_scale(FakeJudge, name):
+    """Two calls with two images each, of which the second call's are the better ones: by a mean of their own they would
+    not be. All meet the first image seen."""
+    judge, calls = FakeJudge(slope=3.0), ([20, 40], [180, 200])
+    if name == "miles":
+        rm = listener_rm(judge)
+        scores = [miles_host(rm, [[generated(red) for red in reds]]) for reds in calls]
+    else:
+        made = {"trl": ddpo_reward, "ddpo-pytorch": listener_reward, "flow_grpo": listener_score}[name](judge)
+        reward_fn = made("cpu") if name == "flow_grpo" else made
+        scores = [np.asarray(reward_fn(pixels(reds), ("a", "a"), ({}, {}))[0]).tolist() for reds in calls]
+    expected = [[3 * (red - 20) / 255 for red in reds] for reds in calls]
+    assert scores[0] == pytest.approx(expected[0], abs=1e-4) and scores[1] == pytest.approx(expected[1], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", BAD_TENSORS.keys() - {"prompts as one text"})  # the host unzips them itself
 def test_ddpo_pytorch_stops_on_bad_input(FakeJudge, name):
     images, prompts = BAD_TENSORS[name]
@@ -313,6 +330,39 @@ def test_flow_grpo_masks_a_broken_sample_by_its_group_mean(FakeJudge):
     assert rewards["avg"][0] > rewards["avg"][3] > rewards["avg"][1]
 
 
+def test_flow_grpo_broken_sample_has_no_advantage_in_a_group_scattered_over_calls(FakeJudge):
+    """A group of eight over two calls, whose images differ much in quality: the host normalises over both."""
+    reward_fn = listener_multi_score(broken(FakeJudge), scheme="group", on_failure="group-mean")
+    batches = [
+        (pixels([10, 20, 30, 40]), list(PROMPTS), [{}] * 4),
+        (pixels([250, 90, 240, 200]), list(PROMPTS), [{}] * 4),
+    ]
+    rewards = flow_grpo_host(reward_fn, batches)
+    advantages = (rewards["avg"] - rewards["avg"].mean()) / rewards["avg"].std()
+    assert rewards["failed"].tolist() == [0, 0, 0, 0, 0, 1, 0, 0] and abs(advantages[5].item()) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["reference", "auto"])
+def test_the_mean_of_part_of_a_group_is_refused(FakeJudge, scheme):
+    policy = {"scheme": scheme, "on_failure": "group-mean"}
+    for make in (listener_score, listener_multi_score, ddpo_reward, listener_reward, listener_rm):
+        with pytest.raises(InputError, match="group-mean"):
+            make(FakeJudge(), **policy)
+    with pytest.raises(InputError, match="group-mean"):
+        listener_multi_score(ListenerReward(FakeJudge(), **policy))
+
+
+def test_flow_grpo_hands_its_device_on(monkeypatch):
+    reward = ListenerReward("tiny", scheme="reference")
+    factory = listener_score(reward)
+    loads = []
+    fake = SimpleNamespace(Judge=SimpleNamespace(from_pretrained=lambda name, **options: loads.append(options)))
+    monkeypatch.setitem(sys.modules, "listener_reward.judge", fake)
+    factory(torch.device("cuda", 3))
+    reward._get_judge()
+    assert loads == [{"device": "cuda:3"}]
+
+
 def test_a_group_on_which_the_judge_broke_altogether_is_an_error_under_every_policy(FakeJudge):
     for policy in ("raise", "nan", "group-mean"):
         judge = FakeJudge(breaks_on=lambda *_: True)
@@ -363,6 +413,13 @@ def test_pref_grpo(FakeJudge, shade, tmp_path):
     images = [shade(red) for red in (*REDS, *reversed(REDS))]
     advantages = pref_grpo_host(dispatcher, images, ["a"] * 4 + ["b"] * 4, {"listener": 1.0}, tmp_path)
     assert order(advantages[:4]) == BETTER and torch.allclose(advantages[:4], advantages[4:].flip(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("captions", [["a"], ["a", "a", "b"]])
+def test_pref_grpo_stops_where_an_image_has_nothing_to_compare_with(FakeJudge, shade, tmp_path, captions):
+    images = [shade(10 * k) for k in range(len(captions))]
+    with pytest.raises(ValueError, match="one image"):
+        pref_grpo_host(ListenerDispatcher(FakeJudge()), images, captions, {"listener": 1.0}, tmp_path)
 
 
 def test_pref_grpo_beside_the_hosts_own_rewards(FakeJudge, shade, tmp_path):
@@ -605,6 +662,17 @@ def test_flow_factory_groupwise(FakeJudge, flow_factory):
     assert order(rewards) == BETTER and rewards.sum().item() == pytest.approx(0, abs=1e-5)
 
 
+def test_flow_factory_hands_its_device_on(flow_factory):
+    there = SimpleNamespace(device=torch.device("cuda", 2))
+    for cls in (flow_factory.ListenerGroupwise, flow_factory.ListenerPointwise):
+        assert cls(config("tiny"), there).reward._device == "cuda:2"
+
+
+def test_flow_factory_groupwise_stops_at_a_group_of_one(FakeJudge, flow_factory):
+    with pytest.raises(InputError, match="one image"):
+        flow_factory_host(flow_factory.ListenerGroupwise(config(FakeJudge()), HERE), [sample(3)])
+
+
 def test_flow_factory_pointwise_scores_a_sample_alike_in_every_batch(FakeJudge, flow_factory):
     model = flow_factory.ListenerPointwise(config(FakeJudge(), judge_options={"reference": REFERENCE}), HERE)
     together = flow_factory_host(model, [sample(red) for red in REDS])
@@ -726,6 +794,32 @@ def test_verl_omni_prompt_may_be_the_ground_truth_and_the_sample_a_video(FakeJud
     assert order([result["reward_score"] for result in results]) == BETTER
 
 
+CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+PARTS = [{"type": "image"}, {"type": "text", "text": "a"}]
+
+
+@pytest.mark.parametrize(
+    "raw_prompt",
+    [
+        np.array(CHAT, dtype=object),
+        [{"role": "user", "content": PARTS}],
+        np.array([{"role": "user", "content": np.array(PARTS, dtype=object)}], dtype=object),
+    ],
+    ids=["array", "parts", "array of parts"],
+)
+def test_verl_omni_reads_every_form_of_a_chat(FakeJudge, raw_prompt):
+    judge = FakeJudge()
+    verl([bytes_chw(3)] * 2, [{"raw_prompt": raw_prompt}] * 2, judge=judge, group_size=2)
+    assert [pair[0] for call in judge.calls for pair in call] == ["a"]
+
+
+def test_verl_omni_samples_that_meet_in_a_server_do_not_wait_for_threads(FakeJudge):
+    """More samples at once than the loop's executor has threads, each of which waits for the others."""
+    with serving(GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 40, timeout=20)) as url:
+        results = verl([bytes_chw(red) for red in range(10, 50)], judge=url)
+    assert results[39]["reward_score"] > results[0]["reward_score"]
+
+
 BAD_VISUALS: dict[str, dict[str, Any]] = {
     "no image": {"visual": None},
     "NaN pixels": {"visual": torch.full((3, 4, 4), float("nan"))},
@@ -764,9 +858,10 @@ def test_verl_omni_stops_where_the_judge_breaks(FakeJudge, group_size):
 # miles_diffusion, miles/rollout/rm_hub/__init__.py: batched_async_rm
 
 
-def miles_host(rm, microgroups):
+def miles_host(rm, microgroups, **args):
     async def generate_and_rm_microgroup(samples):
-        rewards = await rm(SimpleNamespace(custom_rm_path="my_rewards.rm"), samples)
+        await asyncio.to_thread(time.sleep, 0.001)  # the host's own ray.get, in the loop's few threads
+        rewards = await rm(SimpleNamespace(custom_rm_path="my_rewards.rm", **args), samples)
         for one, reward in zip(samples, rewards, strict=True):
             one.reward = reward
 
@@ -806,6 +901,37 @@ def test_miles_diffusion_microgroups_wait_for_their_group(FakeJudge):
     rm = listener_rm(judge, group_size=4)
     rewards = miles_host(rm, [[generated(red)] for red in REDS[:2]] + [[generated(red) for red in REDS[2:]]])
     assert order(rewards) == BETTER and [len(call) for call in judge.calls] == [6]
+
+
+def test_miles_diffusion_waits_without_the_threads_of_the_host(FakeJudge):
+    rm = listener_rm(FakeJudge(), group_size=64, timeout=20)
+    rewards = miles_host(rm, [[generated(red)] for red in range(10, 74)])
+    assert rewards[63] > rewards[0]
+
+
+def test_miles_diffusion_groups_of_one_prompt_are_told_apart_by_their_index(FakeJudge):
+    judge = FakeJudge()
+    samples = [generated(red) for red in (11, 12, 13, 14)]
+    for index, one in enumerate(samples):
+        one.group_index = index % 2
+    miles_host(listener_rm(judge, group_size=2, timeout=5), [[one] for one in samples])
+    assert sorted(sorted(pair[1:]) for call in judge.calls for pair in call) == [[11, 13], [12, 14]]
+
+
+def test_miles_diffusion_takes_whole_groups_of_the_hosts_group_rm_and_no_parts(FakeJudge):
+    rm = listener_rm(FakeJudge(), scheme="group")
+    rewards = miles_host(rm, [[generated(red) for red in REDS]], n_samples_per_prompt=4)
+    assert order(rewards) == BETTER and sum(rewards) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(InputError, match="--group-rm"):
+        miles_host(rm, [[generated(red) for red in REDS[:2]]], n_samples_per_prompt=4)
+
+
+def test_miles_diffusion_image_that_cannot_be_read_keeps_no_neighbour_from_its_group(FakeJudge):
+    bad = SimpleNamespace(prompt="a", generated_output=None, reward=None)
+    collected = FakeJudge()
+    with pytest.raises(InputError):
+        miles_host(listener_rm(collected, group_size=3, timeout=20), [[bad, generated(3)], [generated(9)]])
+    assert [sorted(pair[1:]) for call in collected.calls for pair in call] == [[3, 9]]
 
 
 BAD_OUTPUTS: dict[str, Any] = {
@@ -980,6 +1106,89 @@ def test_unirl_ranks_meet_in_a_collector(FakeJudge):
     assert order(rewards) == BETTER and sum(rewards) == pytest.approx(0, abs=1e-5)  # type: ignore[arg-type]
 
 
+def test_unirl_unreadable_sample_takes_its_place_in_the_collector(FakeJudge):
+    collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 4, timeout=20)
+    bad = {"no prompt": unirl_request(4, None), "truncated": BAD_REQUESTS["truncated image"]}
+    for number, one in enumerate(bad.values()):
+        requests = [unirl_request(200), one, unirl_request(20), unirl_request(90)]
+        reply = unirl.answer(collector, {"requests": [each | {"group_id": f"g{number}"} for each in requests]})
+        assert [bool(error) for error in reply["errors"]] == [False, True, False, False]
+        assert reply["results"][0]["listener"]["score"] > 0 > reply["results"][2]["listener"]["score"]
+
+
+def test_unirl_groups_are_told_apart_by_their_id(FakeJudge):
+    judge = FakeJudge()
+    collector = GroupCollector(ListenerReward(judge, scheme="group"), 2, timeout=20)
+    requests = [unirl_request(red) | {"group_id": group} for red, group in zip((1, 2, 3, 4), "xyxy", strict=True)]
+    unirl.answer(collector, {"requests": requests})
+    assert [[pair[1:] for pair in call] for call in judge.calls] == [[(1, 3)], [(2, 4)]]
+    mixed = [unirl_request(red, text) | {"group_id": "z"} for red, text in ((1, "a"), (2, "b"))]
+    reply = unirl.answer(collector, {"requests": mixed})
+    assert reply["results"] == [{}, {}] and "2 different prompts" in reply["errors"][0]["listener"]
+
+
+def test_unirl_request_that_is_repeated_counts_once(FakeJudge):
+    """The client's timeout is shorter than the wait for the group: it sends the same keys again, in the middle of the
+    wait and after the answer was lost."""
+    judge = FakeJudge()
+    collector = GroupCollector(ListenerReward(judge, scheme="group"), 4, timeout=20)
+    halves = [
+        {"requests": [unirl_request(red) | {"group_id": "g", "idempotency_key": str(red)} for red in reds]}
+        for reds in (REDS[:2], REDS[2:])
+    ]
+    with ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(unirl.answer, collector, halves[0]) for _ in range(2)]
+        time.sleep(0.1)
+        assert not any(one.done() for one in waiting) and judge.calls == []
+        last = unirl.answer(collector, halves[1])
+        first, again = (one.result(5) for one in waiting)
+    assert first == again == unirl.answer(collector, halves[0])
+    scores = [result["listener"]["score"] for result in first["results"] + last["results"]]
+    assert order(scores) == BETTER and len(judge.calls) == 1
+
+
+def test_unirl_version_can_be_pinned(FakeJudge):
+    with serving(GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 2)) as url:
+        version = http(f"{url}/health")[1]["scorer_version"]
+        reply = http(f"{url}/score", {"requests": [unirl_request(11), unirl_request(12)]})[1]
+    assert version.endswith(" fake") and {one["scorer_version"] for one in reply["identities"]} == {version}
+
+
+def hangs_up(url: str, body: dict) -> None:
+    """A client that sends a request and loses patience."""
+    import socket
+
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /compute HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        time.sleep(0.2)
+
+
+def test_flow_factory_request_that_is_sent_again_counts_once_and_an_equal_one_twice(FakeJudge):
+    judge = FakeJudge()
+    body = {"prompt": ["a"], "image": [b64(png(7))], "video": None, "condition_images": None, "kwargs": None}
+    with serving(GroupCollector(ListenerReward(judge, scheme="group"), 3, timeout=20)) as url:
+        hangs_up(url, body)
+        with ThreadPoolExecutor(3) as clients:
+            # One sends again, another process has the very same image; the group is full with the third.
+            equal = [clients.submit(http, f"{url}/compute", body) for _ in range(2)]
+            time.sleep(0.2)
+            assert judge.calls == [], "the first client's image was counted twice"
+            third = clients.submit(http, f"{url}/compute", body | {"image": [b64(png(200))]})
+            rewards = [one.result(10)[1]["rewards"][0] for one in (*equal, third)]
+    assert rewards[0] == rewards[1] < rewards[2] and len(judge.calls) == 1
+
+
+def test_flow_factory_remote_bad_image_keeps_no_neighbour_from_its_group(FakeJudge):
+    judge = FakeJudge()
+    collector = GroupCollector(ListenerReward(judge, scheme="group"), 3, timeout=20)
+    assert compute(collector, {"prompt": ["a", "a"], "image": ["%%%", b64(png(3))]})["kind"] == "input"
+    assert compute(collector, {"prompt": ["a"], "image": [b64(png(9))]})["rewards"][0] > 0
+    assert judge.calls == [[("a", 3, 9)]]
+
+
 def flow_factory_client(url: str, prompt, image=None, video=None) -> list[float]:
     payload = {"prompt": prompt, "image": image, "video": video, "condition_images": None, "kwargs": None}
     status, data = http(f"{url}/compute", payload)
@@ -1098,6 +1307,29 @@ def test_collector_tells_groups_of_one_prompt_apart_by_name(FakeJudge, shade):
     assert [[pair[1:] for pair in call] for call in judge.calls] == [[(1, 3)], [(2, 4)]]
 
 
+def test_collector_forgets_names_after_a_while(FakeJudge, shade):
+    judge = FakeJudge()
+    collector = GroupCollector(ListenerReward(judge, scheme="group"), 2, timeout=0.3)
+    for _ in range(2):
+        futures = [collector.submit(shade(red), "a", name=str(red)) for red in (10, 200)]
+        assert futures[1].result(5)[0] > 0
+        assert collector.submit(shade(10), "a", name="10") is futures[0]
+        time.sleep(0.4)
+    assert len(judge.calls) == 2
+
+
+def test_collector_goes_on_where_a_host_gives_up_on_one_image(FakeJudge, shade):
+    collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 2, timeout=5)
+
+    async def host():
+        task = asyncio.ensure_future(asyncio.wrap_future(collector.submit(shade(10), "a")))
+        await asyncio.sleep(0)
+        task.cancel()
+        return await asyncio.wrap_future(collector.submit(shade(200), "a"))
+
+    assert asyncio.run(host())[0] > 0
+
+
 @pytest.mark.parametrize("answer", [None, "x", [1.0], [[1.0]] * 4, [1.0, None, 2.0, 3.0], [1, 2, 3, float("inf")]])
 def test_another_reward_that_does_not_give_one_score_each_is_an_error(answer):
     with pytest.raises(JudgeError):
@@ -1131,10 +1363,39 @@ def test_what_is_no_reward_is_named():
         as_reward(lambda *_: None, {"scheme": "group"}, scheme="auto")
 
 
-def test_no_adapter_unpickles():
-    folder = Path(inspect.getfile(score)).parent
-    for path in folder.glob("*.py"):
-        assert "import pickle" not in path.read_text(encoding="utf-8"), path.name
+def unpickling(source: str) -> list[str]:
+    """What in a module's source can run what it reads."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module or ""]
+        elif isinstance(node, ast.Attribute) and node.attr in ("load", "loads"):
+            found += [f"{ast.unparse(node.value)}.{node.attr}"]
+    modules = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    safe = {"json.load", "json.loads"}
+    return [name for name in found if name.split(".")[0] in modules or (".load" in name and name not in safe)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle as p",
+        "from dill import loads",
+        "import cloudpickle",
+        "torch.load(file)",
+        "np.load(f, allow_pickle=True)",
+    ],
+)
+def test_unpickling_is_seen(source):
+    assert unpickling(source)
+
+
+@pytest.mark.parametrize("name", ["server", "remote", "unirl", "flow_factory", "collector", "contract", "video"])
+def test_what_comes_over_the_wire_cannot_run(name):
+    path = Path(inspect.getfile(score)).with_name(f"{name}.py")
+    assert unpickling(path.read_text(encoding="utf-8")) == []
 
 
 def test_serve_command(random_judge):

@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.reward import INFO, PAPER_CHECKPOINT, ListenerReward, log_odds
+from listener_reward.vlm import default_device
 
 
 @pytest.fixture
@@ -245,6 +247,64 @@ def test_loads_once_with_its_options(loads, shade, tmp_path):
     reward([shade(1), shade(2)], ["a", "a"])
     reward.compare("a", shade(1), shade(2))
     assert loads == [(str(tmp_path), {"thoughts": 2, "device": "cpu"})]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Four GPUs, of which each thread has a current one, 0 at first; `gpus.index = 2` chooses for this thread."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return current
+
+
+@pytest.mark.parametrize("options", [{}, {"device": "cuda"}, {"device": torch.device("cuda")}])
+def test_the_judge_goes_to_the_gpu_of_the_thread_that_made_the_reward(loads, gpus, shade, options):
+    gpus.index = 2
+    reward = ListenerReward("tiny", **options)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(reward, [shade(1), shade(2)], ["a", "a"]).result()
+    gpus.index = 1
+    copy = pickle.loads(pickle.dumps(reward))  # as in another process, of which another GPU is the current one
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(copy, [shade(1), shade(2)], ["a", "a"]).result()
+    assert [given["device"] for _, given in loads] == ["cuda:2", "cuda:1"]
+
+
+def test_a_device_that_was_asked_for_is_kept(loads, gpus, shade):
+    gpus.index = 2
+    for asked in ("cuda:3", "cpu"):
+        reward = ListenerReward("tiny", device=asked)
+        reward.prefer_device("cuda:1")
+        reward.compare("a", shade(1), shade(2))
+    reward = ListenerReward("tiny")
+    reward.prefer_device(torch.device("cuda"))  # says no more than was known
+    reward.compare("a", shade(1), shade(2))
+    reward = ListenerReward("tiny", device="cuda")
+    reward.prefer_device("cpu")
+    assert [given["device"] for _, given in loads] == ["cuda:3", "cpu", "cuda:2"]
+
+
+def test_a_reward_made_before_cuda_is_awake_does_not_wake_it(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was initialised"))
+    ListenerReward("tiny")
+
+
+@pytest.mark.parametrize(
+    "current, rank, count, index", [(0, None, 4, 0), (0, "3", 4, 3), (2, "3", 4, 2), (0, "3", 1, 0), (0, "x", 4, 0)]
+)
+def test_each_process_of_a_launcher_has_a_gpu_of_its_own(monkeypatch, gpus, current, rank, count, index):
+    gpus.index = current
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert default_device() == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_device() == torch.device("cpu")
 
 
 def test_its_state_is_the_images_it_has_kept(FakeJudge, shade, tmp_path):

@@ -1,7 +1,7 @@
 """Three steps of trl's own `DDPOTrainer` with the tiny judge as its reward: python trl_ddpo_trainer.py sync|async
 
-For an environment of its own, `pip install ".[diffusers]" trl==0.23.1 tensorboardX`; `tests/test_adapters.py` runs it
-where TRL_DDPO_PYTHON names that environment's interpreter.
+With that trl laid over the environment, `pip install --no-deps --target trl-ddpo trl==0.23.1 tensorboardX protobuf` and
+`PYTHONPATH=trl-ddpo`; `tests/test_adapters.py` runs it where TRL_DDPO_PYTHON names an interpreter that has it.
 """
 
 from __future__ import annotations
