@@ -24,8 +24,8 @@ PROMPTS, LATENTS, STEPS, CHOICE, RENOISE, ORDER = range(6)
 
 CAUSES = (
     "Usual causes: dropout or a module in training mode; torch.compile or a caching hook on the denoiser; guidance "
-    "that depends on the number of the step (then train_fraction=1 and a window that begins at 0); kernels that are not "
-    "deterministic"
+    "that depends on the number of the step (then train_fraction=1 and a window that begins at 0); kernels that "
+    "are not deterministic"
 )
 
 
@@ -72,7 +72,7 @@ class Learner:
         self.parameters = trainable(list(self.modules.values()))
         self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=config.weight_decay)
         self.replay_checked = False
-        """Whether replays have been seen to be what was recorded; until then "nft" needs a first rollout with outputs."""
+        """Whether replays have been seen to be what was recorded; until then "nft" needs a rollout with outputs."""
 
     def learn(
         self, epoch: int, rollouts: list[Rollout], advantages: np.ndarray, scored: np.ndarray
