@@ -31,9 +31,10 @@ from listener_reward.errors import InputError, MissingExtraError
 from .contract import Reward, check_prompts, score
 from .ddpo_config import DDPOConfig
 from .ddpo_learn import LATENTS, PROMPTS, STEPS, Learner, stream
-from .ddpo_log import RunLog, checkpoints, save_checkpoint
+from .ddpo_log import RunLog, check_state, check_trackers, checkpoints, save_checkpoint
+from .ddpo_samples import FixedSamples, remembers
 from .hacking import HackingGuard
-from .lora import save_lora
+from .lora import adapters_off, save_lora
 from .objectives import PromptStatistics, diversity, group_advantages, nan_mean
 from .rollout import ReplayError, Rollout, call_options, record
 from .schedulers import log_prob_scheduler
@@ -58,7 +59,8 @@ class DDPOTrainer:
             Images are (B, C, H, W), or (B, F, C, H, W) for video, float32 in [0, 1] on the CPU; all of a prompt come in
             one call. Scores are B numbers, NaN where there is none; of `info`, what has B numbers is logged. It is
             called in a thread of its own, one call at a time. One that has `state_dict` and `load_state_dict` is kept
-            in the checkpoints.
+            in the checkpoints, unless it is an `nn.Module`, whose state is weights that nothing here changes; the state
+            is made of numbers, strings, bytes, lists, dicts and tensors.
         prompts: strings, or mappings with a "prompt" whose other entries reach the reward as metadata.
         config: a `DDPOConfig`.
         second_reward: another reward that is only logged and watched, to see whether the first one is being hacked.
@@ -87,6 +89,8 @@ class DDPOTrainer:
             )
         self.pipeline, self.reward, self.second_reward = pipeline, reward, second_reward
         self.folder = Path(config.output_dir)
+        if accelerator is None:
+            check_trackers(config.log_with)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=config.log_with,
@@ -107,6 +111,7 @@ class DDPOTrainer:
         self.learner = Learner(pipeline, self.scheduler, config, self.accelerator)
         self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
         self.guard = HackingGuard()
+        self.samples = FixedSamples(self.prompts[: config.sample_prompts], reward)
         self.history: list[dict[str, Any]] = []
         """The rows of `metrics.jsonl`, after or during `train`."""
 
@@ -121,12 +126,19 @@ class DDPOTrainer:
             `output_dir`; `pipeline.load_lora_weights` reads it (see `lora.save_lora`).
 
         Raises:
-            InputError: `output_dir` holds another run's checkpoints.
+            InputError: `output_dir` holds another run's checkpoints, or a reward's state cannot be kept.
             JudgeError: the reward broke, or gave what are no scores.
-            ReplayError: a replayed log-probability is not the recorded one; nothing has been learnt yet.
+            ReplayError: a replay gives something else than what was recorded; nothing has been learnt yet.
         """
-        start = self._load() if resume else self._require_fresh()
         config = self.config
+        if not resume:
+            self._require_fresh()
+        for reward in self._rewards():
+            check_state(reward)
+        if config.sample_every and self.accelerator.is_main_process and self.samples.base is None:
+            with adapters_off(self.learner.modules):
+                self.samples.base = self.draw_samples()  # before anything is loaded: a full model has no adapters
+        start = self._load() if resume else 0
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {each.name: getattr(config, each.name) for each in fields(config)}
         if self.accelerator.is_main_process:
@@ -138,22 +150,26 @@ class DDPOTrainer:
         self.history = log.history
         bar = tqdm(range(start, config.epochs), "epochs", disable=not self.accelerator.is_main_process)
         try:
+            if self.samples.base is not None and start == 0:
+                log.draw(0, self.samples.base)
             for epoch in bar:
-                if config.sample_every and epoch % config.sample_every == 0:
-                    self._draw(log, epoch)
                 row = self._run_epoch(epoch)
+                last = epoch + 1 == config.epochs
+                due = bool(config.sample_every) and (last or (epoch + 1) % config.sample_every == 0)
+                if due:
+                    row |= self._watch(log, epoch + 1)
                 log.write(row)
                 bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
                 messages = self.guard.update(row)
                 for message in messages:
                     logger.warning("epoch %d: %s", epoch, message)
                 stop = bool(messages) and config.on_hacking == "stop"
-                if stop or (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
+                if stop or (epoch + 1) % config.save_every == 0 or last:
                     self._save(epoch + 1)
                 if stop:
+                    if config.sample_every and not due:
+                        self._draw(log, epoch + 1)
                     break
-            if config.sample_every and len(self.history) > start:
-                self._draw(log, len(self.history))
         finally:
             self.pipeline.scheduler = self.stock_scheduler
             self.accelerator.end_training()
@@ -183,9 +199,22 @@ class DDPOTrainer:
                 parts.append(self.pipeline(**options, generator=seeds, output_type="pt")[0].float().cpu())
         return torch.cat(parts)
 
-    def _draw(self, log: RunLog, epoch: int) -> None:
-        if self.accelerator.is_main_process:
-            log.draw(epoch, self.draw_samples())
+    def _draw(self, log: RunLog, epochs: int) -> torch.Tensor | None:
+        """The fixed samples after so many epochs, in the main process."""
+        if not self.accelerator.is_main_process:
+            return None
+        images = self.draw_samples()
+        log.draw(epochs, images)
+        return images
+
+    def _watch(self, log: RunLog, epochs: int) -> dict[str, float]:
+        """Draws the fixed samples and, unless it is switched off, sets them against the base's."""
+        clock, row = _Clock(), {}
+        images = self._draw(log, epochs)
+        if images is not None and self.config.win_rate:
+            row = self.samples.against_base(images)
+        clock.lap("seconds_watching")
+        return self._mean_over_processes(row | (clock.laps if images is not None else {}))
 
     # ------------------------------------------------------------------------------------------------------ one epoch
 
@@ -216,7 +245,8 @@ class DDPOTrainer:
                 latents = stream(config.seed, LATENTS, epoch, k, process)
                 self.scheduler.generator = stream(config.seed, STEPS, epoch, k, process)
                 with self.accelerator.autocast():
-                    rollouts.append(record(self.pipeline, prompts, self._options(), latents))
+                    witness = k == 0 and config.loss == "nft" and not self.learner.replay_checked
+                    rollouts.append(record(self.pipeline, prompts, self._options(), latents, keep_outputs=witness))
                 ready = (k + 1) * config.batch_size // config.images_per_prompt * config.images_per_prompt
                 if ready > asked:
                     images = torch.cat([rollout.images for rollout in rollouts])[asked:ready]
@@ -294,13 +324,17 @@ class DDPOTrainer:
         return self.accelerator.gather(torch.as_tensor(values, device=self.accelerator.device)).cpu().numpy()  # pyright: ignore
 
     def _mean_over_processes(self, row: dict[str, float]) -> dict[str, float]:
-        values = self._gather(np.array(list(row.values()), dtype=np.float32)).reshape(-1, len(row))
-        return dict(zip(row, [nan_mean(values[:, k]) for k in range(len(row))], strict=True))
+        """Each number's mean over the processes that have it: one that learnt nothing has no loss, for example."""
+        rows = [row] if self.accelerator.num_processes == 1 else gather_object([row])
+        names = dict.fromkeys(name for each in rows for name in each)
+        return {name: nan_mean([each.get(name, math.nan) for each in rows]) for name in names}
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, epochs: int) -> None:
         """A checkpoint of the state after so many epochs; it also holds what `save` writes."""
+        for reward in self._rewards():
+            check_state(reward)
         remembered = [self._gather_states(reward) for reward in self._rewards()]
 
         def write(folder: Path) -> None:
@@ -339,7 +373,7 @@ class DDPOTrainer:
         self.statistics.load_state_dict(state["statistics"])
         self.guard.load_state_dict(state["guard"])
         for reward, remembered in zip(self._rewards(), state["rewards"], strict=True):
-            if remembered and hasattr(reward, "load_state_dict"):
+            if remembered and remembers(reward):
                 reward.load_state_dict(remembered[self.accelerator.process_index % len(remembered)])
         return epochs
 
@@ -348,16 +382,15 @@ class DDPOTrainer:
 
     def _gather_states(self, reward: Any) -> list[Any]:
         """What a reward remembers, in each process; nothing of one that remembers nothing."""
-        state = [reward.state_dict()] if hasattr(reward, "state_dict") else []
+        state = [reward.state_dict()] if remembers(reward) else []
         return state if self.accelerator.num_processes == 1 else gather_object(state)
 
-    def _require_fresh(self) -> int:
+    def _require_fresh(self) -> None:
         if checkpoints(self.folder / "checkpoints"):
             raise InputError(
                 f"output_dir is {self.config.output_dir!r}, which holds checkpoints; call train(resume=True) to go on "
                 "from them, or give another folder"
             )
-        return 0
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

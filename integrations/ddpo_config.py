@@ -107,8 +107,11 @@ class DDPOConfig:
     """accelerate's trackers: "tensorboard", "wandb", or a list."""
     sample_every: int = 10
     """Epochs between grids of the first `sample_prompts` prompts, from fixed seeds, by the pipeline's own scheduler;
-    0 draws none."""
+    0 draws none. There is one of the base, and one of the end."""
     sample_prompts: int = 8
+    win_rate: bool = True
+    """Has the reward compare each of these grids with the base's, image by image: `win_rate`, `reward_over_base`. Costs
+    a call of the reward with 2 x `sample_prompts` images; switch it off for a server that waits for larger groups."""
     save_every: int = 10
     """Epochs between checkpoints."""
     keep_checkpoints: int = 2

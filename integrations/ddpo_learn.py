@@ -22,6 +22,12 @@ from .schedulers import LogProbScheduler
 PROMPTS, LATENTS, STEPS, CHOICE, RENOISE, ORDER = range(6)
 """What a random draw is for; see `stream`."""
 
+CAUSES = (
+    "Usual causes: dropout or a module in training mode; torch.compile or a caching hook on the denoiser; guidance "
+    "that depends on the number of the step (then train_fraction=1 and a window that begins at 0); kernels that "
+    "are not deterministic"
+)
+
 
 def stream(seed: int, purpose: int, epoch: int, part: int = 0, process: int = 0) -> torch.Generator:
     """A stream of random numbers of its own for each draw: a resumed run needs no state of earlier ones."""
@@ -65,7 +71,8 @@ class Learner:
         self._prepare_modules()
         self.parameters = trainable(list(self.modules.values()))
         self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=config.weight_decay)
-        self._replay_checked = False
+        self.replay_checked = False
+        """Whether replays have been seen to be what was recorded; until then "nft" needs a rollout with outputs."""
 
     def learn(
         self, epoch: int, rollouts: list[Rollout], advantages: np.ndarray, scored: np.ndarray
@@ -79,18 +86,20 @@ class Learner:
             scored: (N,) bool, false where the reward is missing.
 
         Raises:
-            ReplayError: a replayed log-probability is not the recorded one; nothing has been learnt yet.
+            ReplayError: a replay gives something else than what was recorded; nothing has been learnt yet.
             FloatingPointError: a gradient is not finite.
         """
         config, seen = self.config, defaultdict(list)
         batches = self._make_batches(epoch, rollouts, advantages, scored)
+        if config.loss == "nft" and not self.replay_checked:
+            self._check_outputs(batches[0])
         for inner in range(config.inner_epochs):
             order = torch.randperm(len(batches), generator=self._stream(ORDER, epoch, inner)).numpy()
             for part in np.array_split(order, config.updates_per_epoch):
                 for k in part:
                     self._backward(batches[k], 1 / len(part), seen)
                 seen["grad_norm"].append(self._step())
-                self._replay_checked = True
+                self.replay_checked = True
         return {name: nan_mean(values) for name, values in seen.items()}
 
     def _make_batches(
@@ -144,7 +153,9 @@ class Learner:
 
     def _backward(self, batch: _Batch, share: float, seen: dict[str, list[float]]) -> None:
         config = self.config
-        if not config.kl and not (batch.scored.any() if config.loss == "nft" else batch.advantages.any()):
+        nothing = not config.kl and not (batch.scored.any() if config.loss == "nft" else batch.advantages.any())
+        # Before the first update even a batch that teaches nothing is replayed: the others are learnt from on its word.
+        if nothing and self.replay_checked:
             return
 
         def on_step(step: Step, output: torch.Tensor) -> None:
@@ -168,18 +179,38 @@ class Learner:
         log_prob, mean, std = replayed_log_prob(self.scheduler, step, output)
         assert step.log_prob is not None
         difference = (log_prob.detach() - step.log_prob).abs()
-        if not self._replay_checked and not bool((difference <= self.config.replay_tolerance).all()):
+        if not self.replay_checked and not bool((difference <= self.config.replay_tolerance).all()):
             raise ReplayError(
                 f"before any update the log-probability of step {step.index} is {float(difference.max()):.2g} off in "
                 f"its replay (replay_tolerance={self.config.replay_tolerance:g}), so ratios would not start at 1. "
-                "Usual causes: dropout or a module in training mode; torch.compile or a caching hook on the denoiser; "
-                "guidance that depends on the number of the step (then train_fraction=1 and a window that begins at "
-                "0); kernels that are not deterministic"
+                f"{CAUSES}"
             )
         seen["ratio_deviation"].append(float(torch.expm1(log_prob.detach() - step.log_prob).abs().mean()))
         seen["clip_fraction"].append(float((difference > self.config.clip_range).float().mean()))
         loss = ppo_loss(log_prob, step.log_prob, batch.advantages, batch.scored, self.config.clip_range)
         return loss, mean, 0.5 / std**2
+
+    def _check_outputs(self, batch: _Batch) -> None:
+        """NFT draws no noise, so that there are no ratios: what must come back is what the model gave in sampling.
+
+        The difference is the mean square over that of the output, which rounding in bfloat16 hardly moves.
+        """
+        outputs = batch.rollout.outputs
+        steps = [Step(step.index, outputs[step.index][0]) for step in batch.plan]
+
+        def on_step(step: Step, output: torch.Tensor) -> None:
+            recorded = outputs[step.index][1].float()
+            difference = float(
+                ((output.detach().float() - recorded) ** 2).mean() / (recorded**2).mean().clamp_min(1e-12)
+            )
+            if not difference <= self.config.replay_tolerance:
+                raise ReplayError(
+                    f"before any update the model's output at step {step.index} is {difference:.2g} off in its replay "
+                    f"(mean squares; replay_tolerance={self.config.replay_tolerance:g}). {CAUSES}"
+                )
+
+        with self.accelerator.autocast():
+            replay(self.pipeline, batch.rollout, steps, on_step)
 
     def _nft(self, batch: _Batch, step: Step, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """The loss, and for the divergence the model's output."""
@@ -207,6 +238,9 @@ class Learner:
         if all(parameter.grad is None for parameter in self.parameters):
             return 0.0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        if norm == 0:  # no process has learnt anything, and AdamW would move on by its momentum alone
+            self.optimizer.zero_grad()
+            return 0.0
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient's norm is {norm}; resume from the last checkpoint with a lower learning_rate or a kl"

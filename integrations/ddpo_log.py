@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,9 +15,35 @@ import numpy as np
 import torch
 from PIL import Image
 
+from listener_reward.errors import InputError
 from listener_reward.images import to_pil_batch
 
+from .ddpo_samples import remembers
+
 MAX_COLUMNS = 8
+
+PIP_NAMES = {"comet_ml": "comet-ml"}
+"""What a tracker is called at PyPI where that is not its name."""
+
+
+def check_trackers(log_with: Any) -> None:
+    """Raises `InputError` for a tracker of accelerate's that is not installed; accelerate would log nothing, silently.
+
+    Names that accelerate does not know, and trackers that are objects, are left to it.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    there = {str(each) for each in get_available_trackers()}
+    for asked in log_with if isinstance(log_with, list | tuple) else [log_with]:
+        name = str(asked) if isinstance(asked, str | LoggerType) else ""
+        if name == "all" and not there:
+            raise InputError("log_with is 'all', and no tracker is installed: pip install tensorboard, or give None")
+        if name in LoggerType.list() and name != "all" and name not in there:
+            raise InputError(
+                f"log_with names {name!r}, which is not installed: pip install {PIP_NAMES.get(name, name)}; or leave "
+                "it out, metrics.jsonl is written in any case"
+            )
 
 
 class RunLog:
@@ -105,6 +132,28 @@ def save_checkpoint(folder: Path, epoch: int, write: Callable[[Path], None], kee
     os.replace(beside, place)
     for old in list(checkpoints(folder).values())[:-keep]:
         shutil.rmtree(old)
+
+
+def check_state(reward: Any) -> None:
+    """Raises `InputError` unless what a reward remembers can be saved and loaded again.
+
+    Checkpoints are loaded as data only, and nothing in them can run. So a state that pickles may still be refused, and
+    that is to be known before the run is killed and not after.
+    """
+    if not remembers(reward):
+        return
+    file = io.BytesIO()
+    try:
+        torch.save(reward.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # picklers raise what they like
+        raise InputError(
+            f"a checkpoint cannot keep the state_dict of the reward {type(reward).__name__}: make it of numbers, "
+            f"strings, bytes, lists, dicts and tensors (torch.from_numpy(array) or array.tolist() for numpy). {error}"[
+                :600
+            ]
+        ) from error
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

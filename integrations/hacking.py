@@ -16,6 +16,9 @@ from scipy.stats import linregress
 
 REWARD = "reward_mean"
 
+OVER_BASE = ("reward_over_base", "reward_over_base_se")
+"""By how much the reward prefers fixed samples to the base's, and its standard error; not in every epoch."""
+
 WATCHED = {"agreement": 0.05, "diversity": 0.2, "second_reward_mean": 0.0}
 """Quantities of an epoch, and the share of its value that each may lose over the window before it counts. Diversity
 falls in every training; a fifth of it within one window is more than that."""
@@ -41,10 +44,11 @@ class HackingGuard:
     def update(self, row: Mapping[str, float]) -> list[str]:
         """One message for each of `WATCHED` that has begun to fall while the reward rises.
 
-        A reward whose mean is zero by construction (`ListenerReward` comparing within groups) cannot be seen to rise;
-        training against it is taken for its rise.
+        A reward whose mean is zero by construction (`ListenerReward` comparing within groups) has risen if it prefers
+        the newest fixed samples in the window to the base's by more than two standard errors. Where none were compared,
+        training on it is taken for its rise.
         """
-        names = (REWARD, *WATCHED)
+        names = (REWARD, *OVER_BASE, *WATCHED)
         self.rows = [*self.rows, {name: float(row.get(name, math.nan)) for name in names}][-self.window :]
         falling = [name for name, share in WATCHED.items() if self._falls(name, share)]
         if not falling or not self._reward_rises():
@@ -61,13 +65,15 @@ class HackingGuard:
         self.rows, self.raised = list(state["rows"]), list(state["raised"])
 
     def _series(self, name: str) -> np.ndarray:
-        values = np.array([row[name] for row in self.rows])
+        values = np.array([row.get(name, math.nan) for row in self.rows])
         return values[~np.isnan(values)]
 
     def _reward_rises(self) -> bool:
         rewards = self._series(REWARD)
-        relative = bool(len(rewards)) and bool(np.abs(rewards).max() < 1e-3)
-        return relative or self._trend(REWARD, "greater") is not None
+        if not (len(rewards) and np.abs(rewards).max() < 1e-3):
+            return self._trend(REWARD, "greater") is not None
+        over, error = (self._series(name) for name in OVER_BASE)
+        return bool(over[-1] > 2 * error[-1]) if len(error) else True
 
     def _falls(self, name: str, share: float) -> bool:
         trend = self._trend(name, "less")

@@ -66,6 +66,8 @@ class Rollout:
     """Of the latents that the pipeline shows its scheduler."""
     length: int
     """Steps of the whole schedule."""
+    outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    """Where they were asked for, the latents at each step that the model was shown, and its guided output."""
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
     """Encoded prompts, so that the text encoders run once and not again for each replay."""
 
@@ -74,7 +76,14 @@ OnStep = Callable[[Step, torch.Tensor], None]
 """Called with a step and the guided model output (B, ...); may call `backward`, the graph is that of this step only."""
 
 
-def record(pipeline: Any, prompts: Sequence[str], options: dict[str, Any], generator: torch.Generator) -> Rollout:
+def record(
+    pipeline: Any,
+    prompts: Sequence[str],
+    options: dict[str, Any],
+    generator: torch.Generator,
+    *,
+    keep_outputs: bool = False,
+) -> Rollout:
     """Samples one image for each of `prompts` with the pipeline's `LogProbScheduler`.
 
     Args:
@@ -82,12 +91,13 @@ def record(pipeline: Any, prompts: Sequence[str], options: dict[str, Any], gener
         prompts: one prompt for each sample.
         options: what else the pipeline is called with, `num_inference_steps` included.
         generator: draws the initial latents. The steps' noise is the scheduler's.
+        keep_outputs: whether the rollout has `outputs`.
 
     Raises:
         InputError: the pipeline gives no tensor with one entry for each prompt.
     """
     scheduler = scheduler_of(pipeline)
-    recorder = _Recorder()
+    recorder = _Recorder(keep_outputs)
     memory: dict[str, Any] = {}
     options = call_options(prompts, options)
     with _taped(scheduler, recorder), _remembered_prompts(pipeline, memory), torch.no_grad():
@@ -99,7 +109,14 @@ def record(pipeline: Any, prompts: Sequence[str], options: dict[str, Any], gener
             "each, as a tensor"
         )
     return Rollout(
-        options, images.float().cpu(), recorder.latents, recorder.steps, recorder.dtype, len(scheduler.schedule), memory
+        options=options,
+        images=images.float().cpu(),
+        latents=recorder.latents,
+        steps=recorder.steps,
+        dtype=recorder.dtype,
+        length=len(scheduler.schedule),
+        outputs=recorder.outputs,
+        memory=memory,
     )
 
 
@@ -161,8 +178,10 @@ def scheduler_of(pipeline: Any) -> LogProbScheduler:
 
 
 class _Recorder:
-    def __init__(self) -> None:
+    def __init__(self, keep_outputs: bool) -> None:
+        self.keep_outputs = keep_outputs
         self.steps: list[Step] = []
+        self.outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.latents: torch.Tensor | None = None
         self.dtype = torch.float32
 
@@ -173,6 +192,8 @@ class _Recorder:
         latents, log_prob_drawn = scheduler.draw(index, output, sample)
         if log_prob_drawn is not None:
             self.steps.append(Step(index, sample, latents, log_prob_drawn))
+        if self.keep_outputs:
+            self.outputs[index] = sample, output
         self.latents, self.dtype = latents, sample.dtype
         return latents
 

@@ -142,12 +142,9 @@ class _DDIM(_LogProb):
             self.alphas_cumprod[after] if after >= 0 else self.final_alpha_cumprod
         )
 
-    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def _std(self, index: int) -> float:
         alpha, alpha_after = self._alphas(index)
-        variance = self.noise_level**2 * (1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after)
-        x0 = self.predict_x0(index, output, sample)
-        noise = (sample.float() - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
-        return math.sqrt(alpha_after) * x0 + math.sqrt(1 - alpha_after - variance) * noise, math.sqrt(variance)
+        return self.noise_level * math.sqrt((1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after))
 
     def predict_x0(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return self.stock_step(index, output.float(), sample.float()).pred_original_sample
@@ -160,6 +157,12 @@ class _DDIM(_LogProb):
 class LogProbDDIMScheduler(_DDIM, DDIMScheduler):
     """DDIM with eta and log-probabilities."""
 
+    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
+        # diffusers' own step with eta, which also knows what of a clipped or thresholded prediction goes where.
+        zeros = torch.zeros_like(sample, dtype=torch.float32)
+        options = {"eta": self.noise_level, "variance_noise": zeros}
+        return self.stock_step(index, output.float(), sample.float(), **options).prev_sample, self._std(index)
+
     @functools.wraps(DDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
@@ -167,7 +170,13 @@ class LogProbDDIMScheduler(_DDIM, DDIMScheduler):
 
 
 class LogProbCogVideoXDDIMScheduler(_DDIM, CogVideoXDDIMScheduler):
-    """The same for CogVideoX's DDIM, which rounds otherwise."""
+    """The same for CogVideoX's DDIM, which rounds otherwise, has no eta of its own and clips nothing."""
+
+    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
+        (alpha, alpha_after), std = self._alphas(index), self._std(index)
+        x0 = self.predict_x0(index, output, sample)
+        noise = (sample.float() - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
+        return math.sqrt(alpha_after) * x0 + math.sqrt(1 - alpha_after - std**2) * noise, std
 
     @functools.wraps(CogVideoXDDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -282,6 +291,11 @@ def _family(stock: Any) -> tuple[type[LogProbScheduler], dict[str, Any]]:
     elif hasattr(stock, "alphas_cumprod"):
         family = LogProbCogVideoXDDIMScheduler if "CogVideoX" in name else LogProbDDIMScheduler
         config.setdefault("clip_sample", False)  # DDIM's own default cuts latents off
+        ddim = isinstance(stock, DDIMScheduler | CogVideoXDDIMScheduler)
+        if not ddim and config.get("timestep_spacing") == "linspace":
+            # DDIM goes 1000 // n down from each timestep, which in its "linspace" is not where the next step begins.
+            # "trailing" has the timesteps of DPM-Solver's "linspace", and steps that meet.
+            config["timestep_spacing"] = "trailing"
     else:
         family = None
     if distilled or family is None:

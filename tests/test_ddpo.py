@@ -332,6 +332,40 @@ def test_a_replay_that_differs_is_caught_before_anything_is_learnt(config: Calla
     assert not changed(before, weights(pipeline))
 
 
+def shaken(pipeline: Any) -> Any:
+    """A pipeline that gives another output each time, as with dropout."""
+    for module in pipeline.transformer.modules():
+        if isinstance(module, torch.nn.SiLU):
+            module.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.randn_like(output))
+    return pipeline
+
+
+@pytest.mark.parametrize("score", [0.5, float("nan")])
+def test_the_replay_is_checked_though_the_first_epoch_teaches_nothing(score: float, config: Callable[..., DDPOConfig]):
+    settings = config("sd3", kl=0.0)
+    trainer = DDPOTrainer(shaken(tiny.build("sd3")), lambda images, *_: ([score] * len(images), {}), PROMPTS, settings)
+    with pytest.raises(ReplayError, match="log-probability"):
+        trainer.train()
+
+
+def test_nft_is_checked_by_its_outputs(config: Callable[..., DDPOConfig]):
+    pipeline = shaken(tiny.build("sd3"))
+    trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3", loss="nft"))
+    before = weights(pipeline)
+    with pytest.raises(ReplayError, match="the model's output at step 0"):
+        trainer.train()
+    assert not changed(before, weights(pipeline))
+
+
+def test_an_epoch_that_teaches_nothing_leaves_the_weights_alone(config: Callable[..., DDPOConfig]):
+    """Weight decay and momentum are of updates, and there is none."""
+    settings = config(kl=0.0, learning_rate=0.1, weight_decay=0.5)
+    trainer = DDPOTrainer(tiny.build("sd15"), lambda images, *_: ([1.0] * len(images), {}), PROMPTS, settings)
+    before = weights(trainer.pipeline)
+    trainer.train()
+    assert trainer.history[0]["ratio_deviation"] < 1e-4 and not changed(before, weights(trainer.pipeline))
+
+
 def test_a_pipeline_that_lets_no_gradient_through_is_told_of(config: Callable[..., DDPOConfig]):
     pipeline = tiny.build("sd3")
 
@@ -456,9 +490,10 @@ TWO_PROCESSES = """
 """
 
 
-def test_each_of_two_processes_has_its_own_references_back(tmp_path: Path):
+def launch_two(source: str, tmp_path: Path) -> list[Any]:
+    """What each of two processes that run `source` has saved."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    script.write_text(textwrap.dedent(source))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(
         [*command, str(Path(__file__).parent), str(tmp_path / "run")],
@@ -468,12 +503,44 @@ def test_each_of_two_processes_has_its_own_references_back(tmp_path: Path):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [torch.load(tmp_path / f"run-{process}.pt", weights_only=True) for process in (0, 1)]
+    return [torch.load(tmp_path / f"run-{process}.pt", weights_only=True) for process in (0, 1)]
+
+
+def test_each_of_two_processes_has_its_own_references_back(tmp_path: Path):
+    found = launch_two(TWO_PROCESSES, tmp_path)
     for (before, after), _ in found:
         assert before == after and all(before)
     assert found[0][0] != found[1][0], "each has drawn its own images"
     learnt = [weight for _, weights in found for weight in weights]
     assert all(torch.equal(a, b) for other in learnt[1:] for a, b in zip(learnt[0], other, strict=True))
+
+
+ONE_WITHOUT_REWARDS = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import tiny_pipelines as tiny
+    import torch
+    from test_ddpo import PROMPTS, resumable
+    from listener_reward.integrations.ddpo import DDPOTrainer
+
+    def reward(images, prompts, metadata):
+        return [float("nan") if trainer.accelerator.process_index else float(k) for k in range(len(images))], {}
+
+    config = resumable(sys.argv[2], "sd15")
+    config.epochs, config.sample_every, config.kl, config.advantage = 2, 0, 0.0, "group"
+    trainer = DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config)
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    torch.save(([w.detach() for w in trainer.learner.parameters], trainer.history[-1]), f"{sys.argv[2]}-{rank}.pt")
+"""
+
+
+def test_two_processes_of_which_one_has_no_rewards_learn_the_same(tmp_path: Path):
+    """In the second epoch, with the replay checked, the process without rewards replays nothing and has no loss."""
+    (weights, row), (others, other) = launch_two(ONE_WITHOUT_REWARDS, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert row["reward_missing"] == 0.5 and row["reward_mean"] == 0.5 and row["grad_norm"] > 0
+    assert row["loss"] == other["loss"] != 0
 
 
 def test_what_a_reward_remembers_is_kept_in_the_checkpoints(config: Callable[..., DDPOConfig]):

@@ -94,6 +94,13 @@ def test_nft_pulls_towards_good_samples_and_away_from_bad_ones():
     assert balanced.grad is not None and balanced.grad.abs().max() == 0  # an average sample teaches nothing
 
 
+def test_nft_by_hand_with_another_beta():
+    x0, old, predicted = torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
+    loss = nft_loss(x0, predicted, old, torch.tensor([0.25]), torch.tensor([True]), beta=0.5)
+    # Positive 1/2: error 1/2, distance 1/2. Negative -1/2: error 3/2, distance 3/2. (1/4 * 1/2 + 3/4 * 3/2) / (1/2).
+    assert float(loss) == pytest.approx(2.5)
+
+
 def test_goodness_is_a_share():
     assert goodness(np.array([-9.0, -5.0, 0.0, 2.5, 5.0]), 5.0).tolist() == [0, 0, 0.5, 0.75, 1]
 
@@ -147,6 +154,14 @@ def test_the_guard_is_quiet_otherwise(history: list[dict[str, float]]):
 def test_a_reward_that_is_always_zero_on_average_counts_as_rising():
     history = [row | {"reward_mean": 1e-9} for row in rows(20, agreement=-0.02)]
     assert len(warnings_of(history)) == 1
+
+
+@pytest.mark.parametrize(("over", "warned"), [(0.3, 1), (0.1, 0), (-0.3, 0)])
+def test_such_a_reward_has_risen_where_it_prefers_the_new_samples_to_the_bases(over: float, warned: int):
+    history = [row | {"reward_mean": 1e-9} for row in rows(20, agreement=-0.02)]
+    for row in history[::5]:  # as often as samples are drawn
+        row |= {"reward_over_base": over, "reward_over_base_se": 0.1}
+    assert len(warnings_of(history)) == warned
 
 
 def test_the_guard_goes_on_where_it_was():

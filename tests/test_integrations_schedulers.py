@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -45,11 +44,22 @@ def seeded(seed: int) -> Any:
     return torch.Generator().manual_seed(seed)
 
 
-def stock_of(scheduler: Any) -> Any:
-    """The diffusers scheduler that one of ours is a subclass of, with the same configuration."""
-    stock = next(cls for cls in type(scheduler).__mro__ if cls.__module__.startswith("diffusers"))
-    known = inspect.signature(stock.__init__).parameters
-    return stock(**{name: value for name, value in scheduler.config.items() if name in known})
+def stock_of(released: Any) -> Any:
+    """The released scheduler itself where it is of the family, else its translation, written by hand."""
+    name, config = type(released).__name__, released.config
+    if name in ("DDIMScheduler", "CogVideoXDDIMScheduler", "FlowMatchEulerDiscreteScheduler"):
+        return released
+    if config.get("use_flow_sigmas"):  # Sana's and Wan's
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "DPMSolverMultistepScheduler":  # PixArt-Sigma's
+        return diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    # SD 1.5's PNDM ends on the first alpha, SDXL's Euler on 1.
+    return diffusers.DDIMScheduler(
+        **tiny.SCALED_LINEAR,
+        prediction_type=config.prediction_type,
+        set_alpha_to_one=name == "EulerDiscreteScheduler",
+        clip_sample=False,
+    )
 
 
 def images(pipeline: Any, scheduler: Any, options: dict[str, Any]) -> Any:
@@ -64,7 +74,7 @@ def images(pipeline: Any, scheduler: Any, options: dict[str, Any]) -> Any:
 def test_without_noise_the_images_are_the_stock_samplers(family: tuple[Any, Any, Any], guided: bool):
     pipeline, released, its = family
     ours = log_prob_scheduler(released, noise_level=0.0)
-    expected = images(pipeline, stock_of(ours), its.call(guided))
+    expected = images(pipeline, stock_of(released), its.call(guided))
     assert expected.isfinite().all()
     assert torch.equal(images(pipeline, ours, its.call(guided)), expected)
     noisy = log_prob_scheduler(released, generator=seeded(3))
@@ -108,10 +118,11 @@ def test_log_prob_is_the_gaussian_density_by_dimension():
     assert torch.allclose(log_prob(x, mean, std), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_ddim_steps_are_those_of_diffusers_with_eta(prediction_type: str):
+def test_ddim_steps_are_those_of_diffusers_with_eta(prediction_type: str, clip: bool):
     """Against diffusers' own eta, its noise given as zeros for the mean."""
-    stock = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    stock = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=clip)
     ours = log_prob_scheduler(stock, noise_level=0.6)
     stock.set_timesteps(10), ours.set_timesteps(10)
     x, output = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
@@ -122,6 +133,16 @@ def test_ddim_steps_are_those_of_diffusers_with_eta(prediction_type: str):
         assert torch.allclose(mean, expected, atol=1e-4)
         above = stock.step(output, timestep, x, eta=0.6, variance_noise=ones).prev_sample - expected
         assert torch.allclose(above, torch.full_like(x, std), atol=1e-5)
+
+
+def test_a_linspace_schedule_becomes_steps_that_meet():
+    """DDIM's own "linspace" would go 166 down from each timestep where the next one begins 200 below."""
+    released = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
+    ours = log_prob_scheduler(released)
+    released.set_timesteps(6), ours.set_timesteps(6)
+    assert (ours.schedule - released.timesteps).abs().max() <= 1
+    step = ours.config.num_train_timesteps // 6
+    assert all(abs(int(a) - step - int(b)) <= 1 for a, b in zip(ours.schedule, ours.schedule[1:], strict=False))
 
 
 def test_cps_at_full_noise_is_diffusers_stochastic_sampling():
