@@ -43,9 +43,9 @@ def _generated(n: int, seed: int) -> Iterator[Labelled]:
     from listener_reward.tiny.generated import sample_pairs  # needs diffusers, which the other splits do not
 
     for index, (first, second, share) in enumerate(islice(sample_pairs(seed), n)):
-        images = ({"bytes": _png(sample.picture), "path": None} for sample in (first, second))
+        one, other = ({"bytes": _png(sample.picture), "path": None} for sample in (first, second))
         name = f"{GENERATED}-{seed}-{index}"
-        yield Labelled(PreferencePair(first.wording, *images, share, name, f"tiny:{GENERATED}"), {})
+        yield Labelled(PreferencePair(first.wording, one, other, share, name, f"tiny:{GENERATED}"), {})
 
 
 def _png(image: Image.Image) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,7 +38,7 @@ class Sample:
 
 def samples(seed: int, each: int = 1) -> Iterator[list[Sample]]:
     """Endless groups of `each` samples of one prompt, a pure function of the seed. Prompts are those of training."""
-    pipeline = load_pipeline()
+    pipeline: Any = load_pipeline()
     batch = 0
     while True:
         rng = random.Random(f"generated/{seed}/{batch}")

@@ -251,7 +251,8 @@ def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
         picture = ImageOps.mirror(picture)
     left, top = (rng.randint(0, picture.width // 8) for _ in range(2))
     right, bottom = (rng.randint(0, picture.width // 8) for _ in range(2))
-    return ImageOps.expand(picture, (left, top, right, bottom), fill=picture.getpixel((0, 0)))
+    corner: Any = picture.getpixel((0, 0))
+    return ImageOps.expand(picture, (left, top, right, bottom), fill=corner)
 
 
 def litter(text: str, rng: random.Random) -> str:
