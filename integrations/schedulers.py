@@ -142,9 +142,22 @@ class _DDIM(_LogProb):
             self.alphas_cumprod[after] if after >= 0 else self.final_alpha_cumprod
         )
 
-    def _std(self, index: int) -> float:
+    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
+        # diffusers' own step with eta, but for the root below: at zero terminal SNR and full noise rounding makes its
+        # radicand negative there, and the latents NaN.
         alpha, alpha_after = self._alphas(index)
-        return self.noise_level * math.sqrt((1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after))
+        variance = self.noise_level**2 * (1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after)
+        onward = math.sqrt(max(0.0, 1 - alpha_after - variance))
+        x0, noise = self.predict_x0(index, output, sample), self._predict_noise(alpha, output.float(), sample.float())
+        return math.sqrt(alpha_after) * x0 + onward * noise, math.sqrt(variance)
+
+    def _predict_noise(self, alpha: float, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """From the model's output as it is: diffusers clips the predicted picture only."""
+        if self.config.prediction_type == "epsilon":
+            return output
+        if self.config.prediction_type == "v_prediction":
+            return math.sqrt(alpha) * output + math.sqrt(1 - alpha) * sample
+        return (sample - math.sqrt(alpha) * output) / math.sqrt(1 - alpha)
 
     def predict_x0(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return self.stock_step(index, output.float(), sample.float()).pred_original_sample
@@ -157,12 +170,6 @@ class _DDIM(_LogProb):
 class LogProbDDIMScheduler(_DDIM, DDIMScheduler):
     """DDIM with eta and log-probabilities."""
 
-    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
-        # diffusers' own step with eta, which also knows what of a clipped or thresholded prediction goes where.
-        zeros = torch.zeros_like(sample, dtype=torch.float32)
-        options = {"eta": self.noise_level, "variance_noise": zeros}
-        return self.stock_step(index, output.float(), sample.float(), **options).prev_sample, self._std(index)
-
     @functools.wraps(DDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
@@ -171,12 +178,6 @@ class LogProbDDIMScheduler(_DDIM, DDIMScheduler):
 
 class LogProbCogVideoXDDIMScheduler(_DDIM, CogVideoXDDIMScheduler):
     """The same for CogVideoX's DDIM, which rounds otherwise, has no eta of its own and clips nothing."""
-
-    def transition(self, index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, float]:
-        (alpha, alpha_after), std = self._alphas(index), self._std(index)
-        x0 = self.predict_x0(index, output, sample)
-        noise = (sample.float() - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha)
-        return math.sqrt(alpha_after) * x0 + math.sqrt(1 - alpha_after - std**2) * noise, std
 
     @functools.wraps(CogVideoXDDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:

@@ -809,7 +809,7 @@ PARTS = [{"type": "image"}, {"type": "text", "text": "a"}]
 )
 def test_verl_omni_reads_every_form_of_a_chat(FakeJudge, raw_prompt):
     judge = FakeJudge()
-    verl([bytes_chw(3)] * 2, [{"raw_prompt": raw_prompt}] * 2, judge=judge, group_size=2)
+    verl([bytes_chw(3), bytes_chw(9)], [{"raw_prompt": raw_prompt}] * 2, judge=judge, group_size=2)
     assert [pair[0] for call in judge.calls for pair in call] == ["a"]
 
 

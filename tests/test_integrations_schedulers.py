@@ -135,6 +135,23 @@ def test_ddim_steps_are_those_of_diffusers_with_eta(prediction_type: str, clip: 
         assert torch.allclose(above, torch.full_like(x, std), atol=1e-5)
 
 
+def test_full_noise_from_zero_terminal_snr_stays_finite():
+    """diffusers' own step with eta 1 takes the root of a rounding error below zero there."""
+    stock = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    ours = log_prob_scheduler(stock, noise_level=1.0)
+    ours.set_timesteps(10)
+    for index in range(9):
+        mean, std = ours.transition(index, torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8))
+        assert mean.isfinite().all() and 0 < std < 1.01
+
+
 def test_a_linspace_schedule_becomes_steps_that_meet():
     """DDIM's own "linspace" would go 166 down from each timestep where the next one begins 200 below."""
     released = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
