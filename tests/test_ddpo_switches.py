@@ -79,6 +79,13 @@ def copies(trainer: DDPOTrainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.learner.parameters]
 
 
+def push(trainer: DDPOTrainer) -> None:
+    """Moves the LoRA, and with it the model, off the base."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.learner.parameters:
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+
+
 # --- the base
 
 
@@ -95,14 +102,12 @@ def test_with_its_adapters_off_a_trained_denoiser_is_the_base(make: MakeTrainer)
 
 @pytest.mark.parametrize("loss", ["ppo", "nft"])
 def test_kl_alone_pulls_back_to_the_base_and_without_it_nothing_does(loss: str, make: MakeTrainer):
-    """With equal rewards PPO's loss is flat. NFT's is least where the model is, and no more than small beside `kl`."""
+    """With equal rewards PPO's loss is flat; that of NFT is not, but `kl` outweighs it."""
     base = ask(tiny.build("sd3"))
 
     def distances(kl: float) -> tuple[DDPOTrainer, list[float], bool]:
         trainer = make(equal, loss=loss, kl=kl, epochs=4, learning_rate=0.02)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in trainer.learner.parameters:
-            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+        push(trainer)
         before, away = copies(trainer), [float((ask(trainer.pipeline) - base).norm())]
         trainer.train()
         away.append(float((ask(trainer.pipeline) - base).norm()))
@@ -117,6 +122,27 @@ def test_kl_alone_pulls_back_to_the_base_and_without_it_nothing_does(loss: str, 
     else:  # its own pull is towards the samples, and away from the base as often as not
         _, (_, alone), _ = distances(0.0)
         assert after < 0.9 * alone
+
+
+def test_kl_is_that_of_two_gaussians_by_its_weight(make: MakeTrainer):
+    means, norms = [], []
+    for kl in (0.5, 1.0):
+        trainer = make(equal, kl=kl, batch_size=4)
+        push(trainer)
+        transition = trainer.scheduler.transition
+
+        def watch(*args: Any, transition: Any = transition) -> Any:
+            mean, std = transition(*args)
+            means.append((mean.detach(), std))
+            return mean, std
+
+        trainer.scheduler.transition = watch
+        trainer.train()
+        norms.append(trainer.history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3)
+    base, trained = means[-4:-2], means[-2:]  # at both noisy steps, after those of sampling
+    apart = [((a - b) ** 2).mean() / (2 * std**2) for (a, std), (b, _) in zip(trained, base, strict=True)]
+    assert trainer.history[0]["kl"] == pytest.approx(float(sum(apart)) / 2, rel=1e-4)
 
 
 # --- which steps
@@ -197,6 +223,7 @@ def test_a_bfloat16_pipeline_learns_by_ppo(family: str, make: MakeTrainer):
     """The densities are those of the rounded latents; otherwise the self-check would stop it."""
     trainer = make(family=family, dtype=torch.bfloat16, learning_rate=1e-2, weight_decay=0.0, kl=0.03)
     before = copies(trainer)
+    assert {weight.dtype for weight in before} == {torch.float32}  # bfloat16 would round updates away
     trainer.train()
     moved = sum(not torch.equal(a, b) for a, b in zip(before, copies(trainer), strict=True))
     assert moved == len(before) // 2  # every B; A has no gradient while B is zero
@@ -248,7 +275,7 @@ def test_checkpointed_blocks_run_again_for_their_gradients(make: MakeTrainer):
 
 
 @pytest.mark.parametrize(("on_hacking", "epochs"), [("warn", 10), ("stop", 8)])
-def test_a_warning_lets_the_run_go_on(
+def test_a_warning_lets_the_run_go_on_and_a_stop_does_not(
     on_hacking: str, epochs: int, make: MakeTrainer, caplog: pytest.LogCaptureFixture
 ):
     calls = []
