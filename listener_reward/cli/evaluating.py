@@ -1,0 +1,314 @@
+"""`eval`, `calibrate` and `data check`: what needs labelled pairs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from listener_reward.cli.options import (
+    AggregateName,
+    AsJson,
+    Debug,
+    EarlyStop,
+    JudgeName,
+    ListenerName,
+    NoThink,
+    OrdersName,
+    Thoughts,
+    load_judge,
+    load_rater,
+)
+from listener_reward.cli.printing import (
+    print_calibrated,
+    print_check,
+    print_evaluation,
+    print_json,
+    print_leaderboard,
+)
+from listener_reward.cli.terminal import errors_in_one_line, plain, stderr, working
+from listener_reward.cli.writing import check_page, check_writable, write_calibration, write_html
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+
+
+def evaluate_pairs(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help='Labelled pairs: "tiny:id", "tiny:ood", "tiny:wrong", "hpdv2:FOLDER", a JSONL, JSON, CSV or Parquet '
+            'file, or a Hub data set "org/name:split".',
+        ),
+    ],
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge",
+            help='As for the other commands, or a peer: "pickscore", "clip", "clip:FOLDER", "imscore:ImageReward", '
+            '"openai:MODEL@http://localhost:8000/v1". Give it several times for one table of all.',
+            show_default="the paper's released checkpoint",
+        ),
+    ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--scores",
+            metavar="FILE",
+            help="What a model that was run elsewhere says of these pairs: id and p_first, margin, or score_first and "
+            "score_second; or image and score. JSONL, JSON, CSV or Parquet. Several times for several models.",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", metavar="FILE", help="A file of scores to test every judge against, on the same pairs."
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            metavar="NAME",
+            help="A published protocol: imagereward, hpsv2, hpsv2-inversion, hpsv3-pair, pickscore, genai-bench, "
+            "videogen-with-ties, mmrb2, tau-b, spearman ... (docs/evaluation.md). Several times for several.",
+            show_default="those of the data set",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation",
+            metavar="SPEC",
+            help="Other pairs, on which the protocol pickscore chooses its tie threshold, as published: "
+            '"pickapic:yuvalkirstain/pickapic_v1:validation_unique".',
+            show_default="cross-fitted on the pairs themselves",
+        ),
+    ] = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Judge at most N pairs: all those of prompts drawn at random. Of a stream, the first N pairs.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE.html",
+            help="Also write one page with all of it: reliability, order, contradictions, the worst mistakes.",
+        ),
+    ] = None,
+    mistakes: Annotated[
+        int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
+    ] = 24,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure judges on labelled pairs: by published protocols, calibration, contradictions, symmetry.
+
+    `listener-reward eval --judge tiny --data tiny:ood --json`
+
+    Who is best on your own pairs, and is that more than chance?
+
+    `listener-reward eval --data pairs.jsonl --judge tiny --judge pickscore --judge openai:MODEL@URL`
+
+    A model that was run elsewhere, from its scores alone (no picture is read):
+
+    `listener-reward eval --data hpdv2:FOLDER --scores mine.jsonl --against theirs.csv`
+
+    A page to look at, with the mistakes it is surest of:
+
+    `listener-reward eval --judge tiny --data tiny:ood --html tiny-ood.html`
+    """
+    with errors_in_one_line(debug):
+        broken: list[Exception] = []
+        shown: list[dict[str, Any]] = []
+        if html is not None:
+            check_page("html", html)
+        with working("judging", spinner=False):  # the evaluation has its own progress bar
+            from listener_reward.datasets import load_pairs
+            from listener_reward.evaluate import evaluate, evaluate_scores
+            from listener_reward.gallery import Gallery, scored_gallery
+            from listener_reward.leaderboard import leaderboard
+            from listener_reward.measure import check_protocols
+            from listener_reward.scores import read_scores
+
+            check_protocols(protocol or ())
+            files = [read_scores(path) for path in scores or ()]
+            rival = read_scores(against) if against else None
+            names = judge or ([] if files else [None])
+            options: dict[str, Any] = {"limit": limit, "seed": seed, "check_images": bool(names)}
+            if validation == data:
+                raise InputError(
+                    f"validation is {validation!r}, the data itself; choose its tie threshold on other pairs"
+                )
+            sets = [spec for spec in (data, validation) if spec is not None]
+            pairs, *apart = [
+                load_pairs(spec, **options, stream=True) if stream else load_pairs(spec, **options) for spec in sets
+            ]
+            how: dict[str, Any] = {"protocols": protocol, "validation": apart[0] if apart else None}
+            found = [evaluate_scores(file, pairs, **how) for file in files]
+            other = evaluate_scores(rival, pairs, **how) if rival else None
+            if html is not None:
+                for scored in (*found, *([other] if other else [])):
+                    shown += scored_gallery(scored, pairs, mistakes=mistakes)
+            for name in names:
+                try:
+                    loaded = load_rater(name, listener, no_think, thoughts, aggregate, orders, early_stop)
+                    gallery = Gallery(loaded.name, mistakes)
+                    watch = None if html is None else gallery.add
+                    progress = sys.stderr.isatty()
+                    found.append(evaluate(loaded, pairs, progress=progress, watch=watch, **how))
+                    shown += gallery.pairs
+                except (InputError, MissingExtraError, JudgeError) as error:
+                    if len(names) + len(files) == 1:
+                        raise
+                    broken.append(error)  # the others' results are not lost for it
+            together = [*found, other] if other else found
+            board = leaderboard(together, other) if found and len(names) + len(files) + bool(other) > 1 else None
+        if board:
+            print_json(board.to_dict()) if as_json else print_leaderboard(board)
+        elif found:
+            print_json(found[0].to_dict()) if as_json else print_evaluation(found[0])
+        if html is not None and found:
+            asked = {"seed": seed, "limit": limit, "listener": listener, "no_think": no_think or None}
+            asked |= {"thoughts": thoughts, "aggregate": aggregate, "orders": orders, "early_stop": early_stop}
+            write_html(html, data, board.evaluations if board else found, board, shown, asked, broken)
+        if broken:
+            for error in broken[:-1]:
+                stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
+            raise broken[-1]
+
+
+def calibrate(
+    data: Annotated[
+        str, typer.Option("--data", help="Labelled pairs, as `eval --data` takes them; none that you will report on.")
+    ],
+    judge: JudgeName = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
+    method: Annotated[
+        str, typer.Option("--method", help='Of the verdict: "temperature", "isotonic", or "auto" for the likelier one.')
+    ] = "auto",
+    sure: Annotated[
+        float | None,
+        typer.Option(
+            "--sure",
+            metavar="P",
+            help="Prefer an image only where that is right this often, and else tie.",
+            show_default="the tie band that is right most often",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for a copy that is calibrated.", show_default="the judge's own folder"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the reliability.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use N pairs.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the choice and the division of the pairs.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit on votes how sure a judge may be, and keep it beside its weights.
+
+    Half of the prompts are fitted on, a fifth chooses between methods and the tie band, and the rest is measured: ECE,
+    Brier, likelihood and reliability before and after. A calibration belongs to a way of judging, so the options for
+    thoughts, orders and listener are kept with it.
+
+    `listener-reward calibrate --judge runs/first --data votes.jsonl --plot reliability.svg`
+    """
+    with errors_in_one_line(debug):
+        with working("judging", spinner=False):
+            from listener_reward.calibration import calibrate as fit
+            from listener_reward.datasets import load_pairs
+            from listener_reward.reward import PAPER_CHECKPOINT
+
+            name = PAPER_CHECKPOINT if judge is None else judge
+            check_writable(name, out)
+            if plot is not None:
+                check_page("plot", plot)
+            pairs = load_pairs(data, limit=limit, seed=seed)
+            loaded = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
+            result = fit(
+                loaded,
+                pairs,
+                method=method,  # pyright: ignore[reportArgumentType]
+                sure=sure,
+                seed=seed,
+                progress=sys.stderr.isatty(),
+            )
+            folder = write_calibration(name, out, loaded, result, listener)
+            if plot is not None:
+                from listener_reward.reliability import reliability_svg
+
+                curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
+                plot.write_text(reliability_svg(curves), encoding="utf-8")
+        if as_json:
+            print_json(result.to_dict() | {"folder": str(folder)})
+        else:
+            print_calibrated(result, folder)
+
+
+def check_data(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help='A file in any format read here, or what `eval --data` takes: "imagereward:FOLDER", "org/name:split".',
+        ),
+    ],
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Look at the first N pairs only.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
+    max_broken: Annotated[
+        float | None,
+        typer.Option(
+            "--max-broken",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of pairs with an unreadable image above which the data cannot be used.",
+            show_default="0.2",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is in preference data, and whether it can be used: format, labels, ties, images, duplicates, prompts.
+
+    Every image is read once. The exit code is 2 where the data cannot be used.
+
+    `listener-reward data check pairs.jsonl`
+    """
+    with errors_in_one_line(debug):
+        with working("checking", spinner=False):  # the check has its own progress bar
+            from listener_reward.datasets import MAX_BROKEN
+            from listener_reward.datasets.check import check_data
+
+            most = MAX_BROKEN if max_broken is None else max_broken
+            check = check_data(data, limit=limit, seed=seed, max_broken=most, progress=sys.stderr.isatty())
+        if as_json:
+            print_json(check.to_dict())
+        else:
+            print_check(check)
+        if not check.usable:
+            raise typer.Exit(2)

@@ -1,0 +1,77 @@
+"""The options that several commands share, and the judge that they describe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from listener_reward.judge import Judge
+
+JudgeName = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help='"tiny" (embedded, CPU, no download), a checkpoint folder, or a Hub name.',
+        show_default="the paper's released checkpoint",
+    ),
+]
+ListenerName = Annotated[
+    str | None,
+    typer.Option("--listener", help='A listener: a folder, a Hub name, or "none".', show_default="the judge's own"),
+]
+NoThink = Annotated[bool, typer.Option("--no-think", help="Skip the reasoning: one forward pass for each order.")]
+Thoughts = Annotated[
+    int | None,
+    typer.Option("--thoughts", metavar="K", min=1, help="Thoughts for each order.", show_default="the judge's own"),
+]
+AggregateName = Annotated[
+    str | None,
+    typer.Option(
+        "--aggregate",
+        help='"mean" of the thoughts, "majority" of their answers, "listener" (its mean), or "both".',
+        show_default="the judge's own",
+    ),
+]
+OrdersName = Annotated[
+    str | None,
+    typer.Option("--orders", help='"both", or "one" at random for half the cost.', show_default="the judge's own"),
+]
+EarlyStop = Annotated[
+    float | None,
+    typer.Option("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
+]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def load_rater(name: str | None, *options: Any) -> Any:
+    """A judge of ours, with the options that `load_judge` takes, or a peer, which knows of none of them."""
+    from listener_reward.peers import is_peer, load_peer
+
+    return load_peer(name) if name and is_peer(name) else load_judge(name, *options)
+
+
+def load_judge(
+    name: str | None,
+    listener: str | None,
+    no_think: bool,
+    thoughts: int | None,
+    aggregate: str | None = None,
+    orders: str | None = None,
+    early_stop: float | None = None,
+) -> Judge:
+    from listener_reward.judge import Judge
+    from listener_reward.reward import PAPER_CHECKPOINT
+
+    given = {
+        "listener": listener,
+        "thoughts": thoughts,
+        "aggregate": aggregate,
+        "orders": orders,
+        "early_stop": early_stop,
+    }
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=not no_think, **options)

@@ -1,0 +1,159 @@
+"""Answers on stdout: as tables for people, as one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from listener_reward.cli.terminal import plain
+
+if TYPE_CHECKING:
+    from listener_reward.calibration import Calibrated
+    from listener_reward.datasets.check import DataCheck
+    from listener_reward.evaluate import Evaluation
+    from listener_reward.leaderboard import Leaderboard
+    from listener_reward.ranking import Ranking
+    from listener_reward.verdict import Verdict
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    print(json.dumps(_finite(answer), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_verdict(verdict: Verdict, first: str, second: str) -> None:
+    console = Console(highlight=False)
+    if verdict.preferred is None:
+        exact = verdict.p_first == 0.5
+        console.print(
+            "An exact tie."
+            if exact
+            else f"No preference: p = {verdict.p_first:.3f} for the first image, within the tie band.",
+            style="bold",
+        )
+    else:
+        name, p = (first, verdict.p_first) if verdict.preferred == 1 else (second, 1 - verdict.p_first)
+        console.print(Text.assemble((plain(name), "bold green"), f" is preferred, p = {p:.3f}"), soft_wrap=True)
+    if verdict.thoughts:
+        table = Table("shown", "answer", "p first", "listener", "thought", show_lines=True)
+        for thought in verdict.thoughts:
+            table.add_row(
+                thought.order,
+                "malformed" if thought.answer is None else str(thought.answer),
+                f"{thought.p_first:.2f}",
+                _listener_cell(thought.listener_p_first, thought.contradicted),
+                Text(plain(thought.text)),
+            )
+        console.print(table)
+    console.print(
+        Text.assemble(
+            "listener ",
+            _listener_cell(verdict.listener_p_first, verdict.contradicted),
+            f"   position gap {verdict.position_gap:+.3f}   malformed {verdict.malformed} of {len(verdict.thoughts)}",
+        )
+    )
+
+
+def _listener_cell(p_first: float | None, contradicted: bool | None) -> Text:
+    if p_first is None:
+        return Text("none")
+    return Text(f"{p_first:.2f} contradicts" if contradicted else f"{p_first:.2f}", "red" if contradicted else "")
+
+
+def print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> None:
+    table = Table("", what, "score", "std. error")
+    for position, place in enumerate(ranking.order, start=1):
+        score, error = ranking.scores[place], ranking.standard_errors[place]
+        table.add_row(str(position), Text(plain(images[place])), f"{score:+.2f}", f"{error:.2f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{ranking.comparisons} comparisons; scores are log-odds with mean zero")
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    from listener_reward.leaderboard import protocols_table
+
+    table = Table("measure", "value")
+    for name, value in evaluation.to_dict().items():
+        if name != "protocols":
+            table.add_row(name.replace("_", " "), escape(plain(_cell(value))))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(protocols_table(evaluation.protocols))
+
+
+def print_leaderboard(board: Leaderboard) -> None:
+    from listener_reward.leaderboard import leaderboard_tables
+
+    console, result = Console(highlight=False), board.evaluations[0].protocols[0]
+    for table in leaderboard_tables(board):
+        console.print(table)
+    console.print(
+        f"{result.pairs} pairs of {result.prompts} prompts count. The difference is to {plain(board.against)}, on the "
+        "same pairs; intervals and p draw prompts, not pairs.",
+        markup=False,
+    )
+
+
+def print_check(check: DataCheck) -> None:
+    table = Table("", "found")
+    for name, words in check.lines():
+        table.add_row(name, escape(plain(words)))
+    console = Console(highlight=False)
+    console.print(table)
+    for title, style, lines in (
+        ("broken", "yellow", check.broken_named),
+        ("note", "yellow", check.notes),
+        ("problem", "bold red", check.problems),
+    ):
+        for line in lines:
+            console.print(Text.assemble((f"{title}: ", style), plain(line)), soft_wrap=True)
+    verdict = ("This data can be used.", "bold green") if check.usable else ("This data cannot be used.", "bold red")
+    console.print(Text.assemble(verdict))
+
+
+def print_calibrated(result: Calibrated, folder: Path) -> None:
+    from listener_reward.reliability import reliability
+
+    console = Console(highlight=False)
+    table = Table("measure", "before", "after")
+    for who, before, after in (
+        ("", result.before, result.after),
+        ("listener ", result.listener_before, result.listener_after),
+    ):
+        for name in before or ():
+            table.add_row(who + name, _cell((before or {})[name]), _cell((after or {})[name]))
+    console.print(table)
+    table = Table("confidence", "pairs", "people who agree", "")
+    for one in reliability(result.labels, result.p_after):
+        bar = "\N{FULL BLOCK}" * round(one.agreement * 20)
+        table.add_row(f"{one.low:.2f} to {one.high:.2f}", str(one.n), f"{one.agreement:.3f}", bar)
+    console.print(table)
+    console.print(
+        f"fitted on {result.n_fit} pairs, chosen on {result.n_validation}, measured on {result.n_test}; "
+        f"tie band {result.calibration.tie_band:g}; written to {plain(str(folder))}",
+        soft_wrap=True,
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_cell, value))
+    return "none" if value is None else str(value)

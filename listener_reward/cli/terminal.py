@@ -1,0 +1,65 @@
+"""What reaches the terminal beside the answer: errors in one line, our own warnings, a spinner, no other noise."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+
+
+@contextmanager
+def errors_in_one_line(debug: bool) -> Iterator[None]:
+    """Turns the errors a user can act on into one line on stderr and an exit code; all others are faults of ours."""
+    try:
+        yield
+    except (InputError, MissingExtraError, JudgeError) as error:
+        if debug:
+            raise
+        stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
+        raise typer.Exit(3 if isinstance(error, JudgeError) else 2) from None
+
+
+@contextmanager
+def working(what: str, *, spinner: bool = True) -> Iterator[None]:
+    """Keeps stdout for the answer, and other packages' bars and warnings off the screen; our own warnings stay."""
+    quieten()
+    console = stderr()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(Text.assemble(("Warning: ", "bold yellow"), plain(str(message))), soft_wrap=True)
+
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"listener_reward(\.|$)")
+        warnings.showwarning = show
+        if spinner and console.is_terminal:
+            with console.status(what):
+                yield
+        else:
+            yield
+
+
+def quieten() -> None:
+    """Takes effect because transformers is not imported yet; what the user has set stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():  # at a terminal a download of gigabytes should be seen
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def plain(text: str) -> str:
+    """`text` without control characters: a model's words and a file's name must not drive the terminal."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)

@@ -1,0 +1,107 @@
+"""What commands write beside the answer: a page, a calibration. What cannot be written is refused before the work."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from listener_reward import __version__
+from listener_reward.cli.terminal import stderr
+from listener_reward.errors import InputError
+
+if TYPE_CHECKING:
+    from listener_reward.calibration import Calibrated
+    from listener_reward.evaluate import Evaluation
+    from listener_reward.judge import Judge
+    from listener_reward.leaderboard import Leaderboard
+
+
+def check_writable(name: str, out: Path | None) -> None:
+    if out is None and not Path(name).is_dir():
+        raise InputError(
+            f"judge is {name!r}, which is no folder of yours to write in; give --out for a calibrated copy"
+        )
+    if out is not None and out.exists():
+        raise InputError(f"out is {str(out)!r}, which exists; give a folder to make")
+
+
+def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
+    from listener_reward.checkpoint import EMBEDDED, Card, resolve
+
+    changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
+    if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
+        kept = ("thoughts", "aggregate", "orders", "early_stop")
+        changes |= {field: getattr(judge.card, field) for field in kept}
+    if listener is not None:
+        # A folder is named from here; the card would read a relative name from where it lies itself.
+        local = listener not in EMBEDDED and Path(listener).is_dir()
+        changes["listener"] = None if listener == "none" else str(Path(listener).resolve()) if local else listener
+    if out is None:
+        Card.amend(name, **changes)
+        return Path(name)
+    import shutil
+
+    folder = resolve(name)
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder)
+    shutil.copytree(folder, out)
+    replace(Card.load(folder), **changes).save(out)  # its listener is absolute by now, or a name
+    return out
+
+
+def check_page(option: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the judging."""
+    if path.is_dir():
+        raise InputError(f"{option} is {str(path)!r}, which is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
+
+
+def write_html(
+    path: Path,
+    data: str,
+    evaluations: Sequence[Evaluation],
+    board: Leaderboard | None,
+    pairs: list[dict[str, Any]],
+    asked: dict[str, Any],
+    broken: list[Exception],
+) -> None:
+    """The page of `eval`. It names the data and the judges as they were asked for."""
+    from datetime import UTC, datetime
+
+    from listener_reward.diagnostics import diagnose
+    from listener_reward.report import write_report
+
+    rows = board.to_dict()["judges"] if board else [evaluations[0].to_dict()]
+    seen = {"split": evaluations[0].data, "against": board.against if board else None}
+    order = {evaluation.judge: place for place, evaluation in enumerate(evaluations)}
+    protocol, first = evaluations[0].protocols[0], evaluations[0]
+    ties = f", {first.n_ties} of them ties between people" if first.n_ties else ""
+    results = {
+        "title": ", ".join(list(order)[:3]) + (f" and {len(order) - 3} more" if len(order) > 3 else "") + f" on {data}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["listener-reward", *sys.argv[1:]]),
+        "summary": f"{first.n} labelled pairs{ties}. "
+        f"By {protocol.protocol}, {protocol.pairs} pairs of {protocol.prompts} prompts count.",
+        "notes": [f"Not measured: {error}" for error in broken],
+        "table": [
+            row | seen | {"model": evaluation.judge, "diagnostics": diagnose(evaluation)}
+            for row, evaluation in zip(rows, evaluations, strict=True)
+        ],
+        "pairs": sorted(pairs, key=lambda pair: order[pair["model"]]),
+        "pairs_title": "The worst mistakes",
+        "pairs_note": "For each judge the wrong verdicts that are farthest from the people's votes, the worst first; "
+        "then a few right ones, drawn at random, for contrast.",
+        "settings": {"data": data} | {name: value for name, value in asked.items() if value is not None},
+        "versions": {"listener-reward": __version__, "python": platform.python_version()},
+    }
+    stderr().print(f"report: {write_report(path, results)}", markup=False, soft_wrap=True)
