@@ -8,7 +8,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +241,13 @@ def _bytes(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "TIFF")
     return stream.getvalue()
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision that a process asks for."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from conftest import FakeJudge
 from peft import PeftModel
@@ -39,12 +39,7 @@ def brightness(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) 
     return images.flatten(1).mean(1), {}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Any:
-    """accelerate keeps the first precision that a process asks for."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

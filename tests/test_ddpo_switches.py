@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny_pipelines as tiny
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from listener_reward.errors import InputError
 from listener_reward.integrations import ddpo_learn
@@ -33,12 +32,7 @@ def equal(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> tu
     return [0.5] * len(images), {}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Any:
-    """accelerate keeps the first precision that a process asks for."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
