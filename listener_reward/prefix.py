@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from listener_reward.allocator import keep_freed_memory
 from listener_reward.errors import InputError
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -36,6 +38,9 @@ MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 
 KERNELS = ("sdpa", "flex")
 """How a row's attention is computed: two calls of `scaled_dot_product_attention`, or one of FlexAttention."""
+
+WORTH_A_CALL = 2**21
+"""Scores times their heads' size from which one continuation's attention on a CPU is worth a call of its own."""
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
@@ -157,22 +162,27 @@ def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Itera
 
 
 @contextlib.contextmanager
-def read_only_at(model: Any, places: Tensor) -> Iterator[None]:
-    """Inside, only the tokens of a row at `places` (n,) have a meaningful last hidden state, and the rest cost less.
+def read_only_at(model: Any, row: Row, places: Tensor) -> Iterator[None]:
+    """Inside, only the tokens of `row` at `places` (n,) have a meaningful last hidden state, and the rest cost less.
 
-    The last layer's attention needs all tokens, its MLP only those that are read. For passes without gradients.
+    The last layer needs every token's keys and values; queries, attention's output and MLP only of those that are read.
+    For passes without gradients.
     """
-    mlp = base_model(model).model.language_model.layers[-1].mlp
+    last = base_model(model).model.language_model.layers[-1]
+    row.inputs["shared_prefix"].read = last.self_attn.layer_idx, places
 
     def pick(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        picked.append(args[0].shape)
+        picked.append(args[0].shape[:2])
         return (args[0][:, places], *args[1:])
 
     def place(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output.new_zeros(picked.pop()).index_copy_(1, places, output)  # of another dtype under autocast
+        whole = output.new_zeros(*picked.pop(), output.shape[-1])  # of another dtype than the input under autocast
+        return whole.index_copy_(1, places, output)
 
     picked: list[torch.Size] = []
-    hooks = mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(place)
+    hooks = []
+    for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
+        hooks += [module.register_forward_pre_hook(pick), module.register_forward_hook(place)]
     try:
         yield
     finally:
@@ -217,7 +227,10 @@ class Layout:
         """Attention layers that have used this layout. A model that drops the keyword must not go unnoticed."""
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
         """If a dict, each layer's keys and values of the prompts are put into it, (B, heads, longest prompt, dim)."""
+        self.read: tuple[int, Tensor] | None = None
+        """The last layer and the places of the row (n,) whose output is read there; None where all are."""
         self._masks: dict[torch.dtype, Tensor] = {}
+        self._tails: dict[torch.dtype, Tensor] = {}
 
     @cached_property
     def longest(self) -> tuple[int, int]:
@@ -234,8 +247,11 @@ class Layout:
         self.seen += 1
         if self.kernel == "flex" and self.kept is None:
             return self._flex(query, key, value, scaling)
+        if self.kept is None and query.device.type == "cpu" and self._ragged(query):
+            return self._one_by_one(module, query, key, value, scaling)
         long, short = self.longest
         slots = len(self.prefixes) * long
+        whole = query
         query, key, value = (self._spread(x[0].transpose(0, 1)) for x in (query, key, value))
 
         def part(x: Tensor, start: int, stop: int | None, width: int) -> Tensor:
@@ -244,6 +260,8 @@ class Layout:
         prefix_key, prefix_value = part(key, 0, slots, long), part(value, 0, slots, long)
         if self.kept is not None:
             self.kept[module.layer_idx] = prefix_key, prefix_value
+            if len(self._read_within(module, 0, whole.shape[2])) == 0:
+                return torch.zeros_like(whole).transpose(1, 2)
         first = scaled_dot_product_attention(
             part(query, 0, slots, long), prefix_key, prefix_value, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -261,6 +279,51 @@ class Layout:
             )
             parts.append(second.unflatten(2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
         return self._gather(torch.cat(parts))[None]
+
+    def _ragged(self, query: Tensor) -> bool:
+        """Whether padding every continuation to the longest costs more than a call for each of them."""
+        short, written = self.longest[1], sum(self.segments)
+        work = written * sum(self.longest) * query.shape[1] * query.shape[3]
+        return work > WORTH_A_CALL * len(self.segments) and short * len(self.segments) > 1.1 * written
+
+    def _one_by_one(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """`attend` with a call for each prompt and each continuation: nothing is padded."""
+        attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        spans = [*pairwise(accumulate([*self.prefixes, *self.segments], initial=0))]
+        owner = self.owner.tolist()
+        parts: list[Tensor] = []
+        for number, (start, stop) in enumerate(spans, -len(self.prefixes)):
+            queries, keys, values = (x[:, :, start:stop] for x in (query, key, value))
+            read = self._read_within(module, start, stop)
+            if len(read) == 0:
+                parts.append(torch.zeros_like(queries))
+            elif number < 0:
+                parts.append(attend(queries, keys, values, is_causal=True))
+            else:
+                seen = slice(*spans[owner[number]])
+                keys, values = (torch.cat([x[:, :, seen], x[:, :, start:stop]], dim=2) for x in (key, value))
+                mask = self._tail(query.dtype, seen.stop - seen.start, stop - start)
+                if len(read) == stop - start:
+                    parts.append(attend(queries, keys, values, attn_mask=mask))
+                else:
+                    found = attend(queries[:, :, read], keys, values, attn_mask=mask[read])
+                    parts.append(torch.zeros_like(queries).index_copy_(2, read, found))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _read_within(self, module: Any, start: int, stop: int) -> Tensor:
+        """Which of the row's tokens from `start` to `stop` `module`'s output is read of, counted from `start`."""
+        if self.read is None or self.read[0] != module.layer_idx:
+            return torch.arange(stop - start)
+        places = self.read[1]
+        return places[(places >= start) & (places < stop)] - start
+
+    def _tail(self, dtype: torch.dtype, prompt: int, length: int) -> Tensor:
+        """The mask (C, P + C) of one continuation: what follows a prompt of P tokens."""
+        long, short = self.longest
+        if dtype not in self._tails:
+            allowed = torch.ones(short, long + short, dtype=torch.bool).tril(long)
+            self._tails[dtype] = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+        return self._tails[dtype][:length, long - prompt : long + length]
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         attention = _compiled(flex_attention) if query.is_cuda else flex_attention
@@ -476,6 +539,7 @@ def check_used(layout: Layout | Decoding, model: Any) -> None:
 def _install() -> None:
     if AttentionInterface()["sdpa"] is sdpa_attention_forward:
         AttentionInterface.register("sdpa", _sdpa)
+        keep_freed_memory()
 
 
 def _sdpa(

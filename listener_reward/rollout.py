@@ -58,7 +58,7 @@ def prefill(
         row = pack(some, [[] for _ in some], open_end=True)
         layout: Layout = row.inputs["shared_prefix"]
         layout.kept = {}
-        with read_only_at(model, row.ends[:0]):  # nothing is predicted here
+        with read_only_at(model, row, row.ends[:0]):  # nothing is predicted here
             model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
         check_used(layout, model)
         if done < len(batches):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import linear
 
 from listener_reward.clips import Clip
 
@@ -104,14 +106,35 @@ class ImageFeatures:
         encoded: list[Encoded] = []
         for some in _runs(patches, MAX_PATCHES):
             first, last = sum(patches[: some.start]), sum(patches[: some.stop])
-            output = features_of(
-                pixels[first:last].to(self.core.device), grids[some.start : some.stop].to(self.core.device)
-            )
+            with patches_by_product(self.core.visual):
+                output = features_of(
+                    pixels[first:last].to(self.core.device), grids[some.start : some.stop].to(self.core.device)
+                )
             layers = zip(*(getattr(output, "deepstack_features", None) or ()), strict=True)
             deeper = list(layers) or [()] * len(some)
             for row, features, more in zip(some, output.pooler_output, deeper, strict=True):
                 encoded.append(Encoded(grids[row], features.clone(), tuple(layer.clone() for layer in more)))
         return encoded
+
+
+@contextlib.contextmanager
+def patches_by_product(tower: Any) -> Iterator[None]:
+    """Inside, `tower` embeds its patches by one matrix product.
+
+    That is what its three-dimensional convolution comes to, whose kernel is a whole patch; torch's own takes seven
+    times as long on a CPU.
+    """
+    embed = tower.patch_embed
+    kernel = embed.proj.weight
+
+    def forward(patches: Tensor) -> Tensor:
+        return linear(patches.view(-1, kernel[0].numel()).to(kernel.dtype), kernel.flatten(1), embed.proj.bias)
+
+    embed.forward = forward
+    try:
+        yield
+    finally:
+        del embed.forward
 
 
 def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:

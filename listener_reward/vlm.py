@@ -267,7 +267,7 @@ class TransformersVLM:
             packed = pack(shown, written, open_end=True, kernel=self.attention)
             own = packed.labels[0] != IGNORED
             wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
-            with read_only_at(core, wanted):
+            with read_only_at(core, packed, wanted):
                 hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +30,11 @@ from listener_reward.prefix import (
     check_used,
     pack,
     prompt_positions,
+    read_only_at,
     unsupported,
 )
 from listener_reward.rollout import prefill, sample
+from listener_reward.vision import patches_by_product
 
 IMAGE = 10
 LENGTHS = ((5, 9, 3), (4, 4, 8, 1))
@@ -165,6 +170,42 @@ def test_log_probabilities_and_gradients_are_those_of_single_passes(case, length
     assert_same_gradients(gradients(case.model, (ours * weights).sum()), expected)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [[1, 9, 30], [2, 25]]])
+def test_a_call_for_each_continuation_gives_the_same(case, lengths, monkeypatch):
+    """Where lengths differ a CPU does not pad: log-probabilities and gradients of both ways, for both to be tested."""
+    groups = continuations(lengths)
+    weights = torch.randn(sum(map(sum, lengths)), generator=torch.Generator().manual_seed(3))
+    padded = packed_logprobs(case, groups)
+    expected = gradients(case.model, (padded * weights).sum())
+    monkeypatch.setattr(prefix, "WORTH_A_CALL", 0)
+    calls = watch_attention(monkeypatch)
+    ours = packed_logprobs(case, groups)
+    assert len(calls) == 3 * (2 + sum(map(len, lengths))), "each prompt and continuation in each layer"
+    assert (ours - padded).abs().max() < 1e-5
+    assert_same_gradients(gradients(case.model, (ours * weights).sum()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("worth", [0, 2**60])
+def test_what_is_not_read_is_not_computed_and_the_rest_is_the_same(case, worth, monkeypatch):
+    monkeypatch.setattr(prefix, "WORTH_A_CALL", worth)
+    row = pack(case.prompts, continuations(LENGTHS), open_end=True)
+    whole = case.model.model(**row.inputs, **case.vision, use_cache=False).last_hidden_state[0]
+    places = torch.cat([row.ends, row.ends[1:2] - 1])
+    row = pack(case.prompts, continuations(LENGTHS), open_end=True)
+    queries = []
+    last = case.model.model.language_model.layers[-1].self_attn
+    hook = last.q_proj.register_forward_hook(lambda _, args, output: queries.append(args[0].shape[1]))
+    with read_only_at(case.model, row, places):
+        some = case.model.model(**row.inputs, **case.vision, use_cache=False).last_hidden_state[0]
+    hook.remove()
+    assert queries == [len(places)]
+    torch.testing.assert_close(some[places], whole[places], atol=1e-5, rtol=1e-5)
+    assert (some - whole).abs().max() > 0.1, "what is not read is not there"
+    again = case.model.model(**pack(case.prompts, continuations(LENGTHS), open_end=True).inputs, **case.vision)
+    assert torch.equal(again.last_hidden_state[0], whole), "and all of it is, once the reading is over"
+
+
 @torch.no_grad()
 def test_an_open_end_predicts_what_comes_next(case):
     groups = continuations(LENGTHS)
@@ -217,14 +258,8 @@ def test_rows_cut_to_a_budget_give_the_same(case, budget):
     assert len(parts) == {1: 7, 60: 4, 100: 2, 10_000: 1}[budget]
 
 
-def test_memory_of_the_attention_does_not_grow_with_the_square_of_the_row():
-    prompt, groups, length = 400, 8, 50
-    layout = Layout([prompt], [length] * groups, [groups], "cpu")
-    assert layout._mask(torch.float32, times=2).numel() == 2 * length * (prompt + length)
-
-
-def test_attention_with_a_mask_has_a_kernel_on_cuda(case, monkeypatch):
-    """There fused kernels take a mask only with as many query heads as key heads; else every score is in memory."""
+def watch_attention(monkeypatch) -> list[tuple[bool, bool]]:
+    """For each call that follows: whether it has as many query heads as key heads, and whether it has no mask."""
     calls = []
 
     def watched(query, key, value, **options):
@@ -233,6 +268,18 @@ def test_attention_with_a_mask_has_a_kernel_on_cuda(case, monkeypatch):
 
     stock = prefix.scaled_dot_product_attention
     monkeypatch.setattr(prefix, "scaled_dot_product_attention", watched)
+    return calls
+
+
+def test_memory_of_the_attention_does_not_grow_with_the_square_of_the_row():
+    prompt, groups, length = 400, 8, 50
+    layout = Layout([prompt], [length] * groups, [groups], "cpu")
+    assert layout._mask(torch.float32, times=2).numel() == 2 * length * (prompt + length)
+
+
+def test_attention_with_a_mask_has_a_kernel_on_cuda(case, monkeypatch):
+    """There fused kernels take a mask only with as many query heads as key heads; else every score is in memory."""
+    calls = watch_attention(monkeypatch)
     packed_logprobs(case, continuations(LENGTHS))
     assert len(calls) == 3 * 2, "prompts and continuations in each layer"
     assert all(same_heads or no_mask for same_heads, no_mask in calls)
@@ -289,6 +336,46 @@ def test_other_passes_of_a_model_are_untouched(case):
     before = case.alone(0, tokens)
     packed_logprobs(case, continuations(LENGTHS))
     assert torch.equal(case.alone(0, tokens), before)
+
+
+@torch.no_grad()
+def test_patches_are_embedded_as_the_convolution_does(case):
+    embed = case.model.model.visual.patch_embed
+    patches = torch.cat(case.pixels)
+    expected = embed(patches)
+    called = []
+    hook = embed.proj.register_forward_hook(lambda *_: called.append(1))
+    with patches_by_product(case.model.model.visual):
+        found = embed(patches)
+    assert not called
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    embed(patches)
+    hook.remove()
+    assert called, "afterwards the model is as it was"
+
+
+MAPPED = """
+import ctypes, torch
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usm fsm uord ford keep".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+def mapped():
+    before = libc.mallinfo2().hblks
+    block = torch.empty(2**23)  # 32 MB
+    smaller = torch.empty(2**22)
+    return libc.mallinfo2().hblks - before
+first = mapped()
+from listener_reward.allocator import keep_freed_memory
+keep_freed_memory()
+print(first, mapped())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's threshold")
+def test_activations_take_memory_that_was_freed_and_not_new_pages():
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1"], "32 MiB are beyond what glibc keeps, 16 are not"
 
 
 # ---------------------------------------------------------------- rollouts

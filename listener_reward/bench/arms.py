@@ -24,7 +24,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PIL_Image
 from transformers import AutoConfig
 
-from listener_reward.bench.meter import Reading, metered
+from listener_reward.bench.meter import Reading, in_use, metered
 from listener_reward.bench.shapes import Size, group_chats, pictures, words
 from listener_reward.chat import Chat, ChatFormat, reserved_tokens
 from listener_reward.checkpoint import Card
@@ -42,7 +42,7 @@ def listener_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]
     )
     chats, thoughts = group_chats(size, vlm.reserved)
     prefixes = [ChatFormat().answer_slot(thought) for thought in thoughts]
-    reading = Reading()
+    reading = _reading(vlm)
     answers = torch.empty(0)
     kept = {"logits_to_keep": 1} if way == "last_logit" else {}
     ask = vlm.answer_logprobs if way == "shared" else partial(_plain_answers, vlm, **kept)
@@ -75,7 +75,7 @@ def rank_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     )
     judge = Judge(vlm, None, Card.load(folder), think=False)
     shown = pictures(size.images, size)
-    reading = Reading()
+    reading = _reading(vlm)
     scores = torch.empty(0)
     prompt = words(size.prompt_words, random.Random(size.seed))
     for number in range(size.repeats + 1):
@@ -184,6 +184,13 @@ ARMS: dict[str, Callable[[Path, Size, str], tuple[Reading, Computed]]] = {
     "loss": loss_arm,
     "step": step_arm,
 }
+
+
+def _reading(vlm: TransformersVLM) -> Reading:
+    """For runs after a warm-up: "before" is the loaded model, whose weights stay in their file until they are read."""
+    for weight in vlm.model.parameters():
+        weight.sum()
+    return Reading(before=in_use())
 
 
 def _gradients(model: Any) -> Computed:

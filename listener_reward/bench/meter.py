@@ -33,6 +33,9 @@ class Reading:
     one) backward."""
     peak_mb: float = 0.0
     """Most memory of the process or of the GPU over what it had before, in MB (1e6 bytes)."""
+    before: int | None = None
+    """Bytes that count as "before"; None for what there is at the start of each repeat. After a warm-up the process may
+    already hold the memory that a repeat uses."""
 
 
 @contextlib.contextmanager
@@ -74,7 +77,7 @@ def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) 
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else resident()
+    before = in_use() if reading.before is None else reading.before
     start, processor = time.perf_counter(), time.process_time()
     try:
         with _fused_heads(head):
@@ -116,6 +119,11 @@ def _fused_heads(count: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterato
         yield
     finally:
         utils._ChunkedLogProbFunction = stock
+
+
+def in_use() -> int:
+    """Bytes of memory that tensors have on the GPU, or the process where there is none."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident()
 
 
 def resident() -> int:
