@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from listener_reward.prefix import IGNORED, Prompt, Row, base_model, budgeted, check_used, pack, prompt_positions
 from listener_reward.rollout import prefill, sample
@@ -198,7 +199,8 @@ def _run(model: Any, passes: Sequence[tuple[Row, dict[str, Tensor]]]) -> list[tu
 
     One call, for wrappers of distributed training count them: they expect a backward pass for each. With gradients
     all passes but the last are computed again when their turn comes, so that one pass's activations are all there is;
-    the last one's turn comes at once.
+    the last one's turn comes at once. Under ZeRO-3 they are kept: computed again, trl's fused head gets its weight
+    without DeepSpeed's account of who holds it, and cannot gather it.
     """
     base = base_model(model)
     stock = base.forward
@@ -209,7 +211,7 @@ def _run(model: Any, passes: Sequence[tuple[Row, dict[str, Tensor]]]) -> list[tu
         return output.log_probs, output.entropy
 
     def forward(*_: Any, **__: Any) -> list[tuple[Tensor, Tensor | None]]:
-        again = range(len(passes) - 1 if torch.is_grad_enabled() else 0)
+        again = range(len(passes) - 1 if torch.is_grad_enabled() and not is_deepspeed_zero3_enabled() else 0)
         outputs: list[Any] = [checkpoint(score, number, use_reentrant=False) for number in again]
         return outputs + [score(number) for number in range(len(again), len(passes))]
 
