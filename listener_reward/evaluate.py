@@ -29,7 +29,7 @@ from listener_reward.measure import (
     measure,
 )
 from listener_reward.shown import shown
-from listener_reward.verdict import Verdict
+from listener_reward.verdict import Aggregate, Verdict
 
 if TYPE_CHECKING:
     import datasets
@@ -155,7 +155,7 @@ def evaluate(
     check_protocols(protocols or ())
     n = _check(pairs)
     threshold = None if validation is None else _judged_threshold(judge, validation, batch_size, think, protocols)
-    labels, tally, kept = Labels(), _Tally(), []
+    labels, tally, kept = Labels(), _Tally(_aggregate(judge)), []
     mirrored = checked = right = decided = 0
     started = time.perf_counter()
 
@@ -365,17 +365,23 @@ def is_mirrored(verdict: Verdict, swapped: Verdict) -> bool:
     return abs(verdict.p_first + swapped.p_first - 1) <= SWAP_TOLERANCE and verdict.preferred == flipped
 
 
-def margins_by_order(verdict: Verdict) -> tuple[float, float]:
+def margins_by_order(verdict: Verdict, aggregate: Aggregate = "mean") -> tuple[float, float]:
     """p(first) - p(second) with the pair shown in order, and with it shown swapped; NaN for an order not asked.
 
-    They are the means over each order's thoughts. Without thoughts they are had back from p_first, which is the mean of
-    the two orders, and the position gap, which is their difference (exact where no calibration curve bends p_first).
+    They are the means over each order's thoughts of what `aggregate` makes a verdict of: the reasoner's answers, the
+    listener's, or both. Without thoughts they are had back from p_first, which is the mean of the two orders, and the
+    position gap, which is their difference (exact where no calibration curve bends p_first).
     """
     margin = 2 * verdict.p_first - 1
     if not verdict.thoughts:
         gap = 0.0 if np.isnan(verdict.position_gap) else verdict.position_gap
         return margin + gap, margin - gap
-    orders = [[t.p_first for t in verdict.thoughts if t.order == order] for order in ("as given", "swapped")]
+    said = [
+        (thought.order, thought.listener_p_first if voice == "listener" else thought.p_first)
+        for voice in (("reasoner", "listener") if aggregate == "both" else (aggregate,))
+        for thought in verdict.thoughts
+    ]
+    orders = [[p for shown, p in said if shown == order and p is not None] for order in ("as given", "swapped")]
     forward, reverse = (2 * sum(order) / len(order) - 1 if order else np.nan for order in orders)
     return forward, reverse
 
@@ -392,7 +398,8 @@ def _rate(count: int, n: int) -> float | None:
 class _Tally:
     """What the record needs of the verdicts: eight numbers a pair, and two counts over the thoughts."""
 
-    def __init__(self) -> None:
+    def __init__(self, aggregate: Aggregate) -> None:
+        self.aggregate: Aggregate = aggregate
         self.p_first: list[float] = []
         self.preferred: list[int] = []
         self.listener: list[float] = []
@@ -409,7 +416,7 @@ class _Tally:
             self.preferred.append(verdict.preferred or 0)
             self.listener.append(np.nan if verdict.listener_p_first is None else verdict.listener_p_first)
             self.position_gap.append(verdict.position_gap)
-            forward, reverse = margins_by_order(verdict)
+            forward, reverse = margins_by_order(verdict, self.aggregate)
             self.forward.append(forward)
             self.reverse.append(reverse)
             self.thoughts += len(verdict.thoughts)
@@ -428,6 +435,12 @@ def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool
         if not 0 <= verdict.p_first <= 1:
             raise JudgeError(f"{judge.name} answered p_first = {verdict.p_first} for prompt {prompt!r}")
     return verdicts
+
+
+def _aggregate(judge: Any) -> Aggregate:
+    """How its thoughts become a verdict; a peer has none."""
+    card = getattr(judge, "card", None)
+    return "mean" if card is None else card.aggregate
 
 
 def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:

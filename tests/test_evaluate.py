@@ -297,6 +297,10 @@ def test_each_order_of_a_verdict():
     one = margins_by_order(Verdict(0.9, 1, tuple(thoughts[:1]), None, None, math.nan, 0))
     assert one == pytest.approx((0.8, math.nan), nan_ok=True)
     assert margins_by_order(Verdict(0.9, 1, (), None, None, math.nan, 0)) == pytest.approx((0.8, 0.8))
+    heard = (Thought("", "as given", 1, 0.9, 0.7, False), Thought("", "swapped", 1, 0.4, 0.3, False))
+    verdict = Verdict(0.9, 1, heard, 0.7, False, 0.2, 0)
+    assert margins_by_order(verdict, "listener") == pytest.approx((0.4, -0.4))
+    assert margins_by_order(verdict, "both") == pytest.approx((0.6, -0.3))
 
 
 def test_a_judge_that_is_shown_one_order_has_no_gap(FakeJudge, make_pairs):
