@@ -1,0 +1,236 @@
+"""Flow-Factory: groupwise and pointwise in its own process, and its client against the server."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adapter_hosts import BETTER, ERRORS, REDS, REFERENCE, b64, broken, flow_factory_client, http, order, png, serving
+from PIL import Image
+
+from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.integrations.collector import GroupCollector
+from listener_reward.integrations.server import compute
+from listener_reward.reward import ListenerReward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow-Factory, src/flow_factory/rewards/abc.py, reward_processor.py, my_reward_remote.py
+
+
+@pytest.fixture
+def flow_factory(monkeypatch):
+    """The adapter, imported over a stand-in for the host's module."""
+
+    class RewardModelOutput(SimpleNamespace):
+        pass
+
+    class BaseRewardModel:
+        required_fields = ()
+        use_tensor_inputs = False
+
+        def __init__(self, config, accelerator):
+            self.accelerator, self.config = accelerator, config
+            self.device = accelerator.device
+
+    class PointwiseRewardModel(BaseRewardModel):
+        required_fields = ("image", "prompt")
+
+    class GroupwiseRewardModel(BaseRewardModel):
+        required_fields = ("image", "prompt")
+
+    abc = ModuleType("flow_factory.rewards.abc")
+    for cls in (RewardModelOutput, PointwiseRewardModel, GroupwiseRewardModel):
+        setattr(abc, cls.__name__, cls)
+    for name, module in {
+        "flow_factory": ModuleType("flow_factory"),
+        "flow_factory.rewards": ModuleType("flow_factory.rewards"),
+        "flow_factory.rewards.abc": abc,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "listener_reward.integrations.flow_factory", raising=False)
+    yield importlib.import_module("listener_reward.integrations.flow_factory")
+    sys.modules.pop("listener_reward.integrations.flow_factory")
+
+
+def flow_factory_host(model, samples: list[dict]):
+    """One batch or one group, as RewardProcessor computes it: fields by the call's signature, the call by keyword."""
+    parameters = inspect.signature(model.__call__).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    fields = [name for name in samples[0] if takes_all or name in parameters]
+    batch = {
+        name: [sample[name] for sample in samples]
+        for name in fields
+        if all(sample[name] is not None for sample in samples)
+    }
+    output = model(**batch)
+    return torch.as_tensor(output.rewards if hasattr(output, "rewards") else output, device="cpu", dtype=torch.float32)
+
+
+def sample(red=None, prompt: Any = "a", **more):
+    image = None if red is None else Image.new("RGB", (4, 4), (red, 0, 0))
+    return {"prompt": prompt, "image": image, "video": None, "latents": torch.zeros(1), "metadata": "{}"} | more
+
+
+def config(judge, **more):
+    return SimpleNamespace(judge=judge, batch_size=4, dtype=torch.float32, **more)
+
+
+HERE = SimpleNamespace(device=torch.device("cpu"))
+
+
+def test_flow_factory_groupwise(FakeJudge, flow_factory):
+    model = flow_factory.ListenerGroupwise(config(FakeJudge()), HERE)
+    assert isinstance(model, sys.modules["flow_factory.rewards.abc"].GroupwiseRewardModel)
+    rewards = flow_factory_host(model, [sample(red) for red in REDS])
+    assert order(rewards) == BETTER and rewards.sum().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_flow_factory_hands_its_device_on(flow_factory):
+    there = SimpleNamespace(device=torch.device("cuda", 2))
+    for cls in (flow_factory.ListenerGroupwise, flow_factory.ListenerPointwise):
+        assert cls(config("tiny"), there).reward._device == "cuda:2"
+
+
+def test_flow_factory_groupwise_stops_at_a_group_of_one(FakeJudge, flow_factory):
+    with pytest.raises(InputError, match="one image"):
+        flow_factory_host(flow_factory.ListenerGroupwise(config(FakeJudge()), HERE), [sample(3)])
+
+
+def test_flow_factory_pointwise_scores_a_sample_alike_in_every_batch(FakeJudge, flow_factory):
+    model = flow_factory.ListenerPointwise(config(FakeJudge(), judge_options={"reference": REFERENCE}), HERE)
+    together = flow_factory_host(model, [sample(red) for red in REDS])
+    alone = [flow_factory_host(model, [sample(red)]).item() for red in REDS]
+    assert together.tolist() == pytest.approx(alone, abs=1e-6) and order(together) == BETTER
+
+
+def test_flow_factory_videos(FakeJudge, flow_factory):
+    model = flow_factory.ListenerGroupwise(config(FakeJudge(), video=True), HERE)
+    assert set(model.required_fields) == {"prompt", "video"}
+    videos = [[Image.new("RGB", (4, 4), (red, 0, 0))] * 5 for red in REDS]
+    assert order(flow_factory_host(model, [sample(video=video) for video in videos])) == BETTER
+
+
+BAD_SAMPLES: dict[str, Any] = {
+    "no image": sample(),
+    "image and video": sample(3, video=[Image.new("RGB", (4, 4))]),
+    "empty prompt": sample(3, ""),
+    "blank prompt": sample(3, "\n"),
+    "no prompt": sample(3, None),
+    "prompt of another type": sample(3, 5),
+    "NaN pixels": sample(image=torch.full((3, 4, 4), float("nan"))),
+    "wrong range": sample(image=torch.full((3, 4, 4), 255.0)),
+    "wrong shape": sample(image=torch.zeros(7, 7, 7)),
+    "a path that is not there": sample(image="no/such/file.png"),
+    "integers": sample(image=torch.zeros(3, 4, 4, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+@pytest.mark.parametrize("cls", ["ListenerPointwise", "ListenerGroupwise"])
+def test_flow_factory_stops_on_bad_input(FakeJudge, flow_factory, name, cls):
+    model = getattr(flow_factory, cls)(config(FakeJudge()), HERE)
+    batch = [BAD_SAMPLES[name]] * 2 if name in ("no image", "image and video") else [sample(1), BAD_SAMPLES[name]]
+    with pytest.raises((*ERRORS, TypeError)):
+        flow_factory_host(model, batch)
+
+
+def test_flow_factory_stops_where_the_judge_breaks(FakeJudge, flow_factory):
+    for cls in (flow_factory.ListenerPointwise, flow_factory.ListenerGroupwise):
+        for options in ({}, {"on_failure": "nan"}):
+            model = cls(config(broken(FakeJudge), judge_options=options), HERE)
+            with pytest.raises(JudgeError):
+                flow_factory_host(model, [sample(red) for red in REDS])
+
+
+def test_flow_factory_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flow_factory", None)
+    monkeypatch.delitem(sys.modules, "listener_reward.integrations.flow_factory", raising=False)
+    with pytest.raises(MissingExtraError, match="pip install"):
+        importlib.import_module("listener_reward.integrations.flow_factory")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its RemoteRewardClient
+
+
+def hangs_up(url: str, body: dict) -> None:
+    """A client that sends a request and loses patience."""
+    import socket
+
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /compute HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        time.sleep(0.2)
+
+
+def test_flow_factory_request_that_is_sent_again_counts_once_and_an_equal_one_twice(FakeJudge):
+    judge = FakeJudge()
+    body = {"prompt": ["a"], "image": [b64(png(7))], "video": None, "condition_images": None, "kwargs": None}
+    with serving(GroupCollector(ListenerReward(judge, scheme="group"), 3, timeout=20)) as url:
+        hangs_up(url, body)
+        with ThreadPoolExecutor(3) as clients:
+            # One sends again, another process has the very same image; the group is full with the third.
+            equal = [clients.submit(http, f"{url}/compute", body) for _ in range(2)]
+            time.sleep(0.2)
+            assert judge.calls == [], "the first client's image was counted twice"
+            third = clients.submit(http, f"{url}/compute", body | {"image": [b64(png(200))]})
+            rewards = [one.result(10)[1]["rewards"][0] for one in (*equal, third)]
+    assert rewards[0] == rewards[1] < rewards[2] and len(judge.calls) == 1
+
+
+def test_flow_factory_remote_bad_image_keeps_no_neighbour_from_its_group(FakeJudge):
+    judge = FakeJudge()
+    collector = GroupCollector(ListenerReward(judge, scheme="group"), 3, timeout=20)
+    assert compute(collector, {"prompt": ["a", "a"], "image": ["%%%", b64(png(3))]})["kind"] == "input"
+    assert compute(collector, {"prompt": ["a"], "image": [b64(png(9))]})["rewards"][0] > 0
+    assert judge.calls == [[("a", 3, 9)]]
+
+
+def test_flow_factory_remote(FakeJudge):
+    with serving(ListenerReward(FakeJudge())) as url:
+        assert http(f"{url}/health")[0] == 200
+        images = [b64(png(red)) for red in REDS]
+        assert order(flow_factory_client(url, ["a"] * 4, images)) == BETTER
+        assert order(flow_factory_client(url, ["a"] * 4, video=[[image] * 3 for image in images])) == BETTER
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt": ["a"]},
+        {"prompt": ["a", ""]},
+        {"prompt": ["a", None]},
+        {"prompt": "aa"},
+        {"prompt": None},
+        {"image": [b64(png(11)), "%%%"]},
+        {"image": [b64(png(11)), b64(png(11)[:40])]},
+        {"image": [b64(png(11)), None]},
+        {"image": b64(png(11))},
+        {"image": None},
+        {"video": [[b64(png(11))]] * 2},
+        {"image": [b64(png(11)), []]},
+    ],
+)
+def test_flow_factory_remote_stops_on_bad_input(FakeJudge, bad):
+    body = {"prompt": ["a", "a"], "image": [b64(png(11)), b64(png(12))], "video": None} | bad
+    reply = compute(ListenerReward(FakeJudge()), body)
+    assert reply["rewards"] is None and reply["kind"] == "input" and reply["error"]
+    with serving(ListenerReward(FakeJudge())) as url, pytest.raises(RuntimeError, match="Server error"):
+        flow_factory_client(url, body["prompt"], body["image"], body["video"])
+
+
+def test_flow_factory_remote_stops_where_the_judge_breaks(FakeJudge):
+    for policy in ("raise", "nan"):
+        reward = ListenerReward(broken(FakeJudge), scheme="group", on_failure=policy)
+        with serving(reward) as url, pytest.raises(RuntimeError, match="broke"):
+            flow_factory_client(url, ["a"] * 4, [b64(png(red)) for red in REDS])
