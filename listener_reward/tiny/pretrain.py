@@ -58,7 +58,7 @@ FINISH = {"steps": 300, "batch": 32, "rate": 7e-4}
 """The four stages, in this order."""
 
 LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
-TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.25}
+TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.4}
 """What the judge learns between the base and GRPO. Half of each batch is drawn, half generated. A share of the prompts
 and one of the thoughts are littered with words that mean nothing there, which must not move the answer."""
 
@@ -80,7 +80,7 @@ KEY_WORDS = ("right", "wrong")
 STRAY = tuple(sorted(word for word in build_tokenizer().get_vocab() if word.isalnum() or word in ".:,?"))
 """The words that `litter` strews."""
 
-CALIBRATION: dict[str, Any] = {"data": "tiny:id", "limit": 3000, "seed": 1}
+CALIBRATION: dict[str, Any] = {"data": "tiny:id", "limit": 6000, "seed": 1}
 """The pairs whose votes calibrate the judge. Evaluations draw theirs with seed 0 unless told otherwise."""
 
 BASE = {"error": 0.55, "whim": 0.45, "taste": 0.8}
@@ -256,10 +256,25 @@ def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def litter(text: str, rng: random.Random) -> str:
-    """`text` with 1 to 40 words before or after it: any of the tokenizer's, and others, which are all one to it."""
+    """`text` with 1 to 40 words before or after it, which say nothing about it.
+
+    They are any of the tokenizer's words, and others, which are all one to it; or one word again and again; or a piece
+    of another chat: of a question, a description, a verdict, an answer.
+    """
     count = round(math.exp(rng.uniform(0, math.log(40))))
-    words = " ".join(rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count))
-    return f"{words} {text}" if rng.random() < 0.5 else f"{text} {words}"
+    kind = rng.choice(("any", "any", "one", "chat"))
+    if kind == "chat":
+        pair = sample_pair(rng, cue=0.5, error=rng.choice(ERRORS))
+        thought, answer = reasoner_example(pair, rng, error=0.5, whim=0.5)
+        asked = QUESTION.format(first="", second="", prompt=pair.wording)
+        chat = f"{asked} assistant {thought} {answer} user".split()
+        start = rng.randrange(len(chat))
+        words = chat[start : start + count]
+    elif kind == "one":
+        words = [rng.choice(STRAY)] * count
+    else:
+        words = [rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count)]
+    return " ".join([*words, text] if rng.random() < 0.5 else [text, *words])
 
 
 def _pairs(rng: random.Random, n: int) -> list[TinyPair]:
@@ -444,7 +459,7 @@ which is seeded and takes about an hour on two cores.
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
 reading that model's thoughts, and the expected calibration error. `generated` are pictures by the tiny diffusion model.
-The judge is calibrated, in distribution, on votes about 3,000 other pairs. With 400 pairs an ECE is too high by chance;
+The judge is calibrated, in distribution, on votes about 6,000 other pairs. With 400 pairs an ECE is too high by chance;
 docs/judging.md has it for 3,000.
 
 | model | split | accuracy | contradicted | malformed | its listener | ece |
