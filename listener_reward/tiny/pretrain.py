@@ -58,7 +58,7 @@ FINISH = {"steps": 300, "batch": 32, "rate": 7e-4}
 """The four stages, in this order."""
 
 LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
-TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.4}
+TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.25}
 """What the judge learns between the base and GRPO. Half of each batch is drawn, half generated. A share of the prompts
 and one of the thoughts are littered with words that mean nothing there, which must not move the answer."""
 
@@ -256,25 +256,10 @@ def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def litter(text: str, rng: random.Random) -> str:
-    """`text` with 1 to 40 words before or after it, which say nothing about it.
-
-    They are any of the tokenizer's words, and others, which are all one to it; or one word again and again; or a piece
-    of another chat: of a question, a description, a verdict, an answer.
-    """
+    """`text` with 1 to 40 words before or after it: any of the tokenizer's, and others, which are all one to it."""
     count = round(math.exp(rng.uniform(0, math.log(40))))
-    kind = rng.choice(("any", "any", "one", "chat"))
-    if kind == "chat":
-        pair = sample_pair(rng, cue=0.5, error=rng.choice(ERRORS))
-        thought, answer = reasoner_example(pair, rng, error=0.5, whim=0.5)
-        asked = QUESTION.format(first="", second="", prompt=pair.wording)
-        chat = f"{asked} assistant {thought} {answer} user".split()
-        start = rng.randrange(len(chat))
-        words = chat[start : start + count]
-    elif kind == "one":
-        words = [rng.choice(STRAY)] * count
-    else:
-        words = [rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count)]
-    return " ".join([*words, text] if rng.random() < 0.5 else [text, *words])
+    words = " ".join(rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count))
+    return f"{words} {text}" if rng.random() < 0.5 else f"{text} {words}"
 
 
 def _pairs(rng: random.Random, n: int) -> list[TinyPair]:
