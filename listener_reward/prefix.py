@@ -321,8 +321,9 @@ class Layout:
         """The mask (C, P + C) of one continuation: what follows a prompt of P tokens."""
         long, short = self.longest
         if dtype not in self._tails:
-            allowed = torch.ones(short, long + short, dtype=torch.bool).tril(long)
-            self._tails[dtype] = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+            hidden = torch.ones(short, long + short, dtype=torch.bool, device=self.device).triu(long + 1)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
+            self._tails[dtype] = mask.masked_fill_(hidden, float("-inf"))
         return self._tails[dtype][:length, long - prompt : long + length]
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -376,13 +377,11 @@ class Layout:
         """What continuations may see of [prompt | themselves]: additive, (N or 1, 1, times * C, P + C)."""
         if dtype not in self._masks:
             long, short = self.longest
-            own = torch.ones(short, short, dtype=torch.bool, device=self.device).tril()
-            seen = torch.ones(1, short, long, dtype=torch.bool, device=self.device)
+            mask = self._tail(dtype, long, short)[None, None]
             if min(self.prefixes) < long:
                 lengths = torch.tensor(self.prefixes, device=self.device)[self.owner]
-                seen = (torch.arange(long, device=self.device) < lengths[:, None, None]).expand(-1, short, -1)
-            allowed = torch.cat([seen, own.expand(len(seen), -1, -1)], dim=-1)[:, None]
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, float("-inf"))
+                hidden = torch.arange(long, device=self.device) >= lengths[:, None, None, None]
+                mask = mask.masked_fill(pad(hidden, (0, short)), float("-inf"))
             self._masks[dtype] = mask.repeat(1, 1, times, 1)
         return self._masks[dtype]
 
