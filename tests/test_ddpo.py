@@ -45,19 +45,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., DDPOConfig]:
     def make(family: str = "sd15", *, guided: bool = False, **fields: Any) -> DDPOConfig:
-        short = {
-            "output_dir": str(tmp_path / "run"),
-            "epochs": 1,
-            "num_inference_steps": 3,
-            "call": tiny.FAMILIES[family].call(guided),
-            "window": (0.0, 1.0),
-            "prompts_per_epoch": 1,
-            "images_per_prompt": 4,
-            "batch_size": 2,
-            "lora_rank": 2,
-            "sample_every": 0,
-        }
-        return DDPOConfig(**(short | fields))
+        return DDPOConfig(**({"output_dir": str(tmp_path / "run")} | tiny.short_run(family, guided) | fields))
 
     return make
 

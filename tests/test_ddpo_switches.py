@@ -42,21 +42,9 @@ def make(tmp_path: Path) -> MakeTrainer:
 
     def make(reward: Any = redness, family: str = "sd3", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
         runs.append(reward)
-        short = {
-            "output_dir": str(tmp_path / f"run-{len(runs)}"),
-            "epochs": 1,
-            "num_inference_steps": 3,
-            "call": tiny.FAMILIES[family].call(False),
-            "window": (0.0, 1.0),
-            "prompts_per_epoch": 1,
-            "images_per_prompt": 4,
-            "batch_size": 2,
-            "lora_rank": 2,
-            "kl": 0.0,
-            "sample_every": 0,
-            "save_every": 99,
-        }
-        return DDPOTrainer(tiny.build(family, dtype), reward, PROMPTS, DDPOConfig(**(short | fields)))
+        own = {"output_dir": str(tmp_path / f"run-{len(runs)}"), "kl": 0.0, "save_every": 99}
+        config = DDPOConfig(**(tiny.short_run(family) | own | fields))
+        return DDPOTrainer(tiny.build(family, dtype), reward, PROMPTS, config)
 
     return make
 
