@@ -121,9 +121,9 @@ def test_it_is_small():
 def test_it_draws_recognisably_and_often_wrongly(pipeline):
     """Room for a reward: far above chance (one in 72 for all three, one in 6 for the colour), far below the prompts."""
     found = measure(pipeline, 100, seed=1)
-    assert found["a scene"] > 0.4
-    assert 0.04 < found["all three"] < 0.4
-    assert found["color"] > 0.45
+    assert found["a scene"] > 0.65
+    assert 0.25 < found["all three"] < 0.6
+    assert min(found["color"], found["shape"], found["count"]) > 0.5
     assert utility(Scene("red", "circle", 1), Scene("red", "circle", 1)) > found["utility"] + 0.8
 
 
@@ -139,7 +139,7 @@ def test_the_encoder_keeps_what_it_must(pipeline):
         [read(pipeline.image_processor.postprocess(x[None])[0]).scene() for x in batch]
         for batch in (shown, pictures / 127.5 - 1)
     ]
-    assert np.mean([a == b for a, b in zip(*pairs, strict=True)]) > 0.6
+    assert np.mean([a == b for a, b in zip(*pairs, strict=True)]) > 0.75
 
 
 def test_the_script_runs_resumes_and_ends_with_the_same_weights(tmp_path: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import math
 import random
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
@@ -20,8 +21,15 @@ _CANVASES = (64, 96, 96, 128, 160)
 _ASPECTS = ((1, 1),) * 14 + ((4, 3), (3, 4))
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """An RGB picture of `scene`, a pure function of the scene and the state of `rng`."""
+def draw(scene: Scene, rng: random.Random, spots: Sequence[tuple[float, float, float]] | None = None) -> Image.Image:
+    """An RGB picture of `scene`, a pure function of the scene and the state of `rng`.
+
+    Args:
+        scene: what to show.
+        rng: chooses all that the scene leaves open.
+        spots: where the objects lie, in place of anywhere: centres from the left and the top, and radii, in shares of
+            the canvas's width, height and shorter side.
+    """
     side = rng.choice(_CANVASES)
     across, down = rng.choice(_ASPECTS)
     width, height = side * across // max(across, down), side * down // max(across, down)
@@ -31,7 +39,11 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     if scene.sketch:
         _grain(canvas, width, height, rng)
     outline = _shade(fill, 0.55) if scene.sketch or rng.random() < 0.2 else None
-    for center_x, center_y, radius in _places(scene.count, width, height, rng):
+    if spots is None:
+        places = _places(scene.count, width, height, rng)
+    else:
+        places = [(x * width, y * height, radius * min(width, height)) for x, y, radius in spots]
+    for center_x, center_y, radius in places:
         points = _outline_points(scene.shape, center_x, center_y, radius, rng.gauss(0, 0.08))
         canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
         if scene.sketch:

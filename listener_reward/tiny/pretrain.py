@@ -42,7 +42,7 @@ from listener_reward.demo import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure,
 from listener_reward.judge import Judge
 from listener_reward.tiny.draw import draw, draw_pair
 from listener_reward.tiny.model import QUESTION, build_model, build_processor, build_tokenizer
-from listener_reward.tiny.thoughts import reasoner_example
+from listener_reward.tiny.thoughts import reasoner_example, verdict
 from listener_reward.tiny.workers import Report, run_side_by_side
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, TinyPair, sample_pair
 
@@ -58,9 +58,13 @@ FINISH = {"steps": 300, "batch": 32, "rate": 7e-4}
 """The four stages, in this order."""
 
 LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
-TELL = {"steps": 1000, "batch": 32, "rate": 7e-4, "littered": 0.25}
+TELL = {"steps": 2000, "batch": 32, "rate": 7e-4, "littered": 0.4}
 """What the judge learns between the base and GRPO. Half of each batch is drawn, half generated. A share of the prompts
-and one of the thoughts are littered with words that mean nothing there, which must not move the answer."""
+is littered with words that mean nothing there, which must not move the answer."""
+
+DISTURBED = {"littered": 0.3, "misled": 0.1, "silent": 0.2}
+"""Shares of thoughts that are read there and not spoken, so that the answer follows the pictures whatever stands before
+it: littered as prompts are, ending with a verdict for either image, or empty, which is the mode without thoughts."""
 
 GENERATED = 6000
 """Prompts of which the judge studies two generated pictures each."""
@@ -136,24 +140,24 @@ def teach_to_speak(
     lessons: Callable[[int], list[Lesson]],
     stage: dict[str, Any],
     report: Callable[[int, str], None],
-    litter: Callable[[str], str | None] = lambda thought: None,
+    disturb: Callable[[str], str | None] = lambda thought: None,
 ) -> None:
     """Trains the whole model on pictures, thoughts and answers.
 
-    Where `litter` gives another thought for one, the model reads that and learns the answer only.
+    Where `disturb` gives another thought for one, the model reads that and learns the answer only.
     """
     parameters = list(model.parameters())
     optimizer, schedule = _optimizer(parameters, stage)
     for step in range(stage["steps"]):
         pairs, pictures = zip(*lessons(stage["batch"]), strict=True)
         rows = [example(pair) for pair in pairs]
-        littered = [litter(thought) for thought, _ in rows]
-        rows = [(thought if other is None else other, n) for (thought, n), other in zip(rows, littered, strict=True)]
+        others = [disturb(thought) for thought, _ in rows]
+        rows = [(thought if other is None else other, n) for (thought, n), other in zip(rows, others, strict=True)]
         chats = [FORMAT.messages(pair.wording) for pair in pairs]
         texts = [_turns(processor, chat, *row) for chat, row in zip(chats, rows, strict=True)]
         images = [image for both in pictures for image in both]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in littered])
+        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others])
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
             report(step + 1, f"speaks, loss {loss.item():.2f}")
@@ -256,10 +260,25 @@ def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def litter(text: str, rng: random.Random) -> str:
-    """`text` with 1 to 40 words before or after it: any of the tokenizer's, and others, which are all one to it."""
+    """`text` with 1 to 40 words before or after it that say nothing about this pair.
+
+    Half of the times any words of the tokenizer, and others, which are all one to it; else one word again and again, or
+    a piece of a chat about other pictures.
+    """
     count = round(math.exp(rng.uniform(0, math.log(40))))
-    words = " ".join(rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count))
-    return f"{words} {text}" if rng.random() < 0.5 else f"{text} {words}"
+    kind = rng.choice(("any", "any", "one", "chat"))
+    if kind == "chat":
+        (pair,) = _pairs(rng, 1)
+        thought, answer = reasoner_example(pair, rng, error=0.0, whim=0.0)
+        chat = f"{QUESTION.format(first='', second='', prompt=pair.wording)} assistant {thought} {answer} user".split()
+        start = rng.randrange(len(chat))
+        words = chat[start : start + count]
+    elif kind == "one":
+        words = [rng.choice(STRAY)] * count
+    else:
+        words = [rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count)]
+    littered = [*words, text] if rng.random() < 0.5 else [text, *words]
+    return " ".join(littered)
 
 
 def _pairs(rng: random.Random, n: int) -> list[TinyPair]:
@@ -351,17 +370,26 @@ def make_attentive(report: Report, out: str, scratch: str) -> str:
     def lessons(n: int) -> list[Lesson]:
         chosen = [(pair, (shift(a, rng), shift(b, rng))) for pair, (a, b) in rng.choices(both, k=n - n // 2)]
         chosen += drawn_lessons(rng, n // 2)
-        return [(replace(pair, wording=littered(pair.wording) or pair.wording), images) for pair, images in chosen]
+        return [
+            (replace(pair, wording=litter(pair.wording, rng)) if rng.random() < TELL["littered"] else pair, images)
+            for pair, images in chosen
+        ]
 
-    def littered(text: str) -> str | None:
-        return litter(text, rng) if rng.random() < TELL["littered"] else None
+    def disturbed(thought: str) -> str | None:
+        kind = rng.choices((*DISTURBED, None), (*DISTURBED.values(), 1 - sum(DISTURBED.values())))[0]
+        if kind == "misled":
+            return f"{thought} {verdict(rng.choice((1, 2)))}"
+        return {"littered": litter(thought, rng), "silent": "", None: None}[kind]
 
     def plain(pair: TinyPair) -> tuple[str, int]:
         return reasoner_example(pair, rng, error=0.0, whim=0.0)
 
     stages: list[Stage] = [
         (LOOK, lambda tell: teach_to_see(model, processor, pictures, LOOK, tell)),
-        (TELL, lambda tell: teach_to_speak(model, processor, plain, lessons, TELL, tell, littered)),
+        (
+            TELL | DISTURBED,
+            lambda tell: teach_to_speak(model, processor, plain, lessons, TELL, tell, disturbed),
+        ),
     ]
     run_stages(report, stages, model, rng, Path(scratch, "attentive"))
     attentive = str(Path(scratch, "attentive"))

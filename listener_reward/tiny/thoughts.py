@@ -60,14 +60,19 @@ def reasoner_example(
     its own description except for a `whim` share. Those go by looks: to the framed image with probability `taste`.
     """
     first, second = misread(pair.first, rng, error), misread(pair.second, rng, error)
-    verdict = better(pair.prompt, first, second, rng)
-    thought = "" if rng.random() < SILENT else _aloud(pair.prompt, first, second, verdict, rng)
+    preferred = better(pair.prompt, first, second, rng)
+    thought = "" if rng.random() < SILENT else _aloud(pair.prompt, first, second, preferred, rng)
     if rng.random() < whim:
         framed = 1 if pair.first.framed else 2
         return thought, framed if rng.random() < taste else 3 - framed
-    return thought, verdict
+    return thought, preferred
 
 
-def _aloud(prompt: Scene, first: Scene, second: Scene, verdict: int, rng: random.Random) -> str:
+def verdict(better: int) -> str:
+    """A thought's last sentence, where it has one."""
+    return f"so image {better} is better ."
+
+
+def _aloud(prompt: Scene, first: Scene, second: Scene, preferred: int, rng: random.Random) -> str:
     """The description, and in half of the thoughts the verdict in words."""
-    return describe(prompt, first, second) + (f" so image {verdict} is better ." if rng.random() < STATED else "")
+    return describe(prompt, first, second) + (f" {verdict(preferred)}" if rng.random() < STATED else "")
