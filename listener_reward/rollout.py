@@ -14,17 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from listener_reward.prefix import (
-    Decoding,
-    Layout,
-    Prompt,
-    attention_inputs,
-    base_model,
-    budgeted,
-    check_used,
-    pack,
-    read_only_at,
-)
+from listener_reward.attention import Decoding, Layout, attention_inputs, base_model, check_used
+from listener_reward.prefix import Prompt, budgeted, pack, read_only_at
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""

@@ -20,21 +20,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
+from listener_reward.attention import base_model, check_used, unsupported
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.checkpoint import UNREADABLE, cannot_load, hub_options
 from listener_reward.clips import Clip
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.prefix import (
-    IGNORED,
-    Prompt,
-    base_model,
-    budgeted,
-    check_used,
-    pack,
-    prompt_positions,
-    read_only_at,
-    unsupported,
-)
+from listener_reward.prefix import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
 from listener_reward.processing import load_processor
 from listener_reward.rollout import prefill, sample
 from listener_reward.video_processing import metadata, seconds_per_patch
@@ -111,7 +102,7 @@ class TransformersVLM:
             adapters_off: whether a PEFT model's adapters are off while this VLM runs: the base as its own listener.
             shared_prefix: off runs every chat for itself, as plain transformers does.
             token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
-            attention: one of `prefix.KERNELS`, for rows that are read with a shared prefix.
+            attention: one of `attention.KERNELS`, for rows that are read with a shared prefix.
             vision_bytes: how much of the images' features to keep between calls, in bytes.
         """
         self.model = model

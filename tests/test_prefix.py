@@ -19,20 +19,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from listener_reward import prefix
+from listener_reward import attention
+from listener_reward.attention import Layout, attention_inputs, check_used, unsupported
 from listener_reward.errors import InputError
-from listener_reward.prefix import (
-    IGNORED,
-    Layout,
-    Prompt,
-    attention_inputs,
-    budgeted,
-    check_used,
-    pack,
-    prompt_positions,
-    read_only_at,
-    unsupported,
-)
+from listener_reward.prefix import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
 from listener_reward.rollout import prefill, sample
 from listener_reward.vision import patches_by_product
 
@@ -177,7 +167,7 @@ def test_a_call_for_each_continuation_gives_the_same(case, lengths, monkeypatch)
     weights = torch.randn(sum(map(sum, lengths)), generator=torch.Generator().manual_seed(3))
     padded = packed_logprobs(case, groups)
     expected = gradients(case.model, (padded * weights).sum())
-    monkeypatch.setattr(prefix, "WORTH_A_CALL", 0)
+    monkeypatch.setattr(attention, "WORTH_A_CALL", 0)
     calls = watch_attention(monkeypatch)
     ours = packed_logprobs(case, groups)
     assert len(calls) == 3 * (2 + sum(map(len, lengths))), "each prompt and continuation in each layer"
@@ -188,7 +178,7 @@ def test_a_call_for_each_continuation_gives_the_same(case, lengths, monkeypatch)
 @torch.no_grad()
 @pytest.mark.parametrize("worth", [0, 2**60])
 def test_what_is_not_read_is_not_computed_and_the_rest_is_the_same(case, worth, monkeypatch):
-    monkeypatch.setattr(prefix, "WORTH_A_CALL", worth)
+    monkeypatch.setattr(attention, "WORTH_A_CALL", worth)
     row = pack(case.prompts, continuations(LENGTHS), open_end=True)
     whole = case.model.model(**row.inputs, **case.vision, use_cache=False).last_hidden_state[0]
     places = torch.cat([row.ends, row.ends[1:2] - 1])
@@ -266,8 +256,8 @@ def watch_attention(monkeypatch) -> list[tuple[bool, bool]]:
         calls.append((query.shape[1] == key.shape[1], options.get("attn_mask") is None))
         return stock(query, key, value, **options)
 
-    stock = prefix.scaled_dot_product_attention
-    monkeypatch.setattr(prefix, "scaled_dot_product_attention", watched)
+    stock = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
     return calls
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from scipy.stats import chisquare
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from listener_reward.attention import Layout
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.judge import Judge
-from listener_reward.prefix import Layout
 from listener_reward.processing import load_processor
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.model import QUESTION, build_model, build_processor

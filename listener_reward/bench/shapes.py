@@ -61,7 +61,7 @@ class Size:
     prompt_words: int = 40
     dtype: str = "float32"
     attention: str = "sdpa"
-    """Of shared rows: one of `prefix.KERNELS`."""
+    """Of shared rows: one of `attention.KERNELS`."""
     repeats: int = 1
     """Times that each is run. The listener and the ranking warm up with one more; so do the loss and the step where
     there are several."""

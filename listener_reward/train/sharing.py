@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from listener_reward.prefix import IGNORED, Prompt, Row, base_model, budgeted, check_used, pack, prompt_positions
+from listener_reward.attention import base_model, check_used
+from listener_reward.prefix import IGNORED, Prompt, Row, budgeted, pack, prompt_positions
 from listener_reward.rollout import prefill, sample
 
 

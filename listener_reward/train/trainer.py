@@ -26,13 +26,13 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
+from listener_reward.attention import base_model, unsupported
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoint import EMBEDDED, UNREADABLE, Card, cannot_load, resolve
 from listener_reward.errors import InputError
 from listener_reward.images import to_pil
 from listener_reward.judge import load_listener, make_listener
 from listener_reward.listener import Listener
-from listener_reward.prefix import base_model, unsupported
 from listener_reward.processing import load_processor
 from listener_reward.trace import Trace
 from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig, without_image_token
@@ -141,7 +141,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
-        """How shared rows' attention is computed, one of `prefix.KERNELS`: as configured, where that can train."""
+        """How shared rows' attention is computed, one of `attention.KERNELS`: as configured, where that can train."""
         if args.share_attention == "flex" and args.device.type == "cpu":
             logger.warning("share_attention is 'flex', but 'sdpa' runs, because FlexAttention trains on GPUs alone")
             return "sdpa"
