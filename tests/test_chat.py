@@ -194,6 +194,12 @@ def test_unpaired_surrogates_become_question_marks():
     assert neutralise("fox \ud83e den", {"<x>"}) == "fox ? den"
 
 
+def test_control_characters_become_spaces_and_hide_no_token():
+    assert neutralise("a\0b\x1b[2Kc\x7f\x9bd", set()) == "a b [2Kc  d"
+    assert neutralise("one\ttwo\r\nthree", set()) == "one\ttwo\r\nthree"
+    assert neutralise("<\x08x>", {"< x>"}) == "<  x>"
+
+
 def test_overlapping_tokens_are_all_broken():
     assert neutralise("ababab", {"aba"}) == "a ba bab"
     assert neutralise("<<<<", {"<<"}) == "< < < <"

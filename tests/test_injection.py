@@ -376,9 +376,10 @@ def test_an_attack_in_a_prompt_does_no_more_than_neutral_text(bench):
 
 
 @pytest.mark.parametrize(("masking", "listener_moved"), [("answer", True), ("verdict", False)])
-def test_the_comparison_finds_a_text_that_does_more_and_masking_stops_it(masking, listener_moved):
-    """A verdict in words moves who reads it; with masking="verdict" the listener does not."""
+def test_the_comparison_finds_a_text_that_does_more_and_masking_stops_a_verdict(masking, listener_moved):
+    """A false description moves who reads it; a verdict in words does not reach a listener with masking="verdict"."""
     bench = Bench(8, masking=masking)
-    rows = bench.rows({"a verdict": AGAINST_ITSELF["a verdict"]}, partial(bench.in_thoughts, at="end"), 4)
-    assert winners(rows) == ["a verdict"]
+    texts = {name: AGAINST_ITSELF[name] for name in ("a verdict", "a false description")}
+    rows = bench.rows(texts, partial(bench.in_thoughts, at="end"), 4)
+    assert winners(rows) == ["a false description"]
     assert rows[0].attack.heard > 0.1 if listener_moved else rows[0].attack.heard == 0
