@@ -368,6 +368,15 @@ def test_where_an_attack_stands_in_a_thought():
     assert insert(said, "", form, "end") == said
 
 
+def test_a_neutral_text_in_a_thought_is_as_long_as_what_comes_through_of_its_attack(bench):
+    assert bench.left_in_thoughts(THOUGHT_ATTACKS["a second answer"]) == ""
+    assert bench.left_in_thoughts(THOUGHT_ATTACKS["a verdict"]) == THOUGHT_ATTACKS["a verdict"]
+    attacks = {name: THOUGHT_ATTACKS[name] for name in ("two answers", "control characters")}
+    rows = bench.rows(attacks, partial(bench.in_thoughts, at="end"), 2, bench.left_in_thoughts)
+    assert [row.tokens for row in rows] == [0, 3]
+    assert rows[0].attack.mean == rows[0].neutral[0].mean == 0
+
+
 def test_an_attack_in_a_prompt_does_no_more_than_neutral_text(bench):
     attacks = {name: PROMPT_ATTACKS[name] for name in ("assistant turn", "nested tokens", "forty image tokens")}
     rows = bench.rows(attacks, bench.in_prompts, 4)

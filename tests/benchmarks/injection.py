@@ -255,13 +255,26 @@ class Bench:
             float(np.mean([view.p_own for views in answers for view in views])),
         )
 
-    def rows(self, attacks: dict[str, str], run: Callable[[str], Outcome], texts: int) -> list[Row]:
+    def left_in_thoughts(self, text: str) -> str:
+        """`text` without the tags, which no thought can hold: all of it that a model will see there."""
+        chat_format = self.judge.card.format
+        nothing = f"{chat_format.answer_slot('')}{chat_format.labels[0]}{chat_format.answer[1]}"
+        return parse(insert(nothing, text, chat_format, at="end"), chat_format).thought
+
+    def rows(
+        self,
+        attacks: dict[str, str],
+        run: Callable[[str], Outcome],
+        texts: int,
+        left: Callable[[str], str] = lambda text: text,
+    ) -> list[Row]:
+        """What each attack and `texts` neutral texts change; `left` is what of an attack comes through to the model."""
         clean = run("")
         found = []
         for name, attack in track(attacks.items(), f"{len(attacks)} attacks"):
-            neutral = [neutral_text(attack, self.judge, seed) for seed in range(texts)]
+            neutral = [neutral_text(left(attack), self.judge, seed) for seed in range(texts)]
             change, *others = (Change.between(run(text), clean) for text in (attack, *neutral))
-            found.append(Row(name, len(as_read(attack, self.judge)), change, others))
+            found.append(Row(name, len(as_read(left(attack), self.judge)), change, others))
         return found
 
 
@@ -312,11 +325,11 @@ def main() -> None:
     for at in ("start", "end") if "thought" in args.tables else ():
         show(
             f"At the {at} of the thought",
-            bench.rows(THOUGHT_ATTACKS, partial(bench.in_thoughts, at=at), args.texts),
+            bench.rows(THOUGHT_ATTACKS, partial(bench.in_thoughts, at=at), args.texts, bench.left_in_thoughts),
         )
     for masking in ("answer", "verdict") if "itself" in args.tables else ():
         bench = Bench(args.pairs, masking=masking)
-        rows = bench.rows(AGAINST_ITSELF, partial(bench.in_thoughts, at="end"), args.texts)
+        rows = bench.rows(AGAINST_ITSELF, partial(bench.in_thoughts, at="end"), args.texts, bench.left_in_thoughts)
         show(f'The reasoner against its own answer, masking="{masking}"', rows)
 
 
