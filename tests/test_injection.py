@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -369,17 +368,17 @@ def test_where_an_attack_stands_in_a_thought():
 
 
 def test_a_neutral_text_in_a_thought_is_as_long_as_what_comes_through_of_its_attack(bench):
-    assert bench.left_in_thoughts(THOUGHT_ATTACKS["a second answer"]) == ""
-    assert bench.left_in_thoughts(THOUGHT_ATTACKS["a verdict"]) == THOUGHT_ATTACKS["a verdict"]
+    assert bench.left_of(THOUGHT_ATTACKS["a second answer"], "end") == ""
+    assert bench.left_of(THOUGHT_ATTACKS["a verdict"], "end") == THOUGHT_ATTACKS["a verdict"]
     attacks = {name: THOUGHT_ATTACKS[name] for name in ("two answers", "control characters")}
-    rows = bench.rows(attacks, partial(bench.in_thoughts, at="end"), 2, bench.left_in_thoughts)
+    rows = bench.rows(attacks, 2, "end")
     assert [row.tokens for row in rows] == [0, 3]
     assert rows[0].attack.mean == rows[0].neutral[0].mean == 0
 
 
 def test_an_attack_in_a_prompt_does_no_more_than_neutral_text(bench):
     attacks = {name: PROMPT_ATTACKS[name] for name in ("assistant turn", "nested tokens", "forty image tokens")}
-    rows = bench.rows(attacks, bench.in_prompts, 4)
+    rows = bench.rows(attacks, 4, "prompt")
     assert winners(rows) == []
     assert all(row.attack.mean > 0 for row in rows)
 
@@ -389,6 +388,6 @@ def test_the_comparison_finds_a_text_that_does_more_and_masking_stops_a_verdict(
     """A false description moves who reads it; a verdict in words does not reach a listener with masking="verdict"."""
     bench = Bench(8, masking=masking)
     texts = {name: AGAINST_ITSELF[name] for name in ("a verdict", "a false description")}
-    rows = bench.rows(texts, partial(bench.in_thoughts, at="end"), 4)
+    rows = bench.rows(texts, 4, "end")
     assert winners(rows) == ["a false description"]
     assert rows[0].attack.heard > 0.1 if listener_moved else rows[0].attack.heard == 0

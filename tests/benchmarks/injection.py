@@ -130,6 +130,9 @@ HARMLESS = (
 
 TABLES = ("prompt", "thought", "itself")
 
+Place = Literal["prompt", "start", "end"]
+"""Where a text is put: at the end of the prompt, or at the start or the end of the thought."""
+
 
 class Tampered(TransformersVLM):
     """The judge's model. What it once thought about a question it says again, with `edit` done to it."""
@@ -239,10 +242,10 @@ class Bench:
         assert self.tampered.listener is not None
         self.tampered.listener.masking = masking
 
-    def in_prompts(self, text: str) -> Outcome:
-        return self._judged(self.judge, [f"{prompt} {text}" if text else prompt for prompt in self.prompts])
-
-    def in_thoughts(self, text: str, *, at: Literal["start", "end"]) -> Outcome:
+    def judged_with(self, text: str, at: Place) -> Outcome:
+        """The verdicts with `text` at a place of every chat."""
+        if at == "prompt":
+            return self._judged(self.judge, [f"{prompt} {text}" if text else prompt for prompt in self.prompts])
         self.reasoner.edit = partial(insert, text=text, chat_format=self.judge.card.format, at=at)
         return self._judged(self.tampered, self.prompts)
 
@@ -255,30 +258,27 @@ class Bench:
             float(np.mean([view.p_own for views in answers for view in views])),
         )
 
-    def left_in_thoughts(self, text: str) -> str:
-        """`text` without the tags, which no thought can hold: all of it that a model will see there."""
+    def left_of(self, text: str, at: Place) -> str:
+        """What of `text` comes through to a model: in a thought all but the tags, which no thought can hold."""
+        if at == "prompt":
+            return text
         chat_format = self.judge.card.format
         nothing = f"{chat_format.answer_slot('')}{chat_format.labels[0]}{chat_format.answer[1]}"
-        return parse(insert(nothing, text, chat_format, at="end"), chat_format).thought
+        return parse(insert(nothing, text, chat_format, at), chat_format).thought
 
-    def rows(
-        self,
-        attacks: dict[str, str],
-        run: Callable[[str], Outcome],
-        texts: int,
-        left: Callable[[str], str] = lambda text: text,
-    ) -> list[Row]:
-        """What each attack and `texts` neutral texts change; `left` is what of an attack comes through to the model."""
-        clean = run("")
+    def rows(self, attacks: dict[str, str], texts: int, at: Place) -> list[Row]:
+        """What each attack changes at a place of every chat, and what `texts` neutral texts do."""
+        clean = self.judged_with("", at)
         found = []
         for name, attack in track(attacks.items(), f"{len(attacks)} attacks"):
-            neutral = [neutral_text(left(attack), self.judge, seed) for seed in range(texts)]
-            change, *others = (Change.between(run(text), clean) for text in (attack, *neutral))
-            found.append(Row(name, len(as_read(left(attack), self.judge)), change, others))
+            left = self.left_of(attack, at)
+            neutral = [neutral_text(left, self.judge, seed) for seed in range(texts)]
+            change, *others = (Change.between(self.judged_with(text, at), clean) for text in (attack, *neutral))
+            found.append(Row(name, len(as_read(left, self.judge)), change, others))
         return found
 
 
-def insert(completion: str, text: str, chat_format: ChatFormat, at: Literal["start", "end"]) -> str:
+def insert(completion: str, text: str, chat_format: ChatFormat, at: Place) -> str:
     """`completion` with `text` in its thought, `{other}` filled in; one without the tag has it at its start or end."""
     if not text:
         return completion
@@ -321,15 +321,11 @@ def main() -> None:
     TransformersVLM.told_of_unknown_words = True
     bench = Bench(args.pairs)
     if "prompt" in args.tables:
-        show("At the end of the prompt", bench.rows(PROMPT_ATTACKS, bench.in_prompts, args.texts))
+        show("At the end of the prompt", bench.rows(PROMPT_ATTACKS, args.texts, "prompt"))
     for at in ("start", "end") if "thought" in args.tables else ():
-        show(
-            f"At the {at} of the thought",
-            bench.rows(THOUGHT_ATTACKS, partial(bench.in_thoughts, at=at), args.texts, bench.left_in_thoughts),
-        )
+        show(f"At the {at} of the thought", bench.rows(THOUGHT_ATTACKS, args.texts, at))
     for masking in ("answer", "verdict") if "itself" in args.tables else ():
-        bench = Bench(args.pairs, masking=masking)
-        rows = bench.rows(AGAINST_ITSELF, partial(bench.in_thoughts, at="end"), args.texts, bench.left_in_thoughts)
+        rows = Bench(args.pairs, masking=masking).rows(AGAINST_ITSELF, args.texts, "end")
         show(f'The reasoner against its own answer, masking="{masking}"', rows)
 
 
