@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import markupsafe
+
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def to_number(value: object) -> float | None:
@@ -64,3 +69,20 @@ def to_interval(value: object) -> tuple[float | None, float | None]:
     """Both ends of an interval of shares, or twice None."""
     ends = [to_share(end) for end in to_list(value)]
     return (ends[0], ends[1]) if len(ends) == 2 else (None, None)
+
+
+def to_ends(found: Mapping[str, Any], digits: int, *, percent: bool = False, sign: bool = False) -> str | None:
+    """An interval as text; its ends may be below zero."""
+    ends = [to_decimals(end, digits, percent=percent, sign=sign) for end in to_list(found.get("interval"))]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return None
+    return f"{ends[0]}{' to ' if sign or MINUS in ends[0] else DASH}{ends[1]}"
+
+
+def to_printable(value: object) -> object:
+    """What the template prints for `value`: a dash for nothing, and no character that UTF-8 or HTML refuses."""
+    if value is None or value == "":
+        return DASH
+    if isinstance(value, markupsafe.Markup):
+        return value  # from the template itself (its script), never from a result
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value

@@ -16,8 +16,10 @@ import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
 
-from listener_reward.report import COLUMNS, _cells, _picture, write_report
+from listener_reward.report import write_report
+from listener_reward.report_pairs import picture
 from listener_reward.report_plots import MAX_BANDS, METRICS, _bands, _path, _smooth, _tick_digits, _ticks
+from listener_reward.report_table import COLUMNS, _cells
 from listener_reward.report_values import DASH, MINUS
 from listener_reward.tiny.draw import draw_pair
 from listener_reward.tiny.world import split_pairs
@@ -380,13 +382,13 @@ def test_ranking_ignores_an_order_that_names_no_picture(tmp_path: Path) -> None:
 
 
 def test_pictures_keep_their_pixels_and_only_pictures_pass() -> None:
-    small = _picture(encoded(Image.new("RGB", (96, 64), "red")))
+    small = picture(encoded(Image.new("RGB", (96, 64), "red")))
     assert small is not None and small["pixelated"] and (small["width"], small["height"]) == (96, 64)
-    photo = _picture(encoded(Image.new("RGB", (512, 300)), "JPEG"))
+    photo = picture(encoded(Image.new("RGB", (512, 300)), "JPEG"))
     assert photo is not None and not photo["pixelated"] and photo["source"].startswith("data:image/jpeg;base64,")
     svg = base64.b64encode(b"<svg onload='alert(1)'/>").decode()
     for bad in (None, 3, "", "not base64 !", svg, encoded(Image.new("RGB", (2, 2)), "BMP"), "data:text/html,x"):
-        assert _picture(bad) is None
+        assert picture(bad) is None
 
 
 def card(folder: Path, **changes: Any) -> Page:
