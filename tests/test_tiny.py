@@ -15,7 +15,6 @@ from listener_reward.datasets import load_pairs
 from listener_reward.evaluate import evaluate
 from listener_reward.tiny.draw import draw, draw_pair
 from listener_reward.tiny.model import build_tokenizer
-from listener_reward.tiny.pretrain import litter
 from listener_reward.tiny.thoughts import describe, reasoner_example
 from listener_reward.tiny.world import (
     MIN_GAP,
@@ -104,21 +103,6 @@ def test_objects_lie_where_they_are_put() -> None:
         back = image.getpixel((0, 0))
         for x, y, inside in ((0.25, 0.5, True), (0.75, 0.5, True), (0.5, 0.5, False), (0.25, 0.2, False)):
             assert (image.getpixel((int(x * image.width), int(y * image.height))) != back) == inside
-
-
-def test_litter_leaves_the_text_whole_and_comes_before_or_after_it() -> None:
-    rng = random.Random(0)
-    seen = {"before": 0, "after": 0, "one word": 0, "of a chat": 0}
-    for _ in range(400):
-        littered = litter("the fox", rng)
-        before, after = littered.split("the fox")
-        words = [*before.split(), *after.split()]
-        assert 1 <= len(words) <= 40
-        seen["before"] += bool(before)
-        seen["after"] += bool(after)
-        seen["one word"] += len(words) > 3 and len(set(words)) == 1
-        seen["of a chat"] += "which is better ?" in littered
-    assert min(seen.values()) > 5, seen
 
 
 def test_every_word_of_prompts_and_thoughts_is_known() -> None:

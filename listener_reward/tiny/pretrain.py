@@ -1,13 +1,13 @@
 """Makes the embedded weights: `python -m listener_reward.tiny.pretrain`.
 
-Three models of one architecture, seeded, in about an hour on two cores:
+Three models of one architecture, seeded, in about an hour and a half on two cores:
 
 - `base`: the reasoner that GRPO starts from. Imperfect on purpose, as an instruction-tuned VLM is: its descriptions
   err, and its answer follows its own description only most of the time.
 - `listener`: another seed, whose thoughts are true and whose answers follow from them. It has never read a false
   thought, and would believe one; that it doubts what it would not have written itself is `Listener.grounding`.
-- `judge`: the base, taught to look closely at drawn and at generated pictures, and then trained by listener-shaped GRPO
-  on votes about both; `ListenerReward("tiny")` loads it.
+- `judge`: the base, taught to look closely at drawn and at generated pictures, then trained by listener-shaped GRPO on
+  votes about both, and last taught to be as sure as people are; `ListenerReward("tiny")` loads it.
 
 Each learns as large VLMs do, in stages: the language model reads text alone, until it can tell whether a description
 fits a prompt; the vision tower learns to see with a throw-away classifier, because shapes are slow to be found through
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
@@ -40,11 +39,12 @@ from listener_reward.checkpoint import Card
 from listener_reward.datasets import load_pairs
 from listener_reward.demo import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm
 from listener_reward.judge import Judge
-from listener_reward.tiny.draw import draw, draw_pair
-from listener_reward.tiny.model import QUESTION, build_model, build_processor, build_tokenizer
-from listener_reward.tiny.thoughts import reasoner_example, verdict
+from listener_reward.tiny.generated import samples
+from listener_reward.tiny.lessons import DISTURBED, LITTERED, Lesson, Mixed, any_pairs, drawn_lessons, drawn_pictures
+from listener_reward.tiny.model import QUESTION, build_model, build_processor
+from listener_reward.tiny.thoughts import reasoner_example
 from listener_reward.tiny.workers import Report, run_side_by_side
-from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, TinyPair, sample_pair
+from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, TinyPair, p_prefers_first
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
@@ -57,35 +57,28 @@ SPEAK = {"steps": 400, "batch": 32, "rate": 1e-3}
 FINISH = {"steps": 300, "batch": 32, "rate": 7e-4}
 """The four stages, in this order."""
 
-LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
-TELL = {"steps": 2000, "batch": 32, "rate": 7e-4, "littered": 0.4}
-"""What the judge learns between the base and GRPO. Half of each batch is drawn, half generated. A share of the prompts
-is littered with words that mean nothing there, which must not move the answer."""
-
-DISTURBED = {"littered": 0.3, "misled": 0.1, "silent": 0.2}
-"""Shares of thoughts that are read there and not spoken, so that the answer follows the pictures whatever stands before
-it: littered as prompts are, ending with a verdict for either image, or empty, which is the mode without thoughts."""
-
-GENERATED = 6000
+STUDIED = {"prompts": 6000, "seed": 2}
 """Prompts of which the judge studies two generated pictures each."""
+
+LOOK = {"steps": 4000, "batch": 64, "rate": 1.5e-3}
+TELL = {"steps": 3000, "batch": 32, "rate": 7e-4}
+"""What the judge learns of drawn and generated pictures between the base and GRPO. Some of the thoughts are read there
+and not spoken (`lessons.DISTURBED`), so that the answer follows the pictures whatever stands before it."""
 
 JUDGE = {"steps": 80, "drawn": 1500, "generated": 1500}
 """Its GRPO: half the steps of the demo's, because it begins better, and the pairs of each kind that it sees there."""
 
-SAMPLING_TEMPERATURE = 0.5
-"""Of the judge's thoughts, once it judges: fewer slips than at 1, and several thoughts still differ."""
+WEIGH = {"steps": 2500, "batch": 32, "rate": 5e-4}
+"""And after GRPO, which rewards an answer for being sure: the same lessons again, in which an answer is "1" as often as
+people prefer the first image. How sure the judge is then adds up over pairs, which `Judge.rank` lives on."""
 
-ERRORS = (0.35, 0.35, 1.0)
-"""How often a drawn attribute differs from the prompt's, one of these for each pair. At 1 the picture owes nothing to
-the prompt, so a description cannot be copied from it."""
+SAMPLING_TEMPERATURE = 0.2
+"""Of the judge's thoughts, once it judges: fewer slips than at 1, and several thoughts still differ."""
 
 KEY_WEIGHT = 4.0
 """Weight of the loss on the words that take a comparison: what is wrong with an image, and the answer."""
 
 KEY_WORDS = ("right", "wrong")
-
-STRAY = tuple(sorted(word for word in build_tokenizer().get_vocab() if word.isalnum() or word in ".:,?"))
-"""The words that `litter` strews."""
 
 CALIBRATION: dict[str, Any] = {"data": "tiny:id", "limit": 6000, "seed": 1}
 """The pairs whose votes calibrate the judge. Evaluations draw theirs with seed 0 unless told otherwise."""
@@ -98,7 +91,7 @@ def teach_to_read(model: Any, processor: Any, rng: random.Random, report: Callab
     language = [p for name, p in model.named_parameters() if ".visual." not in name]
     optimizer, schedule = _optimizer(language, READ)
     for step in range(READ["steps"]):
-        rows = [(pair, *reasoner_example(pair, rng, error=0.0, whim=0.0)) for pair in _pairs(rng, READ["batch"])]
+        rows = [(pair, *reasoner_example(pair, rng, error=0.0, whim=0.0)) for pair in any_pairs(rng, READ["batch"])]
         asked = [QUESTION.format(first="", second="", prompt=pair.wording) for pair, _, _ in rows]
         chats = [[{"role": "user", "content": text}] for text in asked]
         texts = [_turns(processor, chat, *row[1:]) for chat, row in zip(chats, rows, strict=True)]
@@ -144,10 +137,12 @@ def teach_to_speak(
     stage: dict[str, Any],
     report: Callable[[int, str], None],
     disturb: Callable[[str], str | None] = lambda thought: None,
+    voters: Callable[[TinyPair], float] | None = None,
 ) -> None:
     """Trains the whole model on pictures, thoughts and answers.
 
-    Where `disturb` gives another thought for one, the model reads that and learns the answer only.
+    Where `disturb` gives another thought for one, the model reads that and learns the answer only. With `voters`, the
+    share of people who prefer the first image, it learns to answer "1" as often as they do.
     """
     parameters = list(model.parameters())
     optimizer, schedule = _optimizer(parameters, stage)
@@ -160,7 +155,8 @@ def teach_to_speak(
         texts = [_turns(processor, chat, *row) for chat, row in zip(chats, rows, strict=True)]
         images = [image for both in pictures for image in both]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others])
+        shares = None if voters is None else [voters(pair) for pair in pairs]
+        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others], shares=shares)
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
             report(step + 1, f"speaks, loss {loss.item():.2f}")
@@ -238,66 +234,23 @@ def save(model: Any, processor: Any, card: Card, out: str | Path) -> None:
     card.save(out)
 
 
-Lesson = tuple[TinyPair, tuple[Image.Image, Image.Image]]
-"""A pair and its pictures."""
-
-
-def drawn_pictures(rng: random.Random, n: int) -> tuple[list[Scene], list[Image.Image]]:
-    """`n` scenes of every kind, and pictures of them."""
-    scenes = [_any_scene(rng) for _ in range(n)]
-    return scenes, [draw(scene, rng) for scene in scenes]
-
-
-def drawn_lessons(rng: random.Random, n: int) -> list[Lesson]:
-    return [(pair, draw_pair(pair)) for pair in _pairs(rng, n)]
-
-
-def shift(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """`picture` a little smaller and elsewhere, and mirrored or not: what it shows stays what it is."""
-    if rng.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    left, top = (rng.randint(0, picture.width // 8) for _ in range(2))
-    right, bottom = (rng.randint(0, picture.width // 8) for _ in range(2))
-    corner: Any = picture.getpixel((0, 0))
-    return ImageOps.expand(picture, (left, top, right, bottom), fill=corner)
-
-
-def litter(text: str, rng: random.Random) -> str:
-    """`text` with 1 to 40 words before or after it that say nothing about this pair.
-
-    Half of the times any words of the tokenizer, and others, which are all one to it; else one word again and again, or
-    a piece of a chat about other pictures.
-    """
-    count = round(math.exp(rng.uniform(0, math.log(40))))
-    kind = rng.choice(("any", "any", "one", "chat"))
-    if kind == "chat":
-        (pair,) = _pairs(rng, 1)
-        thought, answer = reasoner_example(pair, rng, error=0.0, whim=0.0)
-        chat = f"{QUESTION.format(first='', second='', prompt=pair.wording)} assistant {thought} {answer} user".split()
-        start = rng.randrange(len(chat))
-        words = chat[start : start + count]
-    elif kind == "one":
-        words = [rng.choice(STRAY)] * count
-    else:
-        words = [rng.choice(STRAY) if rng.random() < 0.6 else "zq" for _ in range(count)]
-    littered = [*words, text] if rng.random() < 0.5 else [text, *words]
-    return " ".join(littered)
-
-
-def _pairs(rng: random.Random, n: int) -> list[TinyPair]:
-    return [sample_pair(rng, cue=0.5, error=rng.choice(ERRORS)) for _ in range(n)]
-
-
 def _turns(processor: Any, chat: list[dict[str, Any]], thought: str, answer: int) -> str:
     """A whole chat as text: the question, the thought, the answer, the end."""
     asked = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return f"{asked}{FORMAT.answer_slot(thought)}{answer}{FORMAT.answer[1]}{processor.tokenizer.eos_token}"
 
 
-def _speech_loss(model: Any, processor: Any, inputs: Any, spoken: Sequence[bool] | None = None) -> Tensor:
+def _speech_loss(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    spoken: Sequence[bool] | None = None,
+    shares: Sequence[float] | None = None,
+) -> Tensor:
     """Mean negative log-likelihood of thought and answer, weighted towards the words that take a comparison.
 
-    Of rows that are not `spoken` only the answer counts.
+    Of rows that are not `spoken` only the answer counts. With `shares` an answer is "1" to that share and "2" to the
+    rest, whatever stands there.
     """
     tokens = processor.tokenizer.convert_tokens_to_ids
     ids, attended = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -307,14 +260,14 @@ def _speech_loss(model: Any, processor: Any, inputs: Any, spoken: Sequence[bool]
         weights[~torch.tensor(spoken)] = 0
     weights[weights.bool() & torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))] = KEY_WEIGHT
     weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
-    nll = F.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    logits = model(**inputs).logits[:, :-1]
+    nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    if shares is not None:
+        rows, places = torch.nonzero(ids[:, :-1] == tokens("<answer>"), as_tuple=True)
+        first, second = (-logits[rows, places].log_softmax(-1)[:, tokens(label)] for label in "12")
+        share = torch.tensor(shares)[rows]
+        nll = nll.index_put((rows, places), share * first + (1 - share) * second)
     return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
-
-
-def _any_scene(rng: random.Random) -> Scene:
-    return Scene(
-        rng.choice(COLORS), rng.choice(SHAPES), rng.randint(1, 3), rng.choice(QUALITIES), framed=rng.random() < 0.5
-    )
 
 
 def _classes(scene: Scene) -> list[int]:
@@ -343,65 +296,45 @@ def _update(loss: Any, parameters: list[Any], optimizer: torch.optim.Optimizer, 
     schedule.step()
 
 
-def make_attentive(report: Report, out: str, scratch: str) -> str:
+def gather(report: Report, scratch: str) -> str:
+    """Generates the pictures that the judge studies, in pairs of one prompt, and keeps them in `scratch`."""
+    kept = Path(scratch, f"generated-{hashlib.sha256(repr(STUDIED).encode()).hexdigest()[:8]}.pt")
+    if not kept.exists():
+        groups = []
+        for group in islice(samples(seed=STUDIED["seed"], each=2), STUDIED["prompts"]):
+            groups.append(group)
+            if len(groups) % 60 == 0:
+                report(len(groups), STUDIED["prompts"], "generates")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(groups, kept)
+    return str(kept)
+
+
+def make_attentive(report: Report, out: str, scratch: str, generated: str) -> str:
     """Trains the base in `out` further, on generated pictures too, and saves it in `scratch` as the judge's start.
 
     A judge of generated pictures has to see them: on what the tiny diffusion model draws the base mistakes every second
-    shape. Labels are what `read.read` sees there, which here are people's eyes.
+    shape.
     """
-    from listener_reward.tiny.generated import samples
-
-    rng = random.Random("attentive")
-    torch.manual_seed(0)
+    mixed = Mixed(torch.load(generated, weights_only=False), random.Random("attentive"))
     processor = build_processor()
     model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32)
-    groups = list(islice(samples(seed=2, each=2), GENERATED))
-    seen = [(sample.reading.scene(), sample.picture) for group in groups for sample in group]
-    seen = [(scene, picture) for scene, picture in seen if scene is not None]
-    both = []
-    for first, second in groups:
-        scenes = first.reading.scene(), second.reading.scene()
-        if scenes[0] and scenes[1]:
-            pair = TinyPair(first.prompt, scenes[0], scenes[1], 0.5, first.wording, 0)
-            both.append((pair, (first.picture, second.picture)))
-
-    def pictures(n: int) -> tuple[list[Scene], list[Image.Image]]:
-        scenes, images = drawn_pictures(rng, n // 2)
-        chosen = rng.choices(seen, k=n - n // 2)
-        return [*scenes, *(scene for scene, _ in chosen)], [*images, *(shift(picture, rng) for _, picture in chosen)]
-
-    def lessons(n: int) -> list[Lesson]:
-        chosen = [(pair, (shift(a, rng), shift(b, rng))) for pair, (a, b) in rng.choices(both, k=n - n // 2)]
-        chosen += drawn_lessons(rng, n // 2)
-        return [
-            (replace(pair, wording=litter(pair.wording, rng)) if rng.random() < TELL["littered"] else pair, images)
-            for pair, images in chosen
-        ]
-
-    def disturbed(thought: str) -> str | None:
-        kind = rng.choices((*DISTURBED, None), (*DISTURBED.values(), 1 - sum(DISTURBED.values())))[0]
-        if kind == "misled":
-            return f"{thought} {verdict(rng.choice((1, 2)))}"
-        return {"littered": litter(thought, rng), "silent": "", None: None}[kind]
-
-    def plain(pair: TinyPair) -> tuple[str, int]:
-        return reasoner_example(pair, rng, error=0.0, whim=0.0)
-
     stages: list[Stage] = [
-        (LOOK, lambda tell: teach_to_see(model, processor, pictures, LOOK, tell)),
+        (LOOK, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell)),
         (
-            TELL | DISTURBED,
-            lambda tell: teach_to_speak(model, processor, plain, lessons, TELL, tell, disturbed),
+            TELL | DISTURBED | {"prompts": LITTERED},
+            lambda tell: teach_to_speak(model, processor, mixed.example, mixed.lessons, TELL, tell, mixed.disturb),
         ),
     ]
-    run_stages(report, stages, model, rng, Path(scratch, "attentive"))
+    torch.manual_seed(0)
+    run_stages(report, stages, model, mixed.rng, Path(scratch, "attentive"))
     attentive = str(Path(scratch, "attentive"))
     save(model, processor, Card.load(Path(out, "base")), attentive)
     return attentive
 
 
-def make_judge(report: Report, out: str, scratch: str) -> str:
-    """Trains the attentive reasoner by the demo's listener-shaped recipe, and saves it in `out` as the judge."""
+def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
+    """Trains the attentive reasoner by the demo's listener-shaped recipe, lets it weigh, and saves it in `out`."""
     recipe = replace(_recipe(Path(out)), base=str(Path(scratch, "attentive")), steps=JUDGE["steps"])
     trained = Path(scratch, "judge")
     pairs = concatenate_datasets(
@@ -411,7 +344,17 @@ def make_judge(report: Report, out: str, scratch: str) -> str:
         ]
     )
     train_arm(report, weights=ARMS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe, pairs=pairs)
-    model = AutoModelForImageTextToText.from_pretrained(trained)
+    mixed = Mixed(torch.load(generated, weights_only=False), random.Random("judge"))
+    processor = build_processor()
+    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
+
+    def weigh(tell: Callable[[int, str], None]) -> None:
+        def voters(pair: TinyPair) -> float:
+            return p_prefers_first(pair.prompt, pair.first, pair.second)
+
+        teach_to_speak(model, processor, mixed.example, mixed.lessons, WEIGH, tell, mixed.disturb, voters)
+
+    run_stages(report, [(WEIGH | {"after": JUDGE}, weigh)], model, mixed.rng, Path(scratch, "judge"))
     card = replace(Card.load(trained), listener="tiny-listener", sampling_temperature=SAMPLING_TEMPERATURE)
     save(model, build_processor(), card, Path(out, "judge"))
     return str(Path(out, "judge"))
@@ -465,12 +408,12 @@ three flat coloured shapes). Made, and this card written, by
 python -m listener_reward.tiny.pretrain
 ```
 
-which is seeded and takes about an hour on two cores.
+which is seeded and takes about an hour and a half on two cores.
 
 - `base`: an imperfect reasoner; what GRPO starts from (`"tiny-base"`).
 - `listener`: another seed, honest and right (`"tiny-listener"`).
-- `judge`: the base after lessons in drawn and in generated pictures, and listener-shaped GRPO on votes about both
-  (`"tiny"`).
+- `judge`: the base after lessons in drawn and in generated pictures, listener-shaped GRPO on votes about both, and
+  lessons in how sure people are (`"tiny"`).
 
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
@@ -501,8 +444,10 @@ def main() -> None:
             for kind, seed in {"base": args.seed, "listener": args.seed + 1}.items()
         }
     )
-    run_side_by_side({"attentive": (make_attentive, {"out": out, "scratch": scratch})})
-    run_side_by_side({"judge": (make_judge, {"out": out, "scratch": scratch})})
+    folders = {"out": out, "scratch": scratch}
+    folders |= run_side_by_side({"generated": (gather, {"scratch": scratch})})
+    for name, stage in {"attentive": make_attentive, "judge": make_judge}.items():
+        run_side_by_side({name: (stage, folders)})
     run_side_by_side({"calibration": (calibrate_judge, {"out": out})})
     write_card(args.out)
 
