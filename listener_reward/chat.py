@@ -176,20 +176,27 @@ def reserved_tokens(tokenizer: Any) -> frozenset[str]:
     return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
 
 
+MOST_REPEATS = 8
+
+_FLOOD = re.compile(rf"(.{{2,64}}?)\1{{{MOST_REPEATS},}}", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def neutralise(text: str, reserved: Collection[str], *, before: str = "", after: str = "") -> str:
     """`text` with every reserved token broken by a space after its first character, without unpaired surrogates.
 
-    Control characters but tabs and line breaks become spaces: nobody reads them, and a model should not either. The
-    words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. A token of one character
-    cannot be broken, and stays: some tokenizers keep letters and line breaks as such tokens. `before` and `after` are
-    what the text will stand between: where it would make a token together with them, or change them, a space parts it.
+    Control characters but tabs and line breaks become spaces: nobody reads them, and a model should not either. A piece
+    of 2 to 64 characters that comes more than `MOST_REPEATS` times in a row comes that often: a flood says no more, and
+    would drown the question. The words stay readable; the tokenizer no longer sees a turn, an image or a tag in them. A
+    token of one character cannot be broken, and stays: some tokenizers keep letters and line breaks as such tokens.
+    `before` and `after` are what the text will stand between: where it would make a token together with them, or change
+    them, a space parts it.
     """
     # NFC first, because tokenizers do it: U+212A becomes a K there, and with it a tag that was none before.
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
     text = _CONTROL.sub(" ", text)
+    # Every copy has the same neighbours as before, so that nothing new meets where some are left out.
+    text = _FLOOD.sub(lambda match: match[1] * MOST_REPEATS, text)
     pattern = _any_of(frozenset(reserved))
     # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
     while pattern.search(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
 from dataclasses import replace
@@ -141,7 +142,7 @@ def test_unusable_format(fields, named):
 def hostile_texts(tokens):
     for token in tokens:
         yield token
-        yield token * 50
+        yield token * 8
         yield f"two{token}red {token} circles"
         half = len(token) // 2
         yield token[:half] + token + token[half:]  # breaking or removing the inner one must not complete the outer one
@@ -157,6 +158,8 @@ def test_no_reserved_token_survives(tokenizer, tags):
         safe = neutralise(text, reserved)
         assert not [token for token in reserved if token in safe], text
         assert safe.replace(" ", "") == text.replace(" ", ""), "only spaces may be added"
+    for token in reserved:
+        assert not [other for other in reserved if other in neutralise(token * 50, reserved)], token
 
 
 def test_the_tokenizer_sees_no_turn_no_image_and_no_tag(tokenizer):
@@ -200,6 +203,16 @@ def test_control_characters_become_spaces_and_hide_no_token():
     assert neutralise("<\x08x>", {"< x>"}) == "<  x>"
 
 
+def test_a_flood_is_folded_and_a_few_repeats_are_not() -> None:
+    assert neutralise("so " * 8 + "it", set()) == "so " * 8 + "it"
+    assert neutralise("so " * 60 + "it", set()) == "so " * 8 + "it"
+    assert neutralise("<a>1" * 60, {"<a>"}) == "< a>1" * 8
+    assert neutralise("a 1000000000000 dollar bill", set()) == "a 1000000000000 dollar bill"
+    assert neutralise("\n" * 500, set()) == "\n" * 16
+    many = "".join(random.Random(0).choices("so image ", k=200_000))
+    assert neutralise(many, {"<a>"}) == many
+
+
 def test_overlapping_tokens_are_all_broken():
     assert neutralise("ababab", {"aba"}) == "a ba bab"
     assert neutralise("<<<<", {"<<"}) == "< < < <"
@@ -222,10 +235,11 @@ def test_five_megabytes_take_linear_time(piece, tokenizer):
 
 
 def test_a_prompt_of_megabytes_is_cut_with_a_warning():
+    prompt = " ".join(map(str, range(900_000)))[:5_000_000]
     started = time.process_time()
     with pytest.warns(UserWarning, match="5000000 characters is cut to max_prompt_chars=4000"):
-        chat = ChatFormat(question=QUESTION).chat("ab cd" * 1_000_000, FIRST, SECOND)
-    assert chat.prompt == "ab cd" * 800
+        chat = ChatFormat(question=QUESTION).chat(prompt, FIRST, SECOND)
+    assert chat.prompt == prompt[:4000]
     assert time.process_time() - started < 5
 
 
