@@ -213,20 +213,20 @@ def winners(rows: Sequence[Row], level: float = 0.05, least: float = 0.01) -> li
     return found
 
 
-def as_read(text: str, judge: Judge) -> list[int]:
-    """Token ids of `text` as the judge gets it."""
+def as_read(text: str, judge: Judge) -> list[str]:
+    """The pieces of `text` that are a token each to the judge, as it gets the text."""
     vlm: Any = judge.reasoner
     safe = neutralise(text, judge.card.format.reserved(vlm.reserved))
-    return vlm.tokenizer(safe, add_special_tokens=False)["input_ids"]
+    places = vlm.tokenizer(safe, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [safe[start:end] for start, end in places]
 
 
 def neutral_text(attack: str, judge: Judge, seed: int) -> str:
-    """Harmless words in the pattern of the attack's tokens: equal words where it has equal tokens."""
-    ids = as_read(attack, judge)
-    distinct = list(dict.fromkeys(ids))
+    """Harmless words in the pattern of the attack's tokens: equal words where it has equal pieces."""
+    pieces = as_read(attack, judge)
     words = random.Random(f"{seed}/{attack!a}").sample(HARMLESS, len(HARMLESS))
-    word = {token: words[place % len(words)] for place, token in enumerate(distinct)}
-    return " ".join(word[token] for token in ids)
+    word = {piece: words[place % len(words)] for place, piece in enumerate(dict.fromkeys(pieces))}
+    return " ".join(word[piece] for piece in pieces)
 
 
 class Bench:
