@@ -39,6 +39,7 @@ from listener_reward.checkpoint import Card
 from listener_reward.datasets import load_pairs
 from listener_reward.demo import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm
 from listener_reward.judge import Judge
+from listener_reward.tiny.diffusion import WEIGHTS as DIFFUSION
 from listener_reward.tiny.generated import samples
 from listener_reward.tiny.lessons import DISTURBED, LITTERED, Lesson, Mixed, any_pairs, drawn_lessons, drawn_pictures
 from listener_reward.tiny.model import QUESTION, build_model, build_processor
@@ -298,7 +299,8 @@ def _update(loss: Any, parameters: list[Any], optimizer: torch.optim.Optimizer, 
 
 def gather(report: Report, scratch: str) -> str:
     """Generates the pictures that the judge studies, in pairs of one prompt, and keeps them in `scratch`."""
-    kept = Path(scratch, f"generated-{hashlib.sha256(repr(STUDIED).encode()).hexdigest()[:8]}.pt")
+    denoiser = (DIFFUSION / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    kept = Path(scratch, f"generated-{hashlib.sha256(repr(STUDIED).encode() + denoiser).hexdigest()[:8]}.pt")
     if not kept.exists():
         groups = []
         for group in islice(samples(seed=STUDIED["seed"], each=2), STUDIED["prompts"]):
