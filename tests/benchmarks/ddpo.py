@@ -179,6 +179,7 @@ def curve(results: list[dict[str, Any]]) -> str:
     for tick in range(0, epochs + 1, max(1, epochs // 4)):
         x = left + width * tick / epochs
         lines.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{tick}</text>')
+    ends = []
     for name, color in zip(REWARDS, ("#2a6fbb", "#3e8c4b", "#888"), strict=True):
         runs = [
             {epoch: float(np.mean(found)) for epoch, found in result["utility"].items()}
@@ -189,8 +190,11 @@ def curve(results: list[dict[str, Any]]) -> str:
             mean = {epoch: float(np.mean([points[epoch] for points in runs])) for epoch in runs[0]}
             lines += [path(points, f'stroke="{color}" stroke-opacity="0.35"') for points in runs]
             lines.append(path(mean, f'stroke="{color}" stroke-width="2.5"'))
-            y = top + height * (high - list(mean.values())[-1]) / (high - low)
-            lines.append(f'<text x="{left + width + 8}" y="{y + 4:.1f}" fill="{color}">{name}</text>')
+            ends.append((top + height * (high - list(mean.values())[-1]) / (high - low) + 4, name, color))
+    lowest = 0.0
+    for y, name, color in sorted(ends):
+        lowest = max(y, lowest + 13)  # names of lines that end together stand below one another
+        lines.append(f'<text x="{left + width + 8}" y="{lowest:.1f}" fill="{color}">{name}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -12,6 +12,7 @@ row marked *, with their 95 % intervals.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,17 +135,22 @@ def right(labels: np.ndarray, verdicts: Sequence[Verdict]) -> np.ndarray:
 
 
 def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
-    """Accuracy against tokens as SVG, one line for each family."""
+    """Accuracy against tokens as SVG, one line for each family; upwards the logarithm of what is wrong."""
     colors = {"fast": "#888", "one order": "#5b8c3e", "mean": "#2b6ca3", "majority": "#8a5ba8"}
     colors |= {"listener": "#3aa6a0", "both": "#d1669e", "both, early stop": "#222"}
     colors |= {"mean, early stop": "#b5533c", "majority, early stop": "#c99a2e"}
     most = max(row[4].mean() for row in rows)
-    low, high = (100 * pick(row[2].mean() for row in rows) for pick in (min, max))
-    low, high = low - 2, high + 2
+    worst, best = (100 * pick(row[2].mean() for row in rows) for pick in (min, max))
+
+    def rise(percent: float) -> float:
+        return (
+            height
+            - 60
+            - math.log((100 - worst) / (100 - percent)) / math.log((100 - worst) / (100 - best)) * (height - 100)
+        )
 
     def place(row: Row) -> tuple[float, float]:
-        across = 50 + row[4].mean() / most * (width - 80)
-        return across, height - 45 - (100 * row[2].mean() - low) / (high - low) * (height - 75)
+        return 50 + row[4].mean() / most * (width - 80), rise(100 * row[2].mean())
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -156,9 +162,9 @@ def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = 50 + share * (width - 80)
         lines.append(f'<text x="{x:.0f}" y="{height - 29}" text-anchor="middle">{share * most:.0f}</text>')
-    for percent in range(int(low // 5 + 1) * 5, int(high) + 1, 5):
-        y = height - 45 - (percent - low) / (high - low) * (height - 75)
-        lines.append(f'<text x="44" y="{y + 4:.0f}" text-anchor="end">{percent}</text>')
+    for percent in (50, 60, 70, 80, 90, 92, 94, 95, 96, 97, 98, 99):
+        if worst - 3 < percent < best + 0.5:
+            lines.append(f'<text x="44" y="{rise(percent) + 4:.0f}" text-anchor="end">{percent}</text>')
     for number, (family, color) in enumerate(colors.items()):
         points = [(place(row), row[1]) for row in rows if row[0] == family]
         path = "L".join(f"{x:.1f} {y:.1f}" for (x, y), _ in sorted(points))
@@ -167,7 +173,7 @@ def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"><title>{name}</title></circle>'
             for (x, y), name in points
         ]
-        lines.append(f'<text x="{width - 190}" y="{height - 150 + 16 * number}" fill="{color}">{family}</text>')
+        lines.append(f'<text x="{width - 190}" y="{height / 2 - 40 + 16 * number:.0f}" fill="{color}">{family}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
