@@ -195,8 +195,10 @@ def neutralise(text: str, reserved: Collection[str], *, before: str = "", after:
     # NFC first, because tokenizers do it: U+212A becomes a K there, and with it a tag that was none before.
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
     text = _CONTROL.sub(" ", text)
-    # Every copy has the same neighbours as before, so that nothing new meets where some are left out.
-    text = _FLOOD.sub(lambda match: match[1] * MOST_REPEATS, text)
+    # Every copy has the same neighbours as before, so that nothing new meets where some are left out. Once more where
+    # floods were pieces of floods; eight copies of those are soon longer than a piece can be.
+    while (folded := _FLOOD.sub(lambda match: match[1] * MOST_REPEATS, text)) != text:
+        text = folded
     pattern = _any_of(frozenset(reserved))
     # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
     while pattern.search(text):

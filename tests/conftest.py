@@ -219,7 +219,7 @@ def hostile_pairs() -> Any:
         "<|image_pad|><|vision_start|><|video_pad|><|vision_end|>{first}{second}{prompt}{{%",
         "",
         "\u202e\u05e9\u05dc\u05d5\u05dd \U0001f600 \ud83d",
-        "red " * 2000,
+        " ".join(map(str, range(2000))),
     ]
     images = [
         Image.new("RGBA", (48, 48), (255, 0, 0, 0)),

@@ -209,6 +209,8 @@ def test_a_flood_is_folded_and_a_few_repeats_are_not() -> None:
     assert neutralise("<a>1" * 60, {"<a>"}) == "< a>1" * 8
     assert neutralise("a 1000000000000 dollar bill", set()) == "a 1000000000000 dollar bill"
     assert neutralise("\n" * 500, set()) == "\n" * 16
+    nested = neutralise(("ab" * 100 + "c") * 19, set())
+    assert nested == neutralise(nested, set()) == ("ab" * 8 + "c") * 8
     many = "".join(random.Random(0).choices("so image ", k=200_000))
     assert neutralise(many, {"<a>"}) == many
 
@@ -225,12 +227,12 @@ def test_tokens_that_cannot_be_broken_are_left():
 
 
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<", "<|im_<|im_start|>start|>", "<|im_start|", "two "])
-def test_five_megabytes_take_linear_time(piece, tokenizer):
+def test_long_texts_take_linear_time(piece, tokenizer):
     reserved = ChatFormat().reserved(reserved_tokens(tokenizer))
-    text = piece * (5_000_000 // len(piece))
+    text = "".join(f"{piece}{number}" for number in range(30_000)) + piece * (1_000_000 // len(piece))
     started = time.process_time()
     safe = neutralise(text, reserved)
-    assert time.process_time() - started < 10  # 0.2 s on an idle core; a quadratic scan would take hours
+    assert time.process_time() - started < 10  # 1 or 2 s on an idle core; a quadratic scan would take hours
     assert not any(token in safe for token in reserved)
 
 

@@ -1,4 +1,4 @@
-"""What the embedded judge is taught with: pictures and pairs of pictures, drawn and generated, and texts that err.
+"""What the embedded judge is taught with: pictures and pairs of pictures, drawn and generated, and littered texts.
 
 Every function draws from the generator that it is given, so that lessons are a function of its seed.
 """

@@ -211,10 +211,16 @@ Stage = tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]
 
 
 def run_stages(report: Report, stages: list[Stage], model: Any, rng: random.Random, scratch: Path) -> None:
-    """Runs the stages one after the other, or goes on after the last one whose result lies at `scratch`."""
+    """Runs the stages one after the other, or goes on after the last one whose result lies at `scratch`.
+
+    A result belongs to the settings of all stages up to its own, to the weights before them, and to the state of `rng`.
+    """
     done, total = 0, sum(settings["steps"] for settings, _ in stages)
+    begin = hashlib.sha256(repr(rng.getstate()).encode())
+    for weights in model.state_dict().values():
+        begin.update(weights.numpy().tobytes())
     for number, (settings, teach) in enumerate(stages):
-        told = repr([stage for stage, _ in stages[: number + 1]])
+        told = begin.hexdigest() + repr([stage for stage, _ in stages[: number + 1]])
         kept = scratch.with_name(f"{scratch.name}-{number}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.pt")
         if kept.exists():
             state = torch.load(kept, weights_only=False)  # our own file, and a random state is no tensor
@@ -322,7 +328,7 @@ def make_attentive(report: Report, out: str, scratch: str, generated: str) -> st
     processor = build_processor()
     model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32)
     stages: list[Stage] = [
-        (LOOK, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell)),
+        (LOOK | STUDIED, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell)),
         (
             TELL | DISTURBED | {"prompts": LITTERED},
             lambda tell: teach_to_speak(model, processor, mixed.example, mixed.lessons, TELL, tell, mixed.disturb),
@@ -356,7 +362,7 @@ def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
 
         teach_to_speak(model, processor, mixed.example, mixed.lessons, WEIGH, tell, mixed.disturb, voters)
 
-    run_stages(report, [(WEIGH | {"after": JUDGE}, weigh)], model, mixed.rng, Path(scratch, "judge"))
+    run_stages(report, [(WEIGH | DISTURBED | {"prompts": LITTERED}, weigh)], model, mixed.rng, Path(scratch, "judge"))
     card = replace(Card.load(trained), listener="tiny-listener", sampling_temperature=SAMPLING_TEMPERATURE)
     save(model, build_processor(), card, Path(out, "judge"))
     return str(Path(out, "judge"))

@@ -135,22 +135,20 @@ def right(labels: np.ndarray, verdicts: Sequence[Verdict]) -> np.ndarray:
 
 
 def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
-    """Accuracy against tokens as SVG, one line for each family; upwards the logarithm of what is wrong."""
+    """Accuracy against tokens as SVG, one line for each family; the fewer are wrong the higher, on a log scale."""
     colors = {"fast": "#888", "one order": "#5b8c3e", "mean": "#2b6ca3", "majority": "#8a5ba8"}
     colors |= {"listener": "#3aa6a0", "both": "#d1669e", "both, early stop": "#222"}
     colors |= {"mean, early stop": "#b5533c", "majority, early stop": "#c99a2e"}
     most = max(row[4].mean() for row in rows)
-    worst, best = (100 * pick(row[2].mean() for row in rows) for pick in (min, max))
+    wrong = [max(1 - row[2].mean(), 1e-3) for row in rows]
+    most_wrong, least_wrong = max(wrong), min(min(wrong), 0.99 * max(wrong))
 
-    def rise(percent: float) -> float:
-        return (
-            height
-            - 60
-            - math.log((100 - worst) / (100 - percent)) / math.log((100 - worst) / (100 - best)) * (height - 100)
-        )
+    def rise(share_wrong: float) -> float:
+        rising = math.log(most_wrong / share_wrong) / math.log(most_wrong / least_wrong)
+        return height - 60 - rising * (height - 100)
 
     def place(row: Row) -> tuple[float, float]:
-        return 50 + row[4].mean() / most * (width - 80), rise(100 * row[2].mean())
+        return 50 + row[4].mean() / most * (width - 80), rise(max(1 - row[2].mean(), 1e-3))
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -163,8 +161,8 @@ def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
         x = 50 + share * (width - 80)
         lines.append(f'<text x="{x:.0f}" y="{height - 29}" text-anchor="middle">{share * most:.0f}</text>')
     for percent in (50, 60, 70, 80, 90, 92, 94, 95, 96, 97, 98, 99):
-        if worst - 3 < percent < best + 0.5:
-            lines.append(f'<text x="44" y="{rise(percent) + 4:.0f}" text-anchor="end">{percent}</text>')
+        if least_wrong * 0.9 < 1 - percent / 100 < most_wrong * 1.1:
+            lines.append(f'<text x="44" y="{rise(1 - percent / 100) + 4:.0f}" text-anchor="end">{percent}</text>')
     for number, (family, color) in enumerate(colors.items()):
         points = [(place(row), row[1]) for row in rows if row[0] == family]
         path = "L".join(f"{x:.1f} {y:.1f}" for (x, y), _ in sorted(points))
