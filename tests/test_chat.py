@@ -167,7 +167,7 @@ def test_the_tokenizer_sees_no_turn_no_image_and_no_tag(tokenizer):
     reserved = reserved_tokens(tokenizer)
     special = set(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
     assert len(special) == 11
-    for text in hostile_texts(sorted(reserved)):
+    for text in (*hostile_texts(sorted(reserved)), *(token * 50 for token in sorted(reserved))):
         safe = chat_format.chat(text, FIRST, SECOND, reserved).prompt
         assert special.isdisjoint(tokenizer(safe, add_special_tokens=False)["input_ids"]), text
 
@@ -229,7 +229,7 @@ def test_tokens_that_cannot_be_broken_are_left():
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<", "<|im_<|im_start|>start|>", "<|im_start|", "two "])
 def test_long_texts_take_linear_time(piece, tokenizer):
     reserved = ChatFormat().reserved(reserved_tokens(tokenizer))
-    text = "".join(f"{piece}{number}" for number in range(30_000)) + piece * (1_000_000 // len(piece))
+    text = "".join(f"{piece}{number}" for number in range(30_000)) + piece * (5_000_000 // len(piece))
     started = time.process_time()
     safe = neutralise(text, reserved)
     assert time.process_time() - started < 10  # 1 or 2 s on an idle core; a quadratic scan would take hours

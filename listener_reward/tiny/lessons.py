@@ -22,7 +22,6 @@ from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPai
 Lesson = tuple[TinyPair, tuple[Image.Image, Image.Image]]
 """A pair and its pictures."""
 
-
 ERRORS = (0.35, 0.35, 1.0)
 """How often a drawn attribute differs from the prompt's, one of these for each pair. At 1 the picture owes nothing to
 the prompt, so a description cannot be copied from it."""
@@ -68,7 +67,7 @@ def litter(text: str, rng: random.Random) -> str:
     kind = rng.choice(("any", "any", "one", "chat"))
     if kind == "chat":
         (pair,) = any_pairs(rng, 1)
-        thought, answer = reasoner_example(pair, rng, error=0.0, whim=0.0)
+        thought, answer = reasoner_example(pair, rng)
         chat = f"{QUESTION.format(first='', second='', prompt=pair.wording)} assistant {thought} {answer} user".split()
         start = rng.randrange(len(chat))
         words = chat[start : start + count]
@@ -140,4 +139,4 @@ class Mixed:
 
     def example(self, pair: TinyPair) -> tuple[str, int]:
         """A true thought about `pair`, and the right answer."""
-        return reasoner_example(pair, self.rng, error=0.0, whim=0.0)
+        return reasoner_example(pair, self.rng)

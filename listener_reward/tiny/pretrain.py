@@ -92,7 +92,7 @@ def teach_to_read(model: Any, processor: Any, rng: random.Random, report: Callab
     language = [p for name, p in model.named_parameters() if ".visual." not in name]
     optimizer, schedule = _optimizer(language, READ)
     for step in range(READ["steps"]):
-        rows = [(pair, *reasoner_example(pair, rng, error=0.0, whim=0.0)) for pair in any_pairs(rng, READ["batch"])]
+        rows = [(pair, *reasoner_example(pair, rng)) for pair in any_pairs(rng, READ["batch"])]
         asked = [QUESTION.format(first="", second="", prompt=pair.wording) for pair, _, _ in rows]
         chats = [[{"role": "user", "content": text}] for text in asked]
         texts = [_turns(processor, chat, *row[1:]) for chat, row in zip(chats, rows, strict=True)]
@@ -175,7 +175,7 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     model = build_model(processor.tokenizer)
 
     def plain(pair: TinyPair) -> tuple[str, int]:
-        return reasoner_example(pair, rng, error=0.0, whim=0.0)
+        return reasoner_example(pair, rng)
 
     def finished(pair: TinyPair) -> tuple[str, int]:
         return reasoner_example(pair, rng, **BASE) if kind == "base" else plain(pair)

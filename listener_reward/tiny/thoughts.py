@@ -52,9 +52,9 @@ def better(prompt: Scene, first: Scene, second: Scene, rng: random.Random) -> in
 
 
 def reasoner_example(
-    pair: TinyPair, rng: random.Random, *, error: float, whim: float, taste: float = 0.5
+    pair: TinyPair, rng: random.Random, *, error: float = 0.0, whim: float = 0.0, taste: float = 0.5
 ) -> tuple[str, int]:
-    """A thought and an answer as an imperfect reasoner would give them.
+    """A thought and an answer as a reasoner would give them, a true one unless told how imperfect it is.
 
     Its descriptions err (`error` per attribute), half of its thoughts state a verdict in words, and its answer follows
     its own description except for a `whim` share. Those go by looks: to the framed image with probability `taste`.

@@ -140,15 +140,20 @@ def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
     colors |= {"listener": "#3aa6a0", "both": "#d1669e", "both, early stop": "#222"}
     colors |= {"mean, early stop": "#b5533c", "majority, early stop": "#c99a2e"}
     most = max(row[4].mean() for row in rows)
-    wrong = [max(1 - row[2].mean(), 1e-3) for row in rows]
-    most_wrong, least_wrong = max(wrong), min(min(wrong), 0.99 * max(wrong))
 
-    def rise(share_wrong: float) -> float:
-        rising = math.log(most_wrong / share_wrong) / math.log(most_wrong / least_wrong)
+    def wrong(accuracy: float) -> float:
+        return max(1 - accuracy, 1e-3)
+
+    accuracies = [row[2].mean() for row in rows]
+    most_wrong = wrong(min(accuracies))
+    least_wrong = min(wrong(max(accuracies)), 0.99 * most_wrong)
+
+    def rise(accuracy: float) -> float:
+        rising = math.log(most_wrong / wrong(accuracy)) / math.log(most_wrong / least_wrong)
         return height - 60 - rising * (height - 100)
 
     def place(row: Row) -> tuple[float, float]:
-        return 50 + row[4].mean() / most * (width - 80), rise(max(1 - row[2].mean(), 1e-3))
+        return 50 + row[4].mean() / most * (width - 80), rise(row[2].mean())
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -161,8 +166,8 @@ def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
         x = 50 + share * (width - 80)
         lines.append(f'<text x="{x:.0f}" y="{height - 29}" text-anchor="middle">{share * most:.0f}</text>')
     for percent in (50, 60, 70, 80, 90, 92, 94, 95, 96, 97, 98, 99):
-        if least_wrong * 0.9 < 1 - percent / 100 < most_wrong * 1.1:
-            lines.append(f'<text x="44" y="{rise(1 - percent / 100) + 4:.0f}" text-anchor="end">{percent}</text>')
+        if least_wrong * 0.9 < wrong(percent / 100) < most_wrong * 1.1:
+            lines.append(f'<text x="44" y="{rise(percent / 100) + 4:.0f}" text-anchor="end">{percent}</text>')
     for number, (family, color) in enumerate(colors.items()):
         points = [(place(row), row[1]) for row in rows if row[0] == family]
         path = "L".join(f"{x:.1f} {y:.1f}" for (x, y), _ in sorted(points))
