@@ -7,12 +7,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from listener_reward.clips import Clip
 
@@ -137,6 +137,17 @@ def patches_by_product(tower: Any) -> Iterator[None]:
         del embed.forward
 
 
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What a vision tower gives, as every model of the package takes it: transformers hands it on as an output of its own.
+
+    `pooler_output` is a list of (tokens, hidden), one for each image; `deepstack_features` has such a list for each
+    of the first layers of a Qwen3-VL, and is empty for a Qwen2.5-VL.
+    """
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
 def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
     """The forward pass's argument that puts images and videos, in order, at their placeholders; none for none."""
     kinds: dict[str, list[Encoded]] = {}
@@ -146,7 +157,7 @@ def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
     for kind, entries in kinds.items():
         deeper = [list(layer) for layer in zip(*(entry.deeper for entry in entries), strict=True)]
         features = [entry.features for entry in entries]
-        outputs[kind] = SimpleNamespace(pooler_output=features, deepstack_features=deeper)
+        outputs[kind] = EncoderOutput(pooler_output=features, deepstack_features=deeper)  # pyright: ignore
     return {"mm_encoder_outputs": outputs} if outputs else {}
 
 
