@@ -332,12 +332,12 @@ class Decoding:
         heads, n, dim = query.shape[1:]
         kv = key.shape[1]
         rows = query[0].transpose(0, 1).unflatten(1, (kv, heads // kv))  # (n, Hkv, H / Hkv, D)
-        scores = torch.cat([self._prompt_scores(rows, past[0]), rows @ own[0].transpose(-1, -2)], dim=-1)
-        weights = (scores.float() * scaling).softmax(-1).to(query.dtype)
+        scores = torch.cat([self._prompt_scores(rows, past[0]), _product(rows, own[0].transpose(-1, -2))], dim=-1)
+        weights = (scores * scaling).softmax(-1).to(value.dtype)
         long = past[0].shape[2]
-        seen = self._grouped(weights[..., :long]) @ past[1]
-        out = self._ungrouped(seen, heads // kv) + weights[..., long:] @ own[1]
-        return out.reshape(1, n, heads, dim)
+        seen = _product(self._grouped(weights[..., :long]), past[1])
+        out = self._ungrouped(seen, heads // kv) + _product(weights[..., long:], own[1])
+        return out.to(query.dtype).reshape(1, n, heads, dim)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes this step's (Hkv, n, D) and gives all steps' (n, Hkv, step + 1, D); room doubles when it runs out."""
@@ -352,7 +352,7 @@ class Decoding:
         return keys[:, :, : self.step + 1], values[:, :, : self.step + 1]
 
     def _prompt_scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        scores = self._grouped(rows) @ keys.transpose(-1, -2)
+        scores = _product(self._grouped(rows), keys.transpose(-1, -2))
         if self.hidden is not None:
             scores = scores.masked_fill(self.hidden, float("-inf"))
         return self._ungrouped(scores, rows.shape[2])
@@ -367,6 +367,31 @@ class Decoding:
     def _ungrouped(self, grouped: Tensor, per_row: int) -> Tensor:
         rows = grouped.unflatten(2, (self.width, per_row)).transpose(1, 2).flatten(0, 1)
         return rows if self.uniform else rows[self.slots]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left` (B, H, m, k) times `right` (B, H, k, n), (B, H, m, n), in float32 at the least.
+
+    Qwen2.5's keys have large constant biases. The softmax cancels what all scores of a query have in common, but
+    scores rounded to bfloat16 have lost their differences by then (transformers issue 33317), and those in float16
+    overflow. SDPA, which everything else here attends with, keeps its scores in float32.
+    """
+    if left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
+        product = torch.matmul
+    elif left.is_cuda and left.dtype == right.dtype and _HALVES_TO_FLOAT32:
+        product = _product_of_halves
+    else:
+        left, right, product = left.float(), right.float(), torch.matmul
+    with torch.autocast(left.device.type, enabled=False):  # which would round the factors, and then the product
+        return product(left, right)
+
+
+_HALVES_TO_FLOAT32 = torch.version.hip is None and hasattr(torch.ops.aten.bmm, "dtype")
+"""Whether this torch multiplies half-precision matrices into float32, which spares a copy of the keys at each step."""
+
+
+def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32).unflatten(0, left.shape[:2])
 
 
 def attention_inputs(layout: Layout | Decoding, like: Tensor) -> dict[str, Any]:
