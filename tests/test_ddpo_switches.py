@@ -77,9 +77,10 @@ def test_with_its_adapters_off_a_trained_denoiser_is_the_base(make: MakeTrainer)
     base = ask(tiny.build("sd3"))
     trained = ask(trainer.pipeline)
     assert (trained - base).abs().max() > 0.1
+    # Two objects of equal weights: a kernel may choose its order of adding by where they lie in memory.
     with adapters_off(trainer.learner.modules):
-        assert torch.equal(ask(trainer.pipeline), base)
-    assert torch.equal(ask(trainer.pipeline), trained)
+        torch.testing.assert_close(ask(trainer.pipeline), base, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ask(trainer.pipeline), trained, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["ppo", "nft"])
@@ -228,12 +229,13 @@ def test_nft_samples_as_the_stock_sampler_does(make: MakeTrainer):
     fresh = tiny.build("sd3")
     prompt, options = PROMPTS[trainer._choose_prompts(0)[0]], trainer._options() | {"output_type": "pt"}
     stock = [fresh(prompt=[prompt] * 2, generator=stream(0, LATENTS, 0, k), **options)[0] for k in range(2)]
-    assert torch.equal(seen[0], torch.cat(stock))
+    # The trainer samples two images at once and this test one by one: kernels may differ by shape.
+    torch.testing.assert_close(seen[0], torch.cat(stock), rtol=0, atol=1e-5)
 
     def twice(trainer: DDPOTrainer) -> bool:
         trainer.pipeline.scheduler, trainer.scheduler.generator = trainer.scheduler, None
         pair = [record(trainer.pipeline, PROMPTS, trainer._options(), stream(0, LATENTS, 1)) for _ in range(2)]
-        return torch.equal(pair[0].images, pair[1].images)
+        return bool((pair[0].images - pair[1].images).abs().max() <= 1e-5)
 
     assert twice(trainer) and not twice(make(noise_level=0.7))
 
