@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from listener_reward.integrations.flow_grpo import listener_multi_score
-from listener_reward.tiny.draw import draw
+from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.world import sample_candidate, sample_prompt, utility, wording
 
 GROUP = 4

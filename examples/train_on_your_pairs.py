@@ -13,7 +13,7 @@ from pathlib import Path
 
 from listener_reward import Judge
 from listener_reward.datasets import load_pairs
-from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.world import split_pairs
 from listener_reward.train.run import main as train
 

@@ -21,11 +21,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
+from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
-from .video import as_picture
 
 CLEAR = 1.5
 """How many standard errors of the difference a preview must lie behind to be a clear loser. The errors take every

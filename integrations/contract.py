@@ -40,7 +40,7 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
             that scatters groups, unless the scheme is `group`.
     """
     if isinstance(reward, str) and "://" in reward:
-        from .remote import RemoteReward
+        from .serving.client import RemoteReward
 
         return RemoteReward(reward, **options)
     made = reward

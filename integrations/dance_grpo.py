@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from listener_reward.errors import InputError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
+from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, check_prompts, score
-from .video import as_picture
 
 
 class ListenerScorer:

@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 from listener_reward.errors import InputError, MissingExtraError
+from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT, Scheme
 
 from .contract import as_reward, score
-from .video import as_pictures
 
 try:
     from flow_factory.rewards.abc import (  # pyright: ignore[reportMissingImports]

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
-from .video import as_pictures
 
 
 def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[Any], Callable]:

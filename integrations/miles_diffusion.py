@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from listener_reward.errors import InputError
+from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT, ListenerReward
 
-from .collector import GroupCollector
 from .contract import as_reward, check_prompts, score_in_thread
-from .video import as_picture
+from .serving.collector import GroupCollector
 
 
 def listener_rm(

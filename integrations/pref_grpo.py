@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from listener_reward.errors import InputError
+from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
-from .video import as_pictures
 
 NAME = "listener"
 

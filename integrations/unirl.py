@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.media.storyboards import as_picture
 
-from .collector import GroupCollector
 from .contract import Reward, check_prompts, score
-from .video import as_picture
+from .serving.collector import GroupCollector
 
 _IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version", "idempotency_key")
 

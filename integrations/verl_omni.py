@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from listener_reward.errors import InputError
+from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .collector import GroupCollector
 from .contract import Reward, as_reward, check_prompts, score_in_thread
-from .video import as_picture
+from .serving.collector import GroupCollector
 
 
 async def compute_score(

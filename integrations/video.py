@@ -26,31 +26,21 @@ import numpy as np
 from PIL import Image
 
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.clips import Clip
 from listener_reward.errors import InputError
+from listener_reward.media.storyboards import as_pictures, cut, read_timed
+from listener_reward.media.videos import FRAMES, check_frames
 from listener_reward.ranking import Ranking, rank_images
 from listener_reward.reward import PAPER_CHECKPOINT, ListenerReward
 from listener_reward.verdict import Verdict
-
-from .video_boards import as_picture, as_pictures, cut, read_timed, storyboard
-from .video_reading import FRAMES, MAX_FRAMES, check_frames, read_clip
 
 if TYPE_CHECKING:
     from listener_reward.judge import Judge
 
 __all__ = [
-    "FRAMES",
-    "MAX_FRAMES",
-    "Clip",
     "ClipJudge",
     "Strategy",
     "VideoReward",
-    "as_picture",
-    "as_pictures",
-    "cut",
     "rank_videos",
-    "read_clip",
-    "storyboard",
 ]
 
 Strategy = Literal["storyboard", "frames", "clip", "video"]

@@ -20,7 +20,7 @@ from listener_reward.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from listener_reward.clips import Clip
+    from listener_reward.media.clips import Clip
 
 _SLOT = re.compile(r"\{(first|second|prompt)\}")
 

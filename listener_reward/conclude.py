@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import expit, logit, stdtr
 
-from listener_reward.calibration import Calibration, Curve
+from listener_reward.calibration.maps import Calibration, Curve
 from listener_reward.errors import InputError
 from listener_reward.shaping import contradicted
 from listener_reward.trace import Trace

@@ -12,17 +12,19 @@ from typing import Any, Literal
 
 import torch
 
-from listener_reward.calibration import CURVE_OF, Calibration, Curve
-from listener_reward.chat import Chat, ChatFormat
-from listener_reward.checkpoint import Card, resolve
+from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
+from listener_reward.card import Card
+from listener_reward.chat import Chat
 from listener_reward.conclude import Answer, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
-from listener_reward.images import ImageLike, to_pil, to_pil_batch
-from listener_reward.listener import Listener, read_answers
+from listener_reward.listener import Listener, load_listener, read_answers
+from listener_reward.media.images import ImageLike, to_pil, to_pil_batch
+from listener_reward.models.hub import resolve
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
-from listener_reward.vlm import VLM, TransformersVLM, check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,23 +352,3 @@ class Judge:
                 seed = hashlib.blake2b(key + digests[left] + digests[right], digest_size=8).digest()
                 views.append(_Shown(index, left == 1, chat, heard, number, int.from_bytes(seed), twin))
         return views
-
-
-def load_listener(name: str | Path, card: Card, **options: Any) -> Listener:
-    """The listener of a judge: asked in its own format where it has a card, else in the judge's."""
-    folder = resolve(name)
-    own = Card.load(folder)
-    chat_format: ChatFormat = card.format if own == Card() else own.format
-    vlm = TransformersVLM.from_pretrained(folder, **options)
-    return make_listener(vlm, chat_format, card)
-
-
-def make_listener(vlm: VLM, chat_format: ChatFormat, card: Card) -> Listener:
-    """A listener as the judge's card wants it."""
-    return Listener(
-        vlm,
-        chat_format,
-        temperature=card.listener_temperature,
-        masking=card.masking,
-        grounding=card.listener_grounding,
-    )

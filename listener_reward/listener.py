@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat, neutralise
+from listener_reward.models.hub import resolve
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.trace import Masking, Trace
-from listener_reward.vlm import VLM, check_finite
 
 
 class Listener:
@@ -80,3 +85,23 @@ def _prefixes(vlm: VLM, chat_format: ChatFormat, thoughts: Sequence[str]) -> lis
     reserved = chat_format.reserved(vlm.reserved)
     before, after = chat_format.think
     return [chat_format.answer_slot(neutralise(thought, reserved, before=before, after=after)) for thought in thoughts]
+
+
+def load_listener(name: str | Path, card: Card, **options: Any) -> Listener:
+    """The listener of a judge: asked in its own format where it has a card, else in the judge's."""
+    folder = resolve(name)
+    own = Card.load(folder)
+    chat_format: ChatFormat = card.format if own == Card() else own.format
+    vlm = TransformersVLM.from_pretrained(folder, **options)
+    return make_listener(vlm, chat_format, card)
+
+
+def make_listener(vlm: VLM, chat_format: ChatFormat, card: Card) -> Listener:
+    """A listener as the judge's card wants it."""
+    return Listener(
+        vlm,
+        chat_format,
+        temperature=card.listener_temperature,
+        masking=card.masking,
+        grounding=card.listener_grounding,
+    )

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Literal
 
 from listener_reward.errors import InputError
-from listener_reward.images import ImageLike
+from listener_reward.media.images import ImageLike
 
 
 @dataclass(frozen=True, slots=True)

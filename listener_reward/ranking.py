@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import expit, logit, ndtr
 
-from listener_reward.calibration import Curve, fit_temperature
+from listener_reward.calibration.fit import fit_temperature
+from listener_reward.calibration.maps import Curve
 from listener_reward.errors import InputError, JudgeError
 
 if TYPE_CHECKING:

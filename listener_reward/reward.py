@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.images import ImageLike, to_pil, to_pil_batch
+from listener_reward.media.images import ImageLike, to_pil, to_pil_batch
 from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
 from listener_reward.verdict import Verdict
 
@@ -286,7 +286,7 @@ def _current_gpu() -> str | None:
     if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return None
     index = torch.cuda.current_device()
-    return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `vlm.default_device` decides
+    return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `default_device` decides
 
 
 _Match = tuple[str, "Image.Image", "Image.Image"]

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.integrations.server import make_server
+from listener_reward.integrations.serving.app import make_server
 
 REDS = [200, 20, 90, 160]
 PROMPTS = ("a", "a", "a", "a")

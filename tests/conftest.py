@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from listener_reward.errors import JudgeError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
 from listener_reward.ranking import Ranking, rank_images
 from listener_reward.verdict import Thought, Verdict
 
@@ -133,9 +133,9 @@ def random_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint's folder: a tiny model with random weights, its processor, and a card; it is its own listener."""
     import torch
 
+    from listener_reward.card import Card
     from listener_reward.chat import ChatFormat
-    from listener_reward.checkpoint import Card
-    from listener_reward.tiny.model import QUESTION, build_model, build_processor
+    from listener_reward.tiny.models import QUESTION, build_model, build_processor
 
     folder = tmp_path_factory.mktemp("random-judge")
     processor = build_processor()

@@ -27,8 +27,8 @@ from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer import grpo_trainer
 
-from listener_reward.attention import base_model
 from listener_reward.datasets import load_pairs
+from listener_reward.prefix.attention import base_model
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.run import LORA_TARGETS
 from listener_reward.train.trainer import ListenerGRPOTrainer

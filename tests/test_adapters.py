@@ -16,11 +16,11 @@ import torch
 from adapter_hosts import PROMPTS, generated, miles_host, pixels
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.integrations.collector import GroupCollector
 from listener_reward.integrations.contract import as_reward, score
 from listener_reward.integrations.ddpo_pytorch import listener_reward
 from listener_reward.integrations.flow_grpo import listener_multi_score, listener_score
 from listener_reward.integrations.miles_diffusion import listener_rm
+from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.integrations.trl import ddpo_reward
 from listener_reward.reward import ListenerReward
 
@@ -171,9 +171,11 @@ def test_unpickling_is_seen(source):
     assert unpickling(source)
 
 
-@pytest.mark.parametrize("name", ["server", "remote", "unirl", "flow_factory", "collector", "contract", "video"])
+@pytest.mark.parametrize(
+    "name", ["serving/app", "serving/client", "unirl", "flow_factory", "serving/collector", "contract", "video"]
+)
 def test_what_comes_over_the_wire_cannot_run(name):
-    path = Path(inspect.getfile(score)).with_name(f"{name}.py")
+    path = Path(inspect.getfile(score)).parent / f"{name}.py"
     assert unpickling(path.read_text(encoding="utf-8")) == []
 
 

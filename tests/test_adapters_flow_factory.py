@@ -17,8 +17,8 @@ from adapter_hosts import BETTER, ERRORS, REDS, REFERENCE, b64, broken, flow_fac
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.integrations.collector import GroupCollector
-from listener_reward.integrations.server import compute
+from listener_reward.integrations.serving.app import compute
+from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from adapter_hosts import PROMPTS, REFERENCE, broken, flow_factory_client, http,
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import as_reward
-from listener_reward.integrations.remote import RemoteReward
-from listener_reward.integrations.server import make_server
+from listener_reward.integrations.serving.app import make_server
+from listener_reward.integrations.serving.client import RemoteReward
 from listener_reward.integrations.trl import ddpo_reward
 from listener_reward.reward import ListenerReward
 

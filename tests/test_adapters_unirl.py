@@ -11,7 +11,7 @@ import pytest
 from adapter_hosts import BETTER, REDS, REFERENCE, b64, broken, http, order, png, serving
 
 from listener_reward.integrations import unirl
-from listener_reward.integrations.collector import GroupCollector
+from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from adapter_hosts import BETTER, ERRORS, REDS, broken, order, serving
 
 from listener_reward.errors import JudgeError
-from listener_reward.integrations.collector import GroupCollector
+from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.integrations.verl_omni import compute_score
 from listener_reward.reward import ListenerReward
 

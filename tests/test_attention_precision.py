@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from listener_reward.attention import Decoding
+from listener_reward.prefix.attention import Decoding
 
 HEADS, KV_HEADS, DIM, PROMPT = 4, 2, 128, 600
 

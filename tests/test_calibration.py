@@ -16,23 +16,15 @@ from scipy.special import expit, logit
 from typer.testing import CliRunner
 
 from listener_reward import Judge
-from listener_reward.calibration import (
-    Calibration,
-    Curve,
-    Platt,
-    calibrate,
-    choose_tie_band,
-    fit_curve,
-    fit_isotonic,
-    fit_platt,
-    fit_temperature,
-)
-from listener_reward.checkpoint import CARD, Card
+from listener_reward.calibration.fit import fit_curve, fit_isotonic, fit_platt, fit_temperature
+from listener_reward.calibration.maps import Calibration, Curve, Platt
+from listener_reward.card import CARD, Card
 from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
-from listener_reward.evaluate import expected_calibration_error
-from listener_reward.reliability import reliability, reliability_svg
+from listener_reward.evaluate.calibrate import calibrate, choose_tie_band
+from listener_reward.evaluate.confidence import expected_calibration_error, reliability
+from listener_reward.report.diagram import reliability_svg
 from listener_reward.verdict import Mode
 
 RNG = np.random.default_rng(0)

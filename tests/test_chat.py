@@ -12,7 +12,7 @@ from PIL import Image
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat, default_question, neutralise, reserved_tokens
 from listener_reward.errors import InputError
-from listener_reward.tiny.model import QUESTION, build_processor, build_tokenizer
+from listener_reward.tiny.models import QUESTION, build_processor, build_tokenizer
 
 FIRST, SECOND = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from listener_reward.card import CARD, Card
 from listener_reward.chat import ChatFormat
-from listener_reward.checkpoint import CARD, EMBEDDED, Card, resolve
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
+from listener_reward.models.hub import EMBEDDED, resolve
 from listener_reward.reward import PAPER_CHECKPOINT
 
 
@@ -163,7 +164,7 @@ def test_a_name_that_is_nothing(name, monkeypatch):
 
 def test_embedded_names(tmp_path, monkeypatch):
     assert resolve("some/where") == "some/where"
-    monkeypatch.setattr("listener_reward.checkpoint.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("listener_reward.models.hub.resources.files", lambda package: tmp_path)
     for name in EMBEDDED:
         with pytest.raises(InputError, match="reinstall the package"):
             resolve(name)

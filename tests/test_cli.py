@@ -308,7 +308,7 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> N
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     calls: list[tuple[Any, ...]] = []
-    fake_module(monkeypatch, "listener_reward.demo", run_demo=lambda *arguments: calls.append(arguments))
+    fake_module(monkeypatch, "listener_reward.recipes.demo", run_demo=lambda *arguments: calls.append(arguments))
     assert run("demo").exit_code == 0
     assert run("demo", "--out", str(tmp_path), "--steps", "5", "--seed", "7", "--quick").exit_code == 0
     assert calls == [(Path("listener-reward-demo"), None, 0, False), (tmp_path, 5, 7, True)]

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from listener_reward.datasets import FEATURES, TINY_PAIRS, _sample, load_pairs
+from listener_reward.datasets import FEATURES, TINY_PAIRS, load_pairs
 from listener_reward.datasets.format import Labelled
+from listener_reward.datasets.load import _sample
 from listener_reward.errors import InputError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
 from listener_reward.pairs import PreferencePair
-from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.world import split_pairs
 
 GALLERY = Path(__file__).resolve().parents[2] / "shared" / "data" / "hpdv2"
@@ -459,6 +460,6 @@ def test_many_broken_images_refuse_the_data(folder):
 
 def test_images_shared_by_many_pairs_are_decoded_once(folder, monkeypatch):
     decoded = []
-    monkeypatch.setattr("listener_reward.datasets.to_pil", lambda image, field: decoded.append(image["path"]))
+    monkeypatch.setattr("listener_reward.datasets.load.to_pil", lambda image, field: decoded.append(image["path"]))
     load_pairs(written(folder, [entry(label=1) for _ in range(30)]))
     assert len(decoded) == 2

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from listener_reward.datasets import FEATURES, FORMATS, fault, load_pairs
+from listener_reward.datasets import FEATURES, FORMATS, load_pairs
 from listener_reward.datasets.format import PUBLISHED, read_pairs
+from listener_reward.datasets.load import fault
 from listener_reward.datasets.rows import Hub
 from listener_reward.errors import InputError
 from listener_reward.evaluate import evaluate_scores
-from listener_reward.images import to_pil
-from listener_reward.scores import Scores
+from listener_reward.evaluate.scores import Scores
+from listener_reward.media.images import to_pil
 
 MP4 = b"....ftypisom"
 """The start of a video file."""

@@ -126,7 +126,7 @@ def test_a_stream_of_the_tiny_world():
 
 def test_a_stream_decodes_no_pair_before_it_is_wanted(pairs, monkeypatch):
     decoded = []
-    monkeypatch.setattr("listener_reward.datasets.to_pil", lambda image, field: decoded.append(field))
+    monkeypatch.setattr("listener_reward.datasets.load.to_pil", lambda image, field: decoded.append(field))
     stream = iter(load_pairs(pairs(500), stream=True))
     assert decoded == []
     for _ in range(5):

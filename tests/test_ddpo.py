@@ -28,8 +28,8 @@ from PIL import Image
 from listener_reward import ListenerReward
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer, ReplayError
-from listener_reward.integrations.ddpo_log import checkpoints, read_metrics, save_checkpoint
-from listener_reward.integrations.rollout import record
+from listener_reward.integrations.ddpo.log import checkpoints, read_metrics, save_checkpoint
+from listener_reward.integrations.ddpo.rollout import record
 from listener_reward.integrations.video import VideoReward
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
@@ -152,7 +152,7 @@ def test_checkpointing_and_autocast_learn_the_same(extra: dict[str, Any], config
 @pytest.fixture(scope="module")
 def painter() -> dict[str, torch.Tensor]:
     """Weights of a tiny SD3 that draws plain pictures of any colour: a few seconds of training make a sampler."""
-    from listener_reward.integrations.schedulers import log_prob_scheduler
+    from listener_reward.integrations.ddpo.schedulers import log_prob_scheduler
 
     pipeline = tiny.build("sd3")
     transformer, prompts = pipeline.transformer, [PROMPTS[0]] * 16
@@ -670,12 +670,14 @@ def test_what_cannot_be_trained_is_refused(config: Callable[..., DDPOConfig]):
         trainer(pipeline)
 
 
-@pytest.mark.parametrize(("module", "missing"), [("schedulers", "diffusers"), ("lora", "peft"), ("ddpo", "accelerate")])
+@pytest.mark.parametrize(
+    ("module", "missing"), [("schedulers", "diffusers"), ("lora", "peft"), ("trainer", "accelerate")]
+)
 def test_a_missing_package_is_named_with_the_line_that_installs_it(
     module: str, missing: str, monkeypatch: pytest.MonkeyPatch
 ):
-    source = importlib.import_module(f"listener_reward.integrations.{module}").__file__
-    spec = importlib.util.spec_from_file_location("listener_reward.integrations.anew", source)
+    source = importlib.import_module(f"listener_reward.integrations.ddpo.{module}").__file__
+    spec = importlib.util.spec_from_file_location("listener_reward.integrations.ddpo.anew", source)
     assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, missing, None)  # what an import of a missing package finds
     with pytest.raises(MissingExtraError, match=rf'needs {missing}: pip install "listener-reward\[diffusers\]"'):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from listener_reward.integrations.hacking import HackingGuard
-from listener_reward.integrations.objectives import (
+from listener_reward.integrations.ddpo.hacking import HackingGuard
+from listener_reward.integrations.ddpo.objectives import (
     PromptStatistics,
     diversity,
     goodness,

@@ -13,11 +13,11 @@ import tiny_pipelines as tiny
 import torch
 
 from listener_reward.errors import InputError
-from listener_reward.integrations import ddpo_learn
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
-from listener_reward.integrations.ddpo_learn import LATENTS, stream
-from listener_reward.integrations.lora import adapters_off
-from listener_reward.integrations.rollout import record
+from listener_reward.integrations.ddpo import learner as ddpo_learn
+from listener_reward.integrations.ddpo.learner import LATENTS, stream
+from listener_reward.integrations.ddpo.lora import adapters_off
+from listener_reward.integrations.ddpo.rollout import record
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from listener_reward.demo import ARMS, SPLITS, run_demo
-from listener_reward.tiny.workers import Report, run_side_by_side
+from listener_reward.recipes.arms import ARMS, SPLITS
+from listener_reward.recipes.demo import run_demo
+from listener_reward.recipes.workers import Report, run_side_by_side
 
 
 @pytest.fixture(autouse=True)

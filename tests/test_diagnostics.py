@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from listener_reward.datasets import load_pairs
-from listener_reward.diagnostics import FEWEST, GAP_BINS, POINTS, diagnose
 from listener_reward.errors import InputError
 from listener_reward.evaluate import evaluate
-from listener_reward.intervals import wilson
-from listener_reward.measure import Answers
+from listener_reward.evaluate.diagnostics import FEWEST, GAP_BINS, POINTS, diagnose
+from listener_reward.evaluate.intervals import wilson
+from listener_reward.evaluate.measure import Answers
 
 
 @pytest.fixture(scope="module")

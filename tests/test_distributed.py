@@ -24,7 +24,7 @@ from distributed_worker import GATHERED, GREEDY, LAUNCHES, LORA, OWN, RESUMED, S
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from listener_reward.checkpoint import Card
+from listener_reward.card import Card
 from listener_reward.judge import Judge
 from listener_reward.train.run import _leave
 

@@ -14,17 +14,10 @@ from PIL import Image
 
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.evaluate import (
-    brier_score,
-    count_right,
-    evaluate,
-    expected_calibration_error,
-    is_mirrored,
-    margins_by_order,
-    negative_log_likelihood,
-    side,
-    wilson,
-)
+from listener_reward.evaluate import evaluate
+from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
+from listener_reward.evaluate.intervals import wilson
+from listener_reward.evaluate.run import count_right, is_mirrored, margins_by_order, side
 from listener_reward.verdict import Thought, Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------

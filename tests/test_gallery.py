@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from listener_reward.evaluate import evaluate, evaluate_scores
-from listener_reward.gallery import PICTURE_SIDE, TEXT_LENGTH, Gallery, scored_gallery
-from listener_reward.scores import Scores
+from listener_reward.evaluate.gallery import PICTURE_SIDE, TEXT_LENGTH, Gallery, scored_gallery
+from listener_reward.evaluate.scores import Scores
 from listener_reward.verdict import Thought, Verdict
 
 

@@ -26,9 +26,9 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
 from listener_reward.judge import Judge
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
-from listener_reward.tiny.model import SPECIAL, TAGS
-from listener_reward.vlm import TransformersVLM
+from listener_reward.tiny.models import SPECIAL, TAGS
 
 
 @pytest.fixture(autouse=True)

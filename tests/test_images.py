@@ -14,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from listener_reward.errors import InputError
-from listener_reward.images import MAX_ASPECT, MAX_SIDE, to_pil, to_pil_batch
+from listener_reward.media.images import MAX_ASPECT, MAX_SIDE, to_pil, to_pil_batch
 
 ORANGE = (255, 128, 0)
 

@@ -37,9 +37,9 @@ from transformers import (
 
 from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat, neutralise, reserved_tokens
 from listener_reward.listener import Listener
-from listener_reward.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.trace import Trace, mask_verdict, parse
-from listener_reward.vlm import TransformersVLM
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 BOTH = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>")

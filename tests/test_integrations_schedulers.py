@@ -11,12 +11,9 @@ import tiny_pipelines as tiny
 import torch
 
 from listener_reward.errors import InputError
-from listener_reward.integrations.rollout import ReplayError, Step, call_options, record, replay, replayed_log_prob
-from listener_reward.integrations.schedulers import (
-    LogProbFlowMatchScheduler,
-    log_prob,
-    log_prob_scheduler,
-)
+from listener_reward.integrations.ddpo import ReplayError
+from listener_reward.integrations.ddpo.rollout import Step, call_options, record, replay, replayed_log_prob
+from listener_reward.integrations.ddpo.schedulers import LogProbFlowMatchScheduler, log_prob, log_prob_scheduler
 
 PROMPTS = ["a red circle", "a cat moving"]
 STEPS = 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, permutation_test
 
-from listener_reward.intervals import clustered_interval, paired_test, wilson
+from listener_reward.evaluate.intervals import clustered_interval, paired_test, wilson
 
 
 def array(*values: float) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_the_order_of_the_pairs_changes_nothing_and_the_seed_does():
 def test_memory_does_not_change_the_samples(monkeypatch):
     rights, prompts = clustered(np.random.default_rng(0), 30, 6, 0.2)
     whole = clustered_interval(rights, np.ones(180), prompts)
-    monkeypatch.setattr("listener_reward.intervals._CELLS", 1000)  # 33 samples at a time and not all 2,000
+    monkeypatch.setattr("listener_reward.evaluate.intervals._CELLS", 1000)  # 33 samples at a time and not all 2,000
     assert clustered_interval(rights, np.ones(180), prompts) == whole
 
 

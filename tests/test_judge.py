@@ -21,20 +21,20 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.checkpoint import Card
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
-from listener_reward.judge import Judge, load_listener
-from listener_reward.listener import Listener
-from listener_reward.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
+from listener_reward.judge import Judge
+from listener_reward.listener import Listener, load_listener
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
-from listener_reward.tiny.draw import draw_pair
-from listener_reward.tiny.model import CHAT_TEMPLATE, QUESTION, build_tokenizer
+from listener_reward.tiny.drawing import draw_pair
+from listener_reward.tiny.models import CHAT_TEMPLATE, QUESTION, build_tokenizer
 from listener_reward.tiny.world import split_pairs
 from listener_reward.verdict import Verdict
-from listener_reward.vlm import TransformersVLM
 
 GALLERY = Path(__file__).resolve().parents[2] / "shared" / "data" / "hpdv2"
 RED, DARK, BLACK = (Image.new("RGB", (8, 8), (level, 0, 0)) for level in (255, 100, 0))

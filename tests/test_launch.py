@@ -15,11 +15,12 @@ from transformers.integrations import deepspeed
 from trl.import_utils import is_vllm_available
 from typer.testing import CliRunner
 
-from listener_reward.checkpoint import Card, resolve
+from listener_reward.card import Card
 from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
-from listener_reward.judge import load_listener
-from listener_reward.processing import load_processor
+from listener_reward.listener import load_listener
+from listener_reward.models.hub import resolve
+from listener_reward.models.processing import load_processor
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.sharing import unsharded
 from listener_reward.train.trainer import ListenerGRPOTrainer

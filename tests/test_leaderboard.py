@@ -17,9 +17,9 @@ from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import Evaluation, evaluate
+from listener_reward.evaluate.leaderboard import leaderboard, leaderboard_tables, plain, protocols_table
+from listener_reward.evaluate.measure import PROTOCOLS
 from listener_reward.judge import Judge
-from listener_reward.leaderboard import leaderboard, leaderboard_tables, plain, protocols_table
-from listener_reward.measure import PROTOCOLS
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from listener_reward import protocols
 from listener_reward.errors import InputError
-from listener_reward.measure import (
+from listener_reward.evaluate import protocols
+from listener_reward.evaluate.measure import (
     DEFAULTS,
     PROTOCOLS,
     Answers,

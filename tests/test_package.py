@@ -20,12 +20,14 @@ import listener_reward
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIGHT = (
-    "errors pairs images chat trace shaping verdict ranking reward protocols intervals measure scores leaderboard peers"
+    "errors pairs media.images media.storyboards chat trace shaping verdict calibration.fit card ranking conclude "
+    "reward evaluate evaluate.protocols evaluate.intervals evaluate.measure evaluate.scores evaluate.leaderboard "
+    "report peers"
 ).split()
 
 needs_tiny = pytest.mark.skipif(
     not (ROOT / "listener_reward/tiny/weights/judge/model.safetensors").exists(),
-    reason="the embedded judge has not been made: python -m listener_reward.tiny.pretrain",
+    reason="the embedded judge has not been made: python -m listener_reward.recipes.pretrain",
 )
 
 
@@ -109,7 +111,7 @@ def test_works_without_torchvision():
         "import sys\n"
         "sys.modules['torchvision'] = None  # what an import of a missing package finds\n"
         "from PIL import Image\n"
-        "from listener_reward.tiny.model import build_model, build_processor\n"
+        "from listener_reward.tiny.models import build_model, build_processor\n"
         "processor = build_processor()\n"
         "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'which is better ?'}]}]\n"
         "text = processor.apply_chat_template(chat, add_generation_prompt=True)\n"

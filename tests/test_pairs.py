@@ -47,7 +47,7 @@ def test_a_pair_cannot_be_changed():
 def test_importing_pairs_and_images_loads_no_model_library():
     code = """
 import sys
-import listener_reward.errors, listener_reward.images, listener_reward.pairs
+import listener_reward.errors, listener_reward.media.images, listener_reward.pairs
 loaded = {"torch", "transformers", "datasets"} & set(sys.modules)
 sys.exit(f"imported {loaded}" if loaded else 0)
 """

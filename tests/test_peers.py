@@ -24,12 +24,13 @@ from PIL import Image
 
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.evaluate import evaluate, evaluate_scores, is_mirrored
-from listener_reward.images import to_pil
+from listener_reward.evaluate import evaluate, evaluate_scores
+from listener_reward.evaluate.run import is_mirrored
+from listener_reward.evaluate.scores import read_scores
+from listener_reward.media.images import to_pil
 from listener_reward.peers import is_peer, load_peer
 from listener_reward.peers.endpoint import EndpointJudge, endpoint_judge
 from listener_reward.peers.scorers import IMSCORE, ScoreJudge, clip_judge, imscore_judge, pickscore_judge
-from listener_reward.scores import read_scores
 
 
 def noise(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:

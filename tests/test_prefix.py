@@ -19,12 +19,12 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from listener_reward import attention
-from listener_reward.attention import Layout, attention_inputs, check_used, unsupported
 from listener_reward.errors import InputError
-from listener_reward.prefix import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
-from listener_reward.rollout import prefill, sample
-from listener_reward.vision import patches_by_product
+from listener_reward.models.vision import patches_by_product
+from listener_reward.prefix import attention
+from listener_reward.prefix.attention import Layout, attention_inputs, check_used, unsupported
+from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
+from listener_reward.prefix.sampling import prefill, sample
 
 IMAGE = 10
 LENGTHS = ((5, 9, 3), (4, 4, 8, 1))
@@ -356,7 +356,7 @@ def mapped():
     smaller = torch.empty(2**22)
     return libc.mallinfo2().hblks - before
 first = mapped()
-from listener_reward.allocator import keep_freed_memory
+from listener_reward.prefix.allocator import keep_freed_memory
 keep_freed_memory()
 print(first, mapped())
 """

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from listener_reward import protocols as p
 from listener_reward.errors import InputError
+from listener_reward.evaluate import protocols as p
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 NAN = float("nan")

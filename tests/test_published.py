@@ -19,8 +19,8 @@ import pytest
 from listener_reward.datasets import load_pairs
 from listener_reward.datasets.check import check_data
 from listener_reward.evaluate import Evaluation, evaluate_scores
-from listener_reward.measure import ProtocolResult
-from listener_reward.scores import Scores, read_scores
+from listener_reward.evaluate.measure import ProtocolResult
+from listener_reward.evaluate.scores import Scores, read_scores
 
 FIXTURES = Path(__file__).with_name("fixtures")
 

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import kendalltau
 
-from listener_reward.calibration import Curve
+from listener_reward.calibration.maps import Curve
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.ranking import VOTES, estimate_votes, fit_bradley_terry, next_round, pairings, rank_images
 

@@ -17,11 +17,11 @@ from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
 
 from listener_reward.report import write_report
-from listener_reward.report_pairs import picture
-from listener_reward.report_plots import MAX_BANDS, METRICS, _bands, _path, _smooth, _tick_digits, _ticks
-from listener_reward.report_table import COLUMNS, _cells
-from listener_reward.report_values import DASH, MINUS
-from listener_reward.tiny.draw import draw_pair
+from listener_reward.report.pairs import picture
+from listener_reward.report.plots import MAX_BANDS, METRICS, _bands, _path, _smooth, _tick_digits, _ticks
+from listener_reward.report.tables import COLUMNS, _cells
+from listener_reward.report.values import DASH, MINUS
+from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.world import split_pairs
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from listener_reward.checkpoint import Card
+from listener_reward.card import Card
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.train.config import ListenerGRPOConfig

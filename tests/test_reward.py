@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.models.transformers_vlm import default_device
 from listener_reward.reward import INFO, PAPER_CHECKPOINT, ListenerReward, log_odds
-from listener_reward.vlm import default_device
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.evaluate import evaluate_scores
-from listener_reward.scores import MAX_MISSING, Scores, read_scores
+from listener_reward.evaluate.scores import MAX_MISSING, Scores, read_scores
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

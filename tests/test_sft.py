@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from listener_reward.checkpoint import Card
+from listener_reward.card import Card
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge

@@ -28,13 +28,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from listener_reward.attention import base_model
+from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
-from listener_reward.checkpoint import Card
 from listener_reward.errors import InputError
-from listener_reward.judge import load_listener
-from listener_reward.processing import ImageOnlyQwen3VLProcessor
-from listener_reward.tiny.model import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, PATCH, QUESTION, build_processor
+from listener_reward.listener import load_listener
+from listener_reward.models.processing import ImageOnlyQwen3VLProcessor
+from listener_reward.prefix.attention import base_model
+from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, PATCH, QUESTION, build_processor
 from listener_reward.trace import Trace
 from listener_reward.train import rewards, sharing
 from listener_reward.train.config import ALL_OFF

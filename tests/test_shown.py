@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from listener_reward import shown as module
-from listener_reward.images import to_pil
-from listener_reward.measure import Labels
-from listener_reward.shown import shown
+from listener_reward.evaluate import batches as module
+from listener_reward.evaluate.batches import shown
+from listener_reward.evaluate.measure import Labels
+from listener_reward.media.images import to_pil
 
 SIDE = 10
 """A picture is 300 bytes."""

@@ -18,9 +18,10 @@ SIDE = 64
 CODE = """
 import json, resource, sys
 import numpy as np
-from listener_reward import cli, shown
+from listener_reward import cli
+from listener_reward.evaluate import batches as shown
 from listener_reward.cli import evaluating
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
 from listener_reward.verdict import Verdict
 
 class Redder:

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from listener_reward import Judge
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate import evaluate
-from listener_reward.tiny.draw import draw, draw_pair
-from listener_reward.tiny.model import build_tokenizer
+from listener_reward.tiny.drawing import draw, draw_pair
+from listener_reward.tiny.models import build_tokenizer
 from listener_reward.tiny.thoughts import describe, reasoner_example
 from listener_reward.tiny.world import (
     MIN_GAP,
@@ -130,7 +130,7 @@ def test_the_embedded_weights_are_small_and_have_a_card() -> None:
     assert sum(size(WEIGHTS / model) for model in ("base", "listener", "judge")) <= 8e6
     assert size(WEIGHTS / "diffusion") <= 5e6
     card = (WEIGHTS / "README.md").read_text()
-    assert "python -m listener_reward.tiny.pretrain" in card
+    assert "python -m listener_reward.recipes.pretrain" in card
 
 
 def test_the_judge_is_right_on_the_in_distribution_test(judge: Judge) -> None:

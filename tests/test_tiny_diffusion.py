@@ -24,7 +24,7 @@ from listener_reward.tiny.diffusion import (
     measure,
     set_encoder,
 )
-from listener_reward.tiny.draw import draw
+from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.generated import sample_pairs, samples
 from listener_reward.tiny.read import Reading, asked, read
 from listener_reward.tiny.world import COLORS, SHAPES, Scene, held_out, utility, wording

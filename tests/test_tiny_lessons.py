@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from listener_reward.recipes.lessons import DISTURBED, LITTERED, Mixed, litter
 from listener_reward.tiny.generated import Sample
-from listener_reward.tiny.lessons import DISTURBED, LITTERED, Mixed, litter
 from listener_reward.tiny.read import read
 from listener_reward.tiny.world import Scene
 
 
 @pytest.fixture
 def mixed() -> Mixed:
-    from listener_reward.tiny.draw import draw
+    from listener_reward.tiny.drawing import draw
 
     rng = random.Random(0)
     scenes = [Scene("red", "circle", 1), Scene("blue", "square", 2)]
@@ -61,9 +61,9 @@ def test_litter_leaves_the_text_whole_and_comes_before_or_after_it() -> None:
 
 def test_an_answer_learnt_from_voters_is_the_mean_of_both_answers() -> None:
     """With shares the loss is that of either label, weighted, and does not depend on the label that stands there."""
-    from listener_reward.tiny.draw import draw
-    from listener_reward.tiny.model import build_model, build_processor
-    from listener_reward.tiny.pretrain import FORMAT, _speech_loss, _turns
+    from listener_reward.recipes.pretrain import FORMAT, _speech_loss, _turns
+    from listener_reward.tiny.drawing import draw
+    from listener_reward.tiny.models import build_model, build_processor
 
     torch.manual_seed(0)
     processor: Any = build_processor()

@@ -22,13 +22,14 @@ from trl import GRPOTrainer
 from typer.testing import CliRunner
 
 import listener_reward.train
+from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
-from listener_reward.checkpoint import Card
 from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.judge import Judge, load_listener
-from listener_reward.processing import load_processor
+from listener_reward.judge import Judge
+from listener_reward.listener import load_listener
+from listener_reward.models.processing import load_processor
 from listener_reward.train.config import ALL_OFF, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.run import LORA_TARGETS, main, parse

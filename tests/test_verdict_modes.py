@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from scipy.stats import t as student
 
-from listener_reward.calibration import Calibration, Curve, Platt
+from listener_reward.calibration.maps import Calibration, Curve, Platt
+from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.checkpoint import Card
 from listener_reward.conclude import Answer, is_sure, settled
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge

@@ -20,20 +20,13 @@ from typer.testing import CliRunner
 
 from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.integrations.video import (
-    ClipJudge,
-    VideoReward,
-    as_picture,
-    as_pictures,
-    cut,
-    rank_videos,
-    read_clip,
-    storyboard,
-)
+from listener_reward.integrations.video import ClipJudge, VideoReward, rank_videos
 from listener_reward.judge import Judge
+from listener_reward.media.storyboards import as_picture, as_pictures, cut, storyboard
+from listener_reward.media.videos import read_clip
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.tiny.motion import draw_clip
 from listener_reward.tiny.world import Scene
-from listener_reward.vlm import TransformersVLM
 
 VIDEOALIGN = Path(__file__).resolve().parents[2] / "shared" / "data" / "videoalign"
 SIZE = (48, 32)
@@ -415,9 +408,9 @@ def large_random_judge(tmp_path_factory) -> Path:
     """Random weights with a real Qwen2.5-VL's patches: a frame keeps 250,880 pixels, which are 320 visual tokens."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from listener_reward.card import Card
     from listener_reward.chat import ChatFormat
-    from listener_reward.checkpoint import Card
-    from listener_reward.tiny.model import QUESTION, build_model, build_processor
+    from listener_reward.tiny.models import QUESTION, build_model, build_processor
 
     folder = tmp_path_factory.mktemp("large-judge")
     processor = build_processor()

@@ -20,17 +20,17 @@ from transformers import (
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
-from listener_reward.checkpoint import Card
-from listener_reward.clips import Clip
 from listener_reward.errors import InputError
 from listener_reward.integrations.video import ClipJudge, VideoReward
-from listener_reward.integrations.video_boards import read_timed, storyboard, timed_storyboard
 from listener_reward.judge import Judge
-from listener_reward.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor, load_processor
-from listener_reward.tiny.model import CHAT_TEMPLATE, QUESTION, build_tokenizer
-from listener_reward.video_processing import ClipProcessor, metadata
-from listener_reward.vlm import TransformersVLM
+from listener_reward.media.clips import Clip
+from listener_reward.media.storyboards import read_timed, storyboard, timed_storyboard
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor, load_processor
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.video_processing import ClipProcessor, metadata
+from listener_reward.tiny.models import CHAT_TEMPLATE, QUESTION, build_tokenizer
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 

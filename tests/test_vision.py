@@ -10,8 +10,8 @@ from PIL import Image
 
 from listener_reward.chat import Chat
 from listener_reward.judge import Judge
-from listener_reward.vision import ImageFeatures, as_encoder_output, digest
-from listener_reward.vlm import TransformersVLM
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.vision import ImageFeatures, as_encoder_output, digest
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first(vlm):
 def test_many_patches_go_through_in_several_passes(vlm, monkeypatch):
     images = [picture(seed) for seed in range(5)]
     whole = store(vlm)(images)
-    monkeypatch.setattr("listener_reward.vision.MAX_PATCHES", 80)  # 36 patches an image
+    monkeypatch.setattr("listener_reward.models.vision.MAX_PATCHES", 80)  # 36 patches an image
     for entry, expected in zip(store(vlm)(images), whole, strict=True):
         torch.testing.assert_close(entry.features, expected.features, atol=1e-6, rtol=1e-5)
 

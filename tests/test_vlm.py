@@ -14,15 +14,16 @@ from PIL import Image
 from scipy.stats import chisquare
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from listener_reward.attention import Layout
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.judge import Judge
-from listener_reward.processing import load_processor
-from listener_reward.tiny.draw import draw_pair
-from listener_reward.tiny.model import QUESTION, build_model, build_processor
+from listener_reward.models.processing import load_processor
+from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
+from listener_reward.models.vlm import check_finite
+from listener_reward.prefix.attention import Layout
+from listener_reward.tiny.drawing import draw_pair
+from listener_reward.tiny.models import QUESTION, build_model, build_processor
 from listener_reward.tiny.world import split_pairs
-from listener_reward.vlm import SeededSampling, TransformersVLM, check_finite
 
 FORMAT = ChatFormat(question=QUESTION)
 

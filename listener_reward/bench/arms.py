@@ -26,11 +26,12 @@ from transformers import AutoConfig
 
 from listener_reward.bench.meter import Reading, in_use, metered
 from listener_reward.bench.shapes import Size, group_chats, pictures, words
+from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat, reserved_tokens
-from listener_reward.checkpoint import Card
-from listener_reward.judge import Judge, load_listener
+from listener_reward.judge import Judge
+from listener_reward.listener import load_listener
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.trace import Trace
-from listener_reward.vlm import TransformersVLM
 
 Computed = dict[str, torch.Tensor]
 
@@ -204,7 +205,7 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
     import trl
     from peft import LoraConfig
 
-    from listener_reward.processing import load_processor
+    from listener_reward.models.processing import load_processor
     from listener_reward.train.config import ListenerGRPOConfig
     from listener_reward.train.rewards import ShapedReward
     from listener_reward.train.run import LORA_TARGETS

@@ -197,8 +197,8 @@ def _differences(ours: Path, theirs: Path) -> dict[str, float]:
 
 
 def _check(name: str, size: Size) -> None:
-    from listener_reward.attention import KERNELS
     from listener_reward.bench.shapes import SHAPES_BY_NAME
+    from listener_reward.prefix.attention import KERNELS
 
     for field, value, allowed in (
         ("benchmark", name, list(BENCHMARKS)),

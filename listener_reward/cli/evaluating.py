@@ -22,13 +22,7 @@ from listener_reward.cli.options import (
     load_judge,
     load_rater,
 )
-from listener_reward.cli.printing import (
-    print_calibrated,
-    print_check,
-    print_evaluation,
-    print_json,
-    print_leaderboard,
-)
+from listener_reward.cli.printing import print_calibrated, print_check, print_evaluation, print_json, print_leaderboard
 from listener_reward.cli.terminal import errors_in_one_line, plain, stderr, working
 from listener_reward.cli.writing import check_page, check_writable, write_calibration, write_html
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
@@ -142,10 +136,10 @@ def evaluate_pairs(
         with working("judging", spinner=False):  # the evaluation has its own progress bar
             from listener_reward.datasets import load_pairs
             from listener_reward.evaluate import evaluate, evaluate_scores
-            from listener_reward.gallery import Gallery, scored_gallery
-            from listener_reward.leaderboard import leaderboard
-            from listener_reward.measure import check_protocols
-            from listener_reward.scores import read_scores
+            from listener_reward.evaluate.gallery import Gallery, scored_gallery
+            from listener_reward.evaluate.leaderboard import leaderboard
+            from listener_reward.evaluate.measure import check_protocols
+            from listener_reward.evaluate.scores import read_scores
 
             check_protocols(protocol or ())
             files = [read_scores(path) for path in scores or ()]
@@ -237,8 +231,8 @@ def calibrate(
     """
     with errors_in_one_line(debug):
         with working("judging", spinner=False):
-            from listener_reward.calibration import calibrate as fit
             from listener_reward.datasets import load_pairs
+            from listener_reward.evaluate.calibrate import calibrate as fit
             from listener_reward.reward import PAPER_CHECKPOINT
 
             name = PAPER_CHECKPOINT if judge is None else judge
@@ -257,7 +251,7 @@ def calibrate(
             )
             folder = write_calibration(name, out, loaded, result, listener)
             if plot is not None:
-                from listener_reward.reliability import reliability_svg
+                from listener_reward.report.diagram import reliability_svg
 
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
                 plot.write_text(reliability_svg(curves), encoding="utf-8")

@@ -15,10 +15,10 @@ from rich.text import Text
 from listener_reward.cli.terminal import plain
 
 if TYPE_CHECKING:
-    from listener_reward.calibration import Calibrated
     from listener_reward.datasets.check import DataCheck
     from listener_reward.evaluate import Evaluation
-    from listener_reward.leaderboard import Leaderboard
+    from listener_reward.evaluate.calibrate import Calibrated
+    from listener_reward.evaluate.leaderboard import Leaderboard
     from listener_reward.ranking import Ranking
     from listener_reward.verdict import Verdict
 
@@ -86,7 +86,7 @@ def print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> N
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    from listener_reward.leaderboard import protocols_table
+    from listener_reward.evaluate.leaderboard import protocols_table
 
     table = Table("measure", "value")
     for name, value in evaluation.to_dict().items():
@@ -98,7 +98,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_leaderboard(board: Leaderboard) -> None:
-    from listener_reward.leaderboard import leaderboard_tables
+    from listener_reward.evaluate.leaderboard import leaderboard_tables
 
     console, result = Console(highlight=False), board.evaluations[0].protocols[0]
     for table in leaderboard_tables(board):
@@ -128,7 +128,7 @@ def print_check(check: DataCheck) -> None:
 
 
 def print_calibrated(result: Calibrated, folder: Path) -> None:
-    from listener_reward.reliability import reliability
+    from listener_reward.evaluate.confidence import reliability
 
     console = Console(highlight=False)
     table = Table("measure", "before", "after")

@@ -43,8 +43,8 @@ def serve(
     """
     with errors_in_one_line(debug):
         with working("loading the judge"):
-            from listener_reward.integrations.collector import GroupCollector  # pyright: ignore[reportMissingImports]
-            from listener_reward.integrations.server import make_server  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.serving.app import make_server  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.serving.collector import GroupCollector  # pyright: ignore[reportMissingImports]
             from listener_reward.reward import ListenerReward
 
             loaded = load_judge(judge, listener, no_think, thoughts)

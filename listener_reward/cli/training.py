@@ -33,7 +33,7 @@ def demo(
     """
     with errors_in_one_line(debug):
         quieten()
-        from listener_reward.demo import run_demo
+        from listener_reward.recipes.demo import run_demo
 
         run_demo(out, steps, seed, quick)
 

@@ -15,10 +15,10 @@ from listener_reward.cli.terminal import stderr
 from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
-    from listener_reward.calibration import Calibrated
     from listener_reward.evaluate import Evaluation
+    from listener_reward.evaluate.calibrate import Calibrated
+    from listener_reward.evaluate.leaderboard import Leaderboard
     from listener_reward.judge import Judge
-    from listener_reward.leaderboard import Leaderboard
 
 
 def check_writable(name: str, out: Path | None) -> None:
@@ -31,7 +31,8 @@ def check_writable(name: str, out: Path | None) -> None:
 
 
 def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
-    from listener_reward.checkpoint import EMBEDDED, Card, resolve
+    from listener_reward.card import Card
+    from listener_reward.models.hub import EMBEDDED, resolve
 
     changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
     if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
@@ -78,7 +79,7 @@ def write_html(
     """The page of `eval`. It names the data and the judges as they were asked for."""
     from datetime import UTC, datetime
 
-    from listener_reward.diagnostics import diagnose
+    from listener_reward.evaluate.diagnostics import diagnose
     from listener_reward.report import write_report
 
     rows = board.to_dict()["judges"] if board else [evaluations[0].to_dict()]

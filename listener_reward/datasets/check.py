@@ -18,10 +18,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat
-from listener_reward.datasets import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
 from listener_reward.datasets.format import Labelled, Skipped, is_video
+from listener_reward.datasets.load import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
 from listener_reward.errors import InputError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
 
 NAMED = 5
 """Broken images that are named; the rest are counted."""

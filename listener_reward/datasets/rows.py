@@ -228,7 +228,7 @@ def _told_if_offline(name: str) -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    from listener_reward.checkpoint import hub_options
+    from listener_reward.models.hub import hub_options
 
     if not hub_options(name):
         yield

@@ -11,7 +11,7 @@ from PIL import Image
 from listener_reward.datasets.format import Labelled
 from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair
-from listener_reward.tiny.draw import draw_pair
+from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.world import SPLITS, split_pairs
 
 GENERATED = "generated"

@@ -25,7 +25,7 @@ from PIL.Image import Image
 
 from listener_reward.chat import FOREIGN_RESERVED, ChatFormat
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.images import ImageLike, to_pil
+from listener_reward.media.images import ImageLike, to_pil
 from listener_reward.verdict import Thought, Verdict
 
 OPENAI = "https://api.openai.com/v1"

@@ -17,9 +17,9 @@ import torch
 from PIL.Image import Image
 from scipy.special import expit
 
-from listener_reward.checkpoint import hub_options
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.images import ImageLike, to_pil
+from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.models.hub import hub_options
 from listener_reward.verdict import Verdict
 
 Score = Callable[[list[str], list[Image]], Sequence[float]]

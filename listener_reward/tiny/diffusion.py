@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from listener_reward.errors import MissingExtraError
-from listener_reward.tiny.draw import draw
+from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.read import asked, read
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES, Scene, sample_candidate, sample_prompt, wording
 
@@ -69,8 +69,8 @@ SPOTS = {
     2: [(0.28, 0.5, 0.18), (0.72, 0.5, 0.18)],
     3: [(0.5, 0.28, 0.18), (0.27, 0.71, 0.18), (0.73, 0.71, 0.18)],
 }
-"""Where the objects of a training picture lie, by their count (`draw.draw`). Were they anywhere, a model of this size,
-trained for minutes, would draw blobs."""
+"""Where the objects of a training picture lie, by their count (`drawing.draw`). Were they anywhere, a model of this
+size, trained for minutes, would draw blobs."""
 PALE = 150
 """Backgrounds are as bright as that in each colour: a world with fewer kinds of them is learnt sooner."""
 DROPPED = 0.1

@@ -6,7 +6,7 @@ import random
 
 from PIL import Image
 
-from listener_reward.tiny.draw import draw
+from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.world import Scene
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
-from listener_reward.attention import KERNELS
 from listener_reward.errors import InputError
+from listener_reward.prefix.attention import KERNELS
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
 

@@ -13,9 +13,9 @@ from typing import Any
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import JudgeError
 from listener_reward.listener import Listener
+from listener_reward.models.vlm import check_finite
 from listener_reward.shaping import accuracy_reward, contradicted, format_reward, listener_reward
 from listener_reward.trace import Trace, parse
-from listener_reward.vlm import check_finite
 
 
 @dataclass(frozen=True, slots=True)

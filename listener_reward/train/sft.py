@@ -9,10 +9,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
-from listener_reward.checkpoint import Card, resolve
 from listener_reward.errors import InputError
-from listener_reward.images import to_pil
+from listener_reward.media.images import to_pil
+from listener_reward.models.hub import resolve
 from listener_reward.train.trainer import as_chats, load_policy_processor
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from listener_reward.attention import base_model, check_used
-from listener_reward.prefix import IGNORED, Prompt, Row, budgeted, pack, prompt_positions
-from listener_reward.rollout import prefill, sample
+from listener_reward.prefix.attention import base_model, check_used
+from listener_reward.prefix.rows import IGNORED, Prompt, Row, budgeted, pack, prompt_positions
+from listener_reward.prefix.sampling import prefill, sample
 
 
 class Groups(NamedTuple):

@@ -26,14 +26,16 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from listener_reward.attention import base_model, unsupported
+from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
-from listener_reward.checkpoint import EMBEDDED, UNREADABLE, Card, cannot_load, resolve
 from listener_reward.errors import InputError
-from listener_reward.images import to_pil
-from listener_reward.judge import load_listener, make_listener
-from listener_reward.listener import Listener
-from listener_reward.processing import load_processor
+from listener_reward.listener import Listener, load_listener, make_listener
+from listener_reward.media.images import to_pil
+from listener_reward.models.hub import EMBEDDED, UNREADABLE, cannot_load, resolve
+from listener_reward.models.processing import load_processor
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.vlm import check_finite
+from listener_reward.prefix.attention import base_model, unsupported
 from listener_reward.trace import Trace
 from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
@@ -47,7 +49,6 @@ from listener_reward.train.sharing import (
     unsharded,
     without_images,
 )
-from listener_reward.vlm import TransformersVLM, check_finite
 
 logger = logging.getLogger(__name__)
 

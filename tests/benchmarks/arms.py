@@ -21,8 +21,17 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from listener_reward.demo import ACCURACY_ONLY, ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm, train_sft_arm
-from listener_reward.tiny.workers import Report, run_side_by_side
+from listener_reward.recipes.arms import (
+    ACCURACY_ONLY,
+    ARMS,
+    LISTENER_SHAPED,
+    SPLITS,
+    Recipe,
+    measure,
+    train_arm,
+    train_sft_arm,
+)
+from listener_reward.recipes.workers import Report, run_side_by_side
 
 RECIPE = Recipe(share=False)  # as the tables of docs/log.md were made
 MAIN = {name: (weights, RECIPE) for name, weights in ARMS.items()}

@@ -17,10 +17,10 @@ import numpy as np
 from rich.progress import track
 
 from listener_reward import Judge
-from listener_reward.calibration import Calibration
+from listener_reward.calibration.maps import Calibration
 from listener_reward.datasets import load_pairs
-from listener_reward.evaluate import brier_score, expected_calibration_error, negative_log_likelihood
-from listener_reward.reliability import reliability_svg
+from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
+from listener_reward.report.diagram import reliability_svg
 from listener_reward.tiny.world import p_prefers_first, split_pairs
 
 

@@ -27,13 +27,13 @@ from scipy import stats
 from tqdm import tqdm
 
 from listener_reward import ListenerReward
+from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
-from listener_reward.checkpoint import Card
-from listener_reward.images import to_pil_batch
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
-from listener_reward.integrations.ddpo_log import checkpoints, grid, read_metrics
+from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metrics
+from listener_reward.media.images import to_pil_batch
 from listener_reward.tiny.diffusion import CALL, load_pipeline
-from listener_reward.tiny.model import QUESTION, build_model, build_processor
+from listener_reward.tiny.models import QUESTION, build_model, build_processor
 from listener_reward.tiny.read import asked, read
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES, held_out, plural
 

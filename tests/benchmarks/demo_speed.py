@@ -16,7 +16,7 @@ from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from listener_reward.demo import ARMS, LISTENER_SHAPED, Recipe, train_arm
+from listener_reward.recipes.arms import ARMS, LISTENER_SHAPED, Recipe, train_arm
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

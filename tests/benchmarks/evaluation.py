@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from listener_reward.datasets import load_pairs
-from listener_reward.diagnostics import diagnose
 from listener_reward.evaluate import evaluate
-from listener_reward.gallery import Gallery
-from listener_reward.images import to_pil
+from listener_reward.evaluate.diagnostics import diagnose
+from listener_reward.evaluate.gallery import Gallery
+from listener_reward.media.images import to_pil
 from listener_reward.report import write_report
 from listener_reward.verdict import Verdict
 

@@ -101,8 +101,8 @@ def simulated(n: int, error: float, seed: int) -> np.ndarray:
 def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int = 0) -> np.ndarray:
     """Round robins (prompts, n, n) of the embedded judge, kept in `folder`."""
     from listener_reward import Judge
-    from listener_reward.calibration import Calibration, Curve
-    from listener_reward.tiny.draw import draw
+    from listener_reward.calibration.maps import Calibration, Curve
+    from listener_reward.tiny.drawing import draw
     from listener_reward.tiny.world import sample_candidate, sample_prompt, wording
 
     judge = None

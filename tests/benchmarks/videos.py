@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from rich.progress import track
 
-from listener_reward.integrations.video import ClipJudge, as_pictures
-from listener_reward.intervals import wilson
+from listener_reward.evaluate.intervals import wilson
+from listener_reward.integrations.video import ClipJudge
 from listener_reward.judge import Judge
+from listener_reward.media.storyboards import as_pictures
 from listener_reward.tiny.motion import draw_clip
 from listener_reward.tiny.world import sample_candidate, sample_prompt, utility, wording
 

@@ -1,0 +1,7 @@
+"""DDPO for diffusers pipelines: `DDPOTrainer(pipeline, reward=ListenerReward(), prompts=...).train()`."""
+
+from .config import DDPOConfig
+from .rollout import ReplayError
+from .trainer import DDPOTrainer
+
+__all__ = ["DDPOConfig", "DDPOTrainer", "ReplayError"]

@@ -1,0 +1,166 @@
+"""What a DDPO run leaves behind: a line of numbers for each epoch, grids of samples, and atomic checkpoints."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from listener_reward.errors import InputError
+from listener_reward.media.images import to_pil_batch
+
+from .samples import remembers
+
+MAX_COLUMNS = 8
+
+PIP_NAMES = {"comet_ml": "comet-ml"}
+"""What a tracker is called at PyPI where that is not its name."""
+
+
+def check_trackers(log_with: Any) -> None:
+    """Raises `InputError` for a tracker of accelerate's that is not installed; accelerate would log nothing, silently.
+
+    Names that accelerate does not know, and trackers that are objects, are left to it.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    there = {str(each) for each in get_available_trackers()}
+    for asked in log_with if isinstance(log_with, list | tuple) else [log_with]:
+        name = str(asked) if isinstance(asked, str | LoggerType) else ""
+        if name == "all" and not there:
+            raise InputError("log_with is 'all', and no tracker is installed: pip install tensorboard, or give None")
+        if name in LoggerType.list() and name != "all" and name not in there:
+            raise InputError(
+                f"log_with names {name!r}, which is not installed: pip install {PIP_NAMES.get(name, name)}; or leave "
+                "it out, metrics.jsonl is written in any case"
+            )
+
+
+class RunLog:
+    """`metrics.jsonl` and accelerate's trackers, written by the main process.
+
+    Args:
+        folder: the run's folder.
+        accelerator: whose trackers are written to; they have been started.
+        start: the epoch that the run goes on from. Lines of it and of later epochs are of a run that was cut short.
+    """
+
+    def __init__(self, folder: Path, accelerator: Any, start: int):
+        self.folder, self.accelerator = folder, accelerator
+        self.file = folder / "metrics.jsonl"
+        self.history = [row for row in read_metrics(self.file) if row["epoch"] < start]
+        if accelerator.is_main_process:
+            replace_file(self.file, lambda path: path.write_text("".join(map(_line, self.history)), encoding="utf-8"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds an epoch; NaN becomes null in the file and is left out of the trackers."""
+        self.history.append(row)
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        numbers = {name: value for name, value in row.items() if value is not None and not np.isnan(value)}
+        self.accelerator.log(numbers, step=row["epoch"])
+
+    def draw(self, epoch: int, images: torch.Tensor) -> None:
+        """Keeps images (N, C, H, W), or the middle frames of videos (N, F, C, H, W), as one PNG."""
+        if not self.accelerator.is_main_process:
+            return
+        pictures = to_pil_batch(images if images.ndim == 4 else images[:, images.shape[1] // 2])
+        picture = grid(pictures)
+        path = self.folder / "samples" / f"epoch-{epoch:05d}.png"
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, lambda file: picture.save(file, "PNG"))
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.stack([np.asarray(p) for p in pictures])}, step=epoch, **layout)
+
+
+def grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, at most `MAX_COLUMNS` in a row."""
+    columns = min(len(pictures), MAX_COLUMNS)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * width, k // columns * height))
+    return sheet
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a line that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` make a file beside `path` and puts it in its place at once."""
+    beside = path.with_name(f".{path.name}")
+    write(beside)
+    os.replace(beside, path)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, epoch: int, write: Callable[[Path], None], keep: int) -> None:
+    """Has `write` fill a new folder, puts it in place at once, and removes all but the newest `keep`.
+
+    A run that is killed meanwhile leaves the older checkpoints and a folder that `checkpoints` does not list.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside, place = folder / ".writing", folder / f"epoch-{epoch:05d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    write(beside)
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(beside, place)
+    for old in list(checkpoints(folder).values())[:-keep]:
+        shutil.rmtree(old)
+
+
+def check_state(reward: Any) -> None:
+    """Raises `InputError` unless what a reward remembers can be saved and loaded again.
+
+    Checkpoints are loaded as data only, and nothing in them can run. So a state that pickles may still be refused, and
+    that is to be known before the run is killed and not after.
+    """
+    if not remembers(reward):
+        return
+    file = io.BytesIO()
+    try:
+        torch.save(reward.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # picklers raise what they like
+        raise InputError(
+            f"a checkpoint cannot keep the state_dict of the reward {type(reward).__name__}: make it of numbers, "
+            f"strings, bytes, lists, dicts and tensors (torch.from_numpy(array) or array.tolist() for numpy). {error}"[
+                :600
+            ]
+        ) from error
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints by the number of epochs that they hold, rising."""
+    found = {path: re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("*")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps({k: None if v is None or np.isnan(v) else v for k, v in row.items()}) + "\n"

@@ -1,0 +1,423 @@
+"""DDPO for diffusers pipelines: `DDPOTrainer(pipeline, reward=ListenerReward(), prompts=...).train()`.
+
+Reinforcement learning of a text-to-image or text-to-video pipeline on a reward of its images (Black et al., arXiv
+2305.13301; for flow matching, Flow-GRPO, arXiv 2505.05470; or DiffusionNFT's loss, arXiv 2509.16117). One trainer for
+every pipeline that samples with a scheduler of the DDIM family or of flow matching: what is particular to a pipeline
+stays in its own `__call__`, which samples (`rollout.record`) and is run again to learn (`rollout.replay`).
+
+Left out: distilled models, FSDP and DeepSpeed, fp16, and training text encoders. Several processes each sample their
+own prompts and add up their gradients (`accelerate launch`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from listener_reward.errors import InputError, MissingExtraError
+
+from ..contract import Reward, check_prompts, score
+from .config import DDPOConfig
+from .hacking import HackingGuard
+from .learner import LATENTS, PROMPTS, STEPS, Learner, stream
+from .log import RunLog, check_state, check_trackers, checkpoints, save_checkpoint
+from .lora import adapters_off, save_lora
+from .objectives import PromptStatistics, diversity, group_advantages, nan_mean
+from .rollout import Rollout, call_options, record
+from .samples import FixedSamples, remembers
+from .schedulers import log_prob_scheduler
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration, gather_object
+except ImportError as error:
+    raise MissingExtraError('DDPO needs accelerate: pip install "listener-reward[diffusers]"') from error
+
+logger = logging.getLogger(__name__)
+
+
+class DDPOTrainer:
+    """Trains a pipeline's denoisers on a reward.
+
+    Args:
+        pipeline: a diffusers pipeline. It is trained in place; its own scheduler is back in place after `train`.
+        reward: `reward(images, prompts, metadata) -> (scores, info)`, DDPO's contract; a `ListenerReward` is one.
+            Images are (B, C, H, W), or (B, F, C, H, W) for video, float32 in [0, 1] on the CPU; all of a prompt come in
+            one call. Scores are B numbers, NaN where there is none; of `info`, what has B numbers is logged. It is
+            called in a thread of its own, one call at a time. One that has `state_dict` and `load_state_dict` is kept
+            in the checkpoints, unless it is an `nn.Module`, whose state is weights that nothing here changes; the state
+            is made of numbers, strings, bytes, lists, dicts and tensors.
+        prompts: strings, or mappings with a "prompt" whose other entries reach the reward as metadata.
+        config: a `DDPOConfig`.
+        second_reward: another reward that is only logged and watched, to see whether the first one is being hacked.
+        accelerator: an `Accelerator` of your own; `log_with` and `mixed_precision` then have no effect.
+
+    Raises:
+        InputError: a pipeline, prompts or settings that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        reward: Reward,
+        prompts: Sequence[str | Mapping[str, Any]],
+        config: DDPOConfig | None = None,
+        *,
+        second_reward: Reward | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self.config = config = DDPOConfig() if config is None else config
+        self.prompts = _as_prompts(prompts)
+        if config.prompts_per_epoch > len(self.prompts):
+            raise InputError(
+                f"prompts_per_epoch is {config.prompts_per_epoch} and there are {len(self.prompts)} prompts; give more "
+                "prompts or lower it"
+            )
+        self.pipeline, self.reward, self.second_reward = pipeline, reward, second_reward
+        self.folder = Path(config.output_dir)
+        if accelerator is None:
+            check_trackers(config.log_with)
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.log_with,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(self.folder / "logs")),
+        )
+        self.stock_scheduler = pipeline.scheduler
+        self.scheduler = log_prob_scheduler(
+            pipeline.scheduler,
+            noise_level=0.0 if config.loss == "nft" else config.noise_level,
+            dynamics=config.dynamics,
+            window=config.window,
+        )
+        if config.loss == "ppo" and not self.scheduler.noisy_steps(config.num_inference_steps):
+            raise InputError(
+                f"window={config.window} and noise_level={config.noise_level} leave none of the "
+                f"{config.num_inference_steps} steps noisy, and the last one never is; widen the window"
+            )
+        self.learner = Learner(pipeline, self.scheduler, config, self.accelerator)
+        self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
+        self.guard = HackingGuard()
+        self.samples = FixedSamples(self.prompts[: config.sample_prompts], reward)
+        self.history: list[dict[str, Any]] = []
+        """The rows of `metrics.jsonl`, after or during `train`."""
+
+    def train(self, resume: bool = False) -> Path:
+        """Trains for `config.epochs` and saves the LoRA, or with `train="full"` the denoisers, into `output_dir`.
+
+        Args:
+            resume: go on from the newest checkpoint in `output_dir`, if it has one. A run that was killed and resumed
+                ends as it would have ended (bit for bit where the kernels are deterministic, as on CPU).
+
+        Returns:
+            `output_dir`; `pipeline.load_lora_weights` reads it (see `lora.save_lora`).
+
+        Raises:
+            InputError: `output_dir` holds another run's checkpoints, or a reward's state cannot be kept.
+            JudgeError: the reward broke, or gave what are no scores.
+            ReplayError: a replay gives something else than what was recorded; nothing has been learnt yet.
+        """
+        config = self.config
+        if not resume:
+            self._require_fresh()
+        for reward in self._rewards():
+            check_state(reward)
+        if config.sample_every and self.accelerator.is_main_process and self.samples.base is None:
+            with adapters_off(self.learner.modules):
+                self.samples.base = self.draw_samples()  # before anything is loaded: a full model has no adapters
+        start = self._load() if resume else 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {each.name: getattr(config, each.name) for each in fields(config)}
+        if self.accelerator.is_main_process:
+            (self.folder / "config.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+        self.accelerator.init_trackers(
+            "listener-reward-ddpo", {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+        )
+        log = RunLog(self.folder, self.accelerator, start)
+        self.history = log.history
+        bar = tqdm(range(start, config.epochs), "epochs", disable=not self.accelerator.is_main_process)
+        try:
+            if self.samples.base is not None and start == 0:
+                log.draw(0, self.samples.base)
+            for epoch in bar:
+                row = self._run_epoch(epoch)
+                last = epoch + 1 == config.epochs
+                due = bool(config.sample_every) and (last or (epoch + 1) % config.sample_every == 0)
+                if due:
+                    row |= self._watch(log, epoch + 1)
+                log.write(row)
+                bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
+                messages = self.guard.update(row)
+                for message in messages:
+                    logger.warning("epoch %d: %s", epoch, message)
+                stop = bool(messages) and config.on_hacking == "stop"
+                if stop or (epoch + 1) % config.save_every == 0 or last:
+                    self._save(epoch + 1)
+                if stop:
+                    if config.sample_every and not due:
+                        self._draw(log, epoch + 1)
+                    break
+        finally:
+            self.pipeline.scheduler = self.stock_scheduler
+            self.accelerator.end_training()
+        self.save(self.folder)
+        return self.folder
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what was trained: the LoRA as `lora.save_lora` has it, or each denoiser as `save_pretrained` does."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.config.train == "lora":
+            save_lora(self.pipeline, self.learner.modules, folder)
+        else:
+            for name, module in self.learner.modules.items():
+                module.save_pretrained(Path(folder, name))  # pyright: ignore[reportCallIssue]
+
+    def draw_samples(self) -> torch.Tensor:
+        """Images (N, C, H, W), or videos, of the first prompts, by the stock scheduler from fixed seeds."""
+        config, parts = self.config, []
+        prompts = [prompt for prompt, _ in self.prompts[: config.sample_prompts]]
+        self.pipeline.scheduler = self.stock_scheduler
+        with torch.no_grad(), self.accelerator.autocast():
+            for k in range(0, len(prompts), config.batch_size):
+                chosen = prompts[k : k + config.batch_size]
+                seeds = [torch.Generator().manual_seed(config.seed + k + j) for j in range(len(chosen))]
+                options = call_options(chosen, self._options())
+                parts.append(self.pipeline(**options, generator=seeds, output_type="pt")[0].float().cpu())
+        return torch.cat(parts)
+
+    def _draw(self, log: RunLog, epochs: int) -> torch.Tensor | None:
+        """The fixed samples after so many epochs, in the main process."""
+        if not self.accelerator.is_main_process:
+            return None
+        images = self.draw_samples()
+        log.draw(epochs, images)
+        return images
+
+    def _watch(self, log: RunLog, epochs: int) -> dict[str, float]:
+        """Draws the fixed samples and, unless it is switched off, sets them against the base's."""
+        clock, row = _Clock(), {}
+        images = self._draw(log, epochs)
+        if images is not None and self.config.win_rate:
+            row = self.samples.against_base(images)
+        clock.lap("seconds_watching")
+        return self._mean_over_processes(row | (clock.laps if images is not None else {}))
+
+    # ------------------------------------------------------------------------------------------------------ one epoch
+
+    def _run_epoch(self, epoch: int) -> dict[str, Any]:
+        """Samples, scores and learns; the row for the log."""
+        clock = _Clock()
+        self.pipeline.scheduler = self.scheduler
+        numbers = np.repeat(self._choose_prompts(epoch), self.config.images_per_prompt)
+        rollouts, pending = self._sample(epoch, numbers)
+        clock.lap("seconds_sampling")
+        scores = [future.result() for future in pending]
+        clock.lap("seconds_waiting")  # what the background did not hide
+        rewards, info, second = (_join([score[k] for score in scores]) for k in (0, 1, 2))
+        row = self._describe(rewards["reward"], info, second, rollouts)
+
+        advantages = self._advantages(rewards["reward"], numbers)
+        row |= self.learner.learn(epoch, rollouts, advantages, ~np.isnan(rewards["reward"]))
+        clock.lap("seconds_training")
+        return {"epoch": epoch} | self._mean_over_processes(row) | clock.laps
+
+    def _sample(self, epoch: int, numbers: np.ndarray) -> tuple[list[Rollout], list[Future]]:
+        """Draws an image for each of `numbers`; whole groups are scored in the background as soon as they are there."""
+        config, process, rollouts, pending, asked = self.config, self.accelerator.process_index, [], [], 0
+        pool = ThreadPoolExecutor(1, "reward")
+        try:
+            for k in range(config.batches):
+                prompts = [self.prompts[n][0] for n in numbers[k * config.batch_size :][: config.batch_size]]
+                latents = stream(config.seed, LATENTS, epoch, k, process)
+                self.scheduler.generator = stream(config.seed, STEPS, epoch, k, process)
+                with self.accelerator.autocast():
+                    witness = k == 0 and config.loss == "nft" and not self.learner.replay_checked
+                    rollouts.append(record(self.pipeline, prompts, self._options(), latents, keep_outputs=witness))
+                ready = (k + 1) * config.batch_size // config.images_per_prompt * config.images_per_prompt
+                if ready > asked:
+                    images = torch.cat([rollout.images for rollout in rollouts])[asked:ready]
+                    pending.append(pool.submit(self._score, images, numbers[asked:ready]))
+                    asked = ready
+                for future in pending:
+                    if future.done():
+                        future.result()  # a reward that broke stops the run now and not after the last batch
+        finally:
+            pool.shutdown(wait=False)
+        return rollouts, pending
+
+    def _score(self, images: torch.Tensor, numbers: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
+        prompts, metadata = [self.prompts[n][0] for n in numbers], [dict(self.prompts[n][1]) for n in numbers]
+        with torch.no_grad():
+            scores, info = score(self.reward, images, prompts, metadata, missing=True)
+            second = {}
+            if self.second_reward is not None:
+                second["second_reward"], _ = score(self.second_reward, images, prompts, metadata, missing=True)
+        return {"reward": scores}, info, second
+
+    def _advantages(self, rewards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """This process's advantages, clipped; statistics are over all processes."""
+        config = self.config
+        groups = self.accelerator.process_index * len(rewards) + np.arange(len(rewards)) // config.images_per_prompt
+        everyone, groups, prompts = self._gather(rewards), self._gather(groups), self._gather(numbers)
+        if config.advantage == "group":
+            advantages = group_advantages(everyone, groups, spread=config.spread)
+        else:
+            advantages = self.statistics.advantages(everyone, prompts)
+        mine = self.accelerator.process_index * len(rewards)
+        return np.clip(advantages[mine : mine + len(rewards)], -config.advantage_clip, config.advantage_clip)
+
+    # ------------------------------------------------------------------------------------------------------- the rest
+
+    def _options(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.config.num_inference_steps, **self.config.call}
+
+    def _choose_prompts(self, epoch: int) -> np.ndarray:
+        """The numbers of this process's prompts, all different."""
+        order = torch.randperm(len(self.prompts), generator=stream(self.config.seed, PROMPTS, epoch))
+        first = self.accelerator.process_index * self.config.prompts_per_epoch
+        places = np.arange(first, first + self.config.prompts_per_epoch) % len(order)
+        return order.numpy()[places]
+
+    def _describe(
+        self,
+        rewards: np.ndarray,
+        info: Mapping[str, np.ndarray],
+        second: Mapping[str, np.ndarray],
+        rollouts: list[Rollout],
+    ) -> dict[str, float]:
+        """What the log says of an epoch's images."""
+        images = torch.cat([rollout.images for rollout in rollouts])
+        known = rewards[~np.isnan(rewards)]
+        row = {
+            "reward_mean": nan_mean(rewards),
+            "reward_std": float(known.std()) if known.size else math.nan,
+            "reward_missing": float(np.isnan(rewards).mean()),
+            "diversity": diversity(images.split(self.config.images_per_prompt)),
+        }
+        row |= {f"{name}_mean": nan_mean(values) for name, values in second.items()}
+        row |= {f"info/{name}": nan_mean(values) for name, values in info.items()}
+        if "contradicted" in info:  # a ListenerReward
+            row["contradiction_rate"] = nan_mean(info["contradicted"])
+            row["agreement"] = 1 - row["contradiction_rate"]
+        if "position_gap" in info:
+            row["position_gap"] = nan_mean(info["position_gap"])
+        return row
+
+    def _gather(self, values: np.ndarray) -> np.ndarray:
+        """The values of all processes, in their order."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.gather(torch.as_tensor(values, device=self.accelerator.device)).cpu().numpy()  # pyright: ignore
+
+    def _mean_over_processes(self, row: dict[str, float]) -> dict[str, float]:
+        """Each number's mean over the processes that have it: one that learnt nothing has no loss, for example."""
+        rows = [row] if self.accelerator.num_processes == 1 else gather_object([row])
+        names = dict.fromkeys(name for each in rows for name in each)
+        return {name: nan_mean([each.get(name, math.nan) for each in rows]) for name in names}
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, epochs: int) -> None:
+        """A checkpoint of the state after so many epochs; it also holds what `save` writes."""
+        for reward in self._rewards():
+            check_state(reward)
+        remembered = [self._gather_states(reward) for reward in self._rewards()]
+
+        def write(folder: Path) -> None:
+            weights = {str(k): weight.detach().cpu() for k, weight in enumerate(self.learner.parameters)}
+            save_file(weights, folder / "trained.safetensors")
+            torch.save(
+                {
+                    "optimizer": self.learner.optimizer.state_dict(),
+                    "statistics": self.statistics.state_dict(),
+                    "guard": self.guard.state_dict(),
+                    "rewards": remembered,
+                },
+                folder / "state.pt",
+            )
+            if self.config.train == "lora":
+                self.save(folder)
+
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder / "checkpoints", epochs, write, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> int:
+        """The newest checkpoint's state; the epoch to go on with."""
+        found = checkpoints(self.folder / "checkpoints")
+        if not found:
+            return 0
+        epochs, folder = max(found.items())
+        weights = load_file(folder / "trained.safetensors")
+        if {k: v.shape for k, v in weights.items()} != {str(k): p.shape for k, p in enumerate(self.learner.parameters)}:
+            raise InputError(f"{folder} is of a run that trained other layers; resume it with its own settings")
+        with torch.no_grad():
+            for k, parameter in enumerate(self.learner.parameters):
+                parameter.copy_(weights[str(k)])
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.statistics.load_state_dict(state["statistics"])
+        self.guard.load_state_dict(state["guard"])
+        for reward, remembered in zip(self._rewards(), state["rewards"], strict=True):
+            if remembered and remembers(reward):
+                reward.load_state_dict(remembered[self.accelerator.process_index % len(remembered)])
+        return epochs
+
+    def _rewards(self) -> tuple[Any, Any]:
+        return self.reward, self.second_reward
+
+    def _gather_states(self, reward: Any) -> list[Any]:
+        """What a reward remembers, in each process; nothing of one that remembers nothing."""
+        state = [reward.state_dict()] if remembers(reward) else []
+        return state if self.accelerator.num_processes == 1 else gather_object(state)
+
+    def _require_fresh(self) -> None:
+        if checkpoints(self.folder / "checkpoints"):
+            raise InputError(
+                f"output_dir is {self.config.output_dir!r}, which holds checkpoints; call train(resume=True) to go on "
+                "from them, or give another folder"
+            )
+
+
+def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Columns of several calls as one; a column that a call lacks is left out."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _as_prompts(prompts: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each prompt with its metadata."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise InputError(f"prompts is {prompts!r:.80}; give a list of strings, or of mappings with a 'prompt'")
+    pairs = []
+    for k, entry in enumerate(prompts):
+        text = entry.get("prompt") if isinstance(entry, Mapping) else entry
+        if not isinstance(text, str):
+            raise InputError(f"prompts[{k}] is {entry!r:.80}; it has to be a string, or a mapping with a 'prompt'")
+        pairs.append((text, {} if isinstance(entry, str) else {k: v for k, v in entry.items() if k != "prompt"}))
+    check_prompts([text for text, _ in pairs], len(pairs))
+    return pairs
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

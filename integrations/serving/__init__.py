@@ -1,0 +1,1 @@
+"""A reward behind an address: the server, the client, and who waits until a group is complete."""

@@ -1,0 +1,152 @@
+"""What travels with a checkpoint beside its weights: how it is asked, who listens to it, how sure it may be.
+
+`listener_reward.json` lies in the checkpoint's folder. A checkpoint without one is read with the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from listener_reward.calibration.maps import Calibration
+from listener_reward.chat import ChatFormat
+from listener_reward.errors import InputError
+from listener_reward.models.hub import cannot_load, hub_options
+from listener_reward.trace import Masking
+from listener_reward.verdict import Aggregate, Mode, Orders
+
+CARD = "listener_reward.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The settings of a checkpoint as a judge."""
+
+    format: ChatFormat = field(default_factory=ChatFormat)
+    listener: str | None = None
+    """The listener's checkpoint: an embedded name, a Hub name, a folder, or one relative to the checkpoint's own."""
+    temperature: float = 1.0
+    """Divides the log-odds of the reasoner's answer; 1 is the raw model."""
+    listener_temperature: float = 1.0
+    listener_grounding: float = 0.0
+    """How much the listener discounts a thought that it would not have written itself; 0 is the paper's listener."""
+    masking: Masking = "answer"
+    thoughts: int = 1
+    """Thoughts sampled for each order."""
+    aggregate: Aggregate = "mean"
+    """How thoughts become a verdict: the mean of their probabilities, a majority of their answers, the listener's mean
+    having read them, or the reasoner and the listener together."""
+    orders: Orders = "both"
+    """Whether a pair is shown in both orders, or in one drawn at random at half the cost."""
+    early_stop: float | None = None
+    """No further thoughts once all would prefer the same image with this probability; see `conclude.settled`."""
+    sampling_temperature: float = 1.0
+    max_new_tokens: int = 512
+    calibration: Calibration = field(default_factory=Calibration)
+    """Fitted on votes by `listener-reward calibrate`, for verdicts made in its `mode`.
+
+    One without a mode, as older cards have it, is taken to be for what the card says of thoughts, aggregate, orders and
+    early stop, and keeps that mode when they change."""
+    fast_calibration: Calibration = field(default_factory=Calibration)
+    """The same without thoughts."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("thoughts", 1), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}; give a whole number of at least {least}")
+        for name in ("temperature", "listener_temperature", "sampling_temperature", "listener_grounding"):
+            value = getattr(self, name)
+            least = 1e-3 if name in ("temperature", "listener_temperature") else 0.0
+            if not isinstance(value, int | float) or not least <= value < float("inf"):
+                raise InputError(f"{name} is {value!r}; give a finite number of at least {least}")
+        for name, allowed in (("masking", Masking), ("aggregate", Aggregate), ("orders", Orders)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+        if self.early_stop is not None and not (
+            isinstance(self.early_stop, int | float) and 0.5 < self.early_stop <= 1
+        ):
+            raise InputError(f"early_stop is {self.early_stop!r}; give a probability in (0.5, 1], or null for never")
+        if not isinstance(self.listener, str | None):
+            raise InputError(f"listener is {self.listener!r}; give the name of a checkpoint, or null for none")
+        for name, think in (("calibration", True), ("fast_calibration", False)):
+            calibration: Calibration = getattr(self, name)
+            if calibration.mode is None and calibration != Calibration():
+                object.__setattr__(self, name, replace(calibration, mode=self.mode(think)))
+
+    def mode(self, think: bool = True) -> Mode:
+        """How this card has verdicts made. Without thoughts none can be counted, and none be left out."""
+        if think:
+            return Mode(True, self.thoughts, self.aggregate, self.orders, self.early_stop)
+        return Mode(False, 1, "mean" if self.aggregate == "majority" else self.aggregate, self.orders)
+
+    def save(self, folder: str | Path) -> None:
+        calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}
+        saved = asdict(self) | {"format": self.format.to_dict()} | calibrations
+        text = json.dumps(saved, indent=2, ensure_ascii=False)
+        # A pair of numbers reads better on one line. No string is touched: JSON has no line break inside one.
+        text = re.sub(r"\[\n\s+(-?[\d.e-]+),\n\s+(-?[\d.e-]+)\n\s+\]", r"[\1, \2]", text)
+        Path(folder, CARD).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def amend(cls, folder: str | Path, **changes: Any) -> Card:
+        """Changes fields of the card in `folder`, and leaves a listener that is given relative to it as it is."""
+        path = Path(folder, CARD)
+        saved = _read(path) if path.exists() else {}
+        card = replace(cls.from_dict(saved, str(path)), **changes)
+        card.save(folder)
+        return card
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], where: str = CARD) -> Card:
+        if not isinstance(saved, dict):
+            raise InputError(f"{where} holds a {type(saved).__name__}; it has to be a JSON object")
+        known = {entry.name for entry in fields(cls)}
+        if unknown := set(saved) - known:
+            raise InputError(f"{where} has unknown fields {sorted(unknown)}; it may have {sorted(known)}")
+        readers = {
+            "format": ChatFormat.from_dict,
+            "calibration": Calibration.from_dict,
+            "fast_calibration": Calibration.from_dict,
+        }
+        return cls(**{name: readers[name](value) if name in readers else value for name, value in saved.items()})
+
+    @classmethod
+    def load(cls, name: str | Path) -> Card:
+        """The card of a checkpoint folder or Hub name; the defaults where it has none."""
+        path = _card_path(name)
+        if path is None:
+            return cls()
+        card = cls.from_dict(_read(path), str(path))
+        if card.listener is not None and card.listener.startswith("."):
+            card = replace(card, listener=str((path.parent / card.listener).resolve()))
+        return card
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
+
+
+def _card_path(name: str | Path) -> Path | None:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / CARD if (folder / CARD).exists() else None
+    from transformers.utils import cached_file  # only a Hub name needs it
+
+    try:
+        found = cached_file(
+            str(name),
+            CARD,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_options(name),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(cannot_load(name, error)) from error
+    return Path(found) if found else None

@@ -1,0 +1,205 @@
+"""Calibrates a judge on labelled pairs, and measures on other pairs what that changed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from scipy.special import betaincinv, logit
+
+from listener_reward.calibration.fit import Method, fit_curve, fit_platt
+from listener_reward.calibration.maps import CURVE_OF, Calibration
+from listener_reward.errors import InputError
+from listener_reward.evaluate.confidence import reliability
+from listener_reward.verdict import LISTENING, Aggregate
+
+if TYPE_CHECKING:
+    import datasets
+
+    from listener_reward.judge import Judge
+
+BANDS = 20
+"""How many tie bands are tried for a wanted accuracy, which leave the surest 5 %, 10 % ... of the pairs outside."""
+
+
+def choose_tie_band(labels: np.ndarray, p_first: np.ndarray, *, sure: float | None = None) -> float:
+    """How near to 1/2 a verdict should prefer neither image, in [0, 0.5].
+
+    With `sure`, the narrowest band outside of which at least that share of pairs is right by the majority: not only of
+    these pairs, of which some share always is, but by a lower bound for others (Clopper & Pearson 1934, one-sided) that
+    holds with 95 % at one of the `BANDS` bands that are tried. Without `sure`, the band of highest accuracy when ties
+    are an answer and a tie that only one side sees is half right (PickScore's rule); people who never tie want none.
+    """
+    from listener_reward.evaluate.protocols import best_tie_threshold
+
+    margins, people = p_first - 0.5, labels - 0.5
+    if sure is None:
+        return max(best_tie_threshold(margins, people, half=0.5), 0.0) if (people == 0).any() else 0.0
+    decided = people != 0
+    sizes, right = np.abs(margins)[decided], (margins * people > 0)[decided]
+    order = np.argsort(-sizes, kind="stable")
+    count, hits = np.arange(1, len(order) + 1), np.cumsum(right[order])
+    least = betaincinv(np.maximum(hits, 1e-9), count - hits + 1, 0.05)
+    # Equal sizes fall on the same side of a band, so only the last of them can be the least that is preferred. Few
+    # bands are tried, because the luckiest of many is luck.
+    ends = np.flatnonzero(np.append(np.diff(sizes[order]) != 0, True)) if len(order) else np.array([], dtype=int)
+    ends = ends[np.unique(np.linspace(0, len(ends) - 1, BANDS + 1).astype(int)[1:])] if len(ends) else ends
+    good = ends[least[ends] >= sure]
+    if not len(good):
+        raise InputError(
+            f"sure is {sure}, and on {len(order)} pairs no band makes certain that the judge is right that often; give "
+            "more pairs, of which a fifth chooses the band, or a lower share"
+        )
+    beyond = sizes[order][good[-1] + 1 :]
+    return float(beyond[0]) if len(beyond) else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibration, and what it changed on pairs that it has not seen."""
+
+    calibration: Calibration
+    n_fit: int
+    n_validation: int
+    n_test: int
+    before: dict[str, float]
+    """`ece`, `brier`, `nll`, `preferred` (the share of pairs that the tie band leaves a preference) and
+    `preferred_accuracy` (how often that is the majority's; NaN where there is none) on the test, without any
+    calibration, an earlier one included."""
+    after: dict[str, float]
+    listener_before: dict[str, float] | None
+    listener_after: dict[str, float] | None
+    labels: np.ndarray = field(repr=False)
+    """(n_test,) shares of people."""
+    p_before: np.ndarray = field(repr=False)
+    """(n_test,) the judge's, before and after."""
+    p_after: np.ndarray = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-able values, with the calibration and the reliability after it, without the pairs."""
+        names = ("n_fit", "n_validation", "n_test", "before", "after", "listener_before", "listener_after")
+        bins = [asdict(one) for one in reliability(self.labels, self.p_after)]
+        return {name: getattr(self, name) for name in names} | {
+            "calibration": self.calibration.to_dict(),
+            "reliability": bins,
+        }
+
+
+def calibrate(
+    judge: Judge,
+    pairs: datasets.Dataset,
+    *,
+    method: Method = "auto",
+    sure: float | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibrated:
+    """Fits the calibration of `judge` as it judges now (its thoughts, aggregate, orders, with or without thinking).
+
+    Where it has a listener, the curves of the aggregates "listener" and "both" are fitted too.
+
+    Pairs are divided by prompt: the maps are fitted on one half, a fifth chooses between curves and the tie band, and
+    the rest measures what they changed. The judge is left as it is.
+
+    Args:
+        judge: a `Judge`.
+        pairs: as `evaluate` reads them.
+        method: of the verdict's curve: "temperature", "isotonic", or "auto" for what fits the validation part better.
+        sure: see `choose_tie_band`.
+        batch_size: pairs for each call of the judge.
+        seed: of the division.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        InputError: fewer than 50 pairs, or too few prompts to divide them; a method or `sure` out of range.
+        JudgeError: the judge broke.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method is {method!r}; choose one of {', '.join(map(repr, get_args(Method)))}")
+    if sure is not None and not 0.5 <= sure <= 1:
+        raise InputError(f"sure is {sure}; give a share of pairs in [0.5, 1]")
+    if len(pairs) < 50:
+        raise InputError(f"pairs has {len(pairs)} rows; a calibration needs 50 at the very least, and deserves 1,000")
+    labels = np.asarray(pairs["p_first"], dtype=np.float64)
+    parts = np.array([_part(prompt, seed) for prompt in pairs["prompt"]])
+    if np.bincount(parts, minlength=3).min() < 5:
+        raise InputError(f"pairs has too few prompts to divide its {len(pairs)} rows by prompt; give more prompts")
+    fit, validation, test = (parts == part for part in range(3))
+
+    from rich.console import Console
+    from rich.progress import track
+
+    answers: list[Any] = []
+    starts = range(0, len(pairs), batch_size)
+    for start in track(starts, "judging", console=Console(stderr=True), disable=not progress):
+        rows: dict[str, list[Any]] = pairs[start : start + batch_size]
+        firsts, seconds = map(list, zip(*rows["images"], strict=True))
+        answers += judge.answers(rows["prompt"], firsts, seconds)
+
+    def verdicts(calibration: Calibration, aggregate: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """p_first, the listener's (NaN without one), and the preferred side (1, -1, 0 for none) of every pair."""
+        made = [judge.conclude(views, calibration=calibration, aggregate=aggregate) for views in answers]
+        heard = [math.nan if one.listener_p_first is None else one.listener_p_first for one in made]
+        sides = [{1: 1, 2: -1, None: 0}[one.preferred] for one in made]
+        return np.array([one.p_first for one in made]), np.array(heard), np.array(sides)
+
+    views = [(y, view) for y, pair, chosen in zip(labels, answers, fit, strict=True) if chosen for view in pair]
+    shown = np.array([1 - y if view.flipped else y for y, view in views])
+    mode = judge.card.mode(judge.think)
+    answer = fit_platt(logit(np.array([view.p_own for _, view in views])), shown)
+    calibration = Calibration(answer=answer, mode=mode)
+    listens = all(view.p_heard is not None for _, view in views)
+    if listens:
+        heard = fit_platt(logit(np.array([view.p_heard for _, view in views])), shown)
+        calibration = replace(calibration, heard=heard)
+
+    fitted_on: list[Aggregate] = ["majority" if mode.aggregate == "majority" else "mean"]
+    for aggregate in fitted_on + list(LISTENING) * listens:  # "both" last: it rests on the other two
+        p_first = verdicts(calibration, aggregate)[0]
+        fitted, held_out = ((logit(p_first[part]), labels[part]) for part in (fit, validation))
+        curve = fit_curve(*fitted, held_out, method)
+        calibration = replace(calibration, **{CURVE_OF[aggregate]: curve})
+    p_first = verdicts(calibration, mode.aggregate)[0]
+    band = choose_tie_band(labels[validation], p_first[validation], sure=sure)
+    calibration = replace(calibration, tie_band=math.ceil(band * 1e4) / 1e4 if band < 0.5 else 0.5)
+
+    uncalibrated, after = verdicts(Calibration(), mode.aggregate), verdicts(calibration, mode.aggregate)
+    return Calibrated(
+        calibration,
+        *(int(part.sum()) for part in (fit, validation, test)),
+        before=_measures(labels[test], uncalibrated[0][test]) | _preferences(labels[test], uncalibrated[2][test]),
+        after=_measures(labels[test], after[0][test]) | _preferences(labels[test], after[2][test]),
+        listener_before=_measures(labels[test], uncalibrated[1][test]) if listens else None,
+        listener_after=_measures(labels[test], after[1][test]) if listens else None,
+        labels=labels[test],
+        p_before=uncalibrated[0][test],
+        p_after=after[0][test],
+    )
+
+
+def _part(prompt: str, seed: int) -> int:
+    """0 to fit on, 1 to validate, 2 to measure: half, a fifth and the rest of the prompts."""
+    share = hashlib.blake2b(f"{seed}/{prompt}".encode("utf-8", "replace"), digest_size=2).digest()
+    return int(np.searchsorted([0.5, 0.7], int.from_bytes(share) / 2**16, side="right"))
+
+
+def _preferences(labels: np.ndarray, sides: np.ndarray) -> dict[str, float]:
+    """The share of pairs that are given a preference, and how often that is the majority's, where people have one."""
+    people = np.sign(labels - 0.5)
+    both = (sides != 0) & (people != 0)
+    right = float((sides == people)[both].mean()) if both.any() else math.nan
+    return {"preferred": float((sides != 0).mean()), "preferred_accuracy": right}
+
+
+def _measures(labels: np.ndarray, p_first: np.ndarray) -> dict[str, float]:
+    from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
+
+    return {
+        "ece": expected_calibration_error(labels, p_first),
+        "brier": brier_score(labels, p_first),
+        "nll": negative_log_likelihood(labels, p_first),
+    }

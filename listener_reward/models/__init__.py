@@ -1,0 +1,1 @@
+"""Vision-language models: what is asked of one (`vlm`), who runs it, and where its weights come from."""

@@ -1,0 +1,113 @@
+"""Processors of the Qwen-VL family that work without torchvision.
+
+Stock `AutoProcessor` cannot build a Qwen-VL processor where torchvision is missing, because its video processor needs
+it. The processors here have only an image processor, which reads videos too (`video_processing`), and they write what
+the stock video processor wants into what they save, so that a checkpoint saved here loads with stock transformers
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers.image_utils import make_flat_list_of_images
+
+from listener_reward.models.video_processing import ClipProcessor
+
+
+def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
+    for name, token in (
+        ("image", "<|image_pad|>"),
+        ("video", "<|video_pad|>"),
+        ("vision_start", "<|vision_start|>"),
+        ("vision_end", "<|vision_end|>"),
+    ):
+        setattr(processor, f"{name}_token", token)
+        setattr(processor, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+
+class _EachImageOnce:
+    """Preprocesses an image that stands in several chats of a batch once.
+
+    It goes by the object, so that a look at pixels costs nothing; a group's rows share theirs where images are decoded
+    once. Overrides a step of transformers' own `__call__`, and hands on exactly what that would have made.
+    """
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        stock = super()._process_images  # pyright: ignore[reportAttributeAccessIssue]
+        flat: list[Any] = list(make_flat_list_of_images(images))  # pyright: ignore[reportArgumentType]
+        place: dict[int, int] = {}
+        order = [place.setdefault(id(image), len(place)) for image in flat]
+        if len(place) == len(flat):
+            return stock(images, **kwargs)
+        distinct: list[Any] = [None] * len(place)
+        for image, index in zip(flat, order, strict=True):
+            distinct[index] = image
+        processed, written = stock(distinct, **kwargs)
+        grids, pixels = processed["image_grid_thw"], processed["pixel_values"]
+        ends = [0, *accumulate(int(math.prod(map(int, grid))) for grid in grids)]
+        rows = [pixels[ends[index] : ends[index + 1]] for index in order]
+        processed["pixel_values"] = torch.cat(rows) if isinstance(pixels, torch.Tensor) else np.concatenate(rows)
+        processed["image_grid_thw"] = grids[order]
+        return processed, [written[index] for index in order]
+
+
+class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
+    """`Qwen2_5_VLProcessor` whose videos go through the image processor.
+
+    transformers reads the names in this signature to learn which parts a processor is loaded with, so leaving
+    `video_processor` out of it is all it takes.
+    """
+
+    stock_video_processor = "Qwen2VLVideoProcessor"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        _name_special_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"processor_class": "Qwen2_5_VLProcessor", "video_processor": self.video_processor.to_dict()}
+        return super().to_dict() | own
+
+
+class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
+    """`Qwen3VLProcessor` whose videos go through the image processor."""
+
+    stock_video_processor = "Qwen3VLVideoProcessor"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        _name_special_tokens(self, tokenizer)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"processor_class": "Qwen3VLProcessor", "video_processor": self.video_processor.to_dict()}
+        return super().to_dict() | own
+
+
+_PROCESSORS = {"qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor, "qwen3_vl": ImageOnlyQwen3VLProcessor}
+
+
+def load_processor(model: str | Path, **kwargs: Any) -> Any:
+    """The image processor, tokenizer and chat template of a Qwen2.5-VL or Qwen3-VL checkpoint, padding on the left.
+
+    Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture.
+    """
+    kind = AutoConfig.from_pretrained(model, **kwargs).model_type
+    if kind not in _PROCESSORS:
+        raise ValueError(f"{model} is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}")
+    processor: Any = _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
+    processor.video_processor = ClipProcessor.from_pretrained(
+        processor.stock_video_processor, processor.image_processor, model, **kwargs
+    )
+    return processor

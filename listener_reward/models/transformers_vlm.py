@@ -1,0 +1,426 @@
+"""The transformers backend of `VLM`: Qwen2.5-VL and Qwen3-VL on one device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import string
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+from listener_reward.chat import Chat, reserved_tokens
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.media.clips import Clip
+from listener_reward.models.hub import UNREADABLE, cannot_load, hub_options
+from listener_reward.models.processing import load_processor
+from listener_reward.models.video_processing import metadata, seconds_per_patch
+from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
+from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
+from listener_reward.prefix.attention import base_model, check_used, unsupported
+from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
+from listener_reward.prefix.sampling import prefill, sample
+
+logger = logging.getLogger(__name__)
+
+_PUNCTUATION = frozenset(string.punctuation)
+
+_Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
+"""Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
+
+
+class TransformersVLM:
+    """A Qwen2.5-VL or Qwen3-VL in transformers, on one device.
+
+    Chats that are equal (several thoughts about one question) share their prompt's computation, and each image goes
+    through the vision tower once, however many chats it is in: see `prefix` and `vision`.
+    """
+
+    told_of_unknown_words: ClassVar[bool] = False
+    """Whether this process has been warned of words that a tokenizer does not know; once is enough."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        batch_size: int = 32,
+        adapters_off: bool = False,
+        shared_prefix: bool = True,
+        token_budget: int = 16384,
+        attention: str = "sdpa",
+        vision_bytes: int = 2**29,
+    ):
+        """
+        Args:
+            model: a frozen transformers model, inside PEFT's wrapper or not.
+            processor: its processor, as `load_processor` gives it.
+            batch_size: completions sampled, or thoughts read, in one forward pass. With a shared prefix, the thoughts
+                of one chat are read together however many they are, and `token_budget` bounds the pass.
+            adapters_off: whether a PEFT model's adapters are off while this VLM runs: the base as its own listener.
+            shared_prefix: off runs every chat for itself, as plain transformers does.
+            token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
+            attention: one of `attention.KERNELS`, for rows that are read with a shared prefix.
+            vision_bytes: how much of the images' features to keep between calls, in bytes.
+        """
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.adapters_off = adapters_off
+        self.token_budget = token_budget
+        self.attention = attention
+        self.tokenizer = processor.tokenizer
+        if self.tokenizer.padding_side != "left":
+            raise InputError(
+                f"padding_side is {self.tokenizer.padding_side!r}; batches of a decoder are read from their last "
+                "token: set processor.tokenizer.padding_side = 'left'"
+            )
+        if processor.chat_template is None:
+            raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
+        self.reserved = reserved_tokens(self.tokenizer)
+        self.shared_prefix = shared_prefix
+        if shared_prefix and (reason := unsupported(model)):
+            self.shared_prefix = False
+            logger.warning("every chat pays for its own prompt, because %s", reason)
+        self.features = ImageFeatures(
+            base_model(model).model, processor.image_processor, processor.video_processor, max_bytes=vision_bytes
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        batch_size: int = 32,
+        shared_prefix: bool = True,
+        token_budget: int = 16384,
+        attention: str = "sdpa",
+        vision_bytes: int = 2**29,
+        **kwargs: Any,
+    ) -> TransformersVLM:
+        """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
+
+        `device` None and "cuda" are this process's own GPU (`default_device`).
+
+        Raises:
+            InputError: the checkpoint cannot be found, reached or read.
+        """
+        device = torch.device(device) if device and str(device) != "cuda" else default_device()
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        kwargs = hub_options(name) | kwargs
+        try:
+            processor = load_processor(name, **kwargs)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **kwargs
+            )
+        except UNREADABLE as error:
+            raise InputError(cannot_load(name, error)) from error
+        model, report = loaded
+        if report["missing_keys"]:  # transformers would give them random values, and the judge would judge
+            some = ", ".join(sorted(report["missing_keys"])[:3])
+            reason = f"{len(report['missing_keys'])} of its weights are missing, among them {some}"
+            raise InputError(cannot_load(name, reason))
+        return cls(
+            model.to(device).eval().requires_grad_(False),
+            processor,
+            batch_size=batch_size,
+            shared_prefix=shared_prefix,
+            token_budget=token_budget,
+            attention=attention,
+            vision_bytes=vision_bytes,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        texts = self._texts(chats)
+        completions = [""] * len(chats)
+
+        def options(rows: Sequence[int]) -> dict[str, Any]:
+            return {
+                "do_sample": False,
+                "num_beams": 1,
+                "repetition_penalty": 1.0,  # a released checkpoint may ask for one, which is not its own softmax
+                "logits_processor": LogitsProcessorList([SeededSampling([seeds[row] for row in rows], temperature)]),
+                "max_new_tokens": max_new_tokens,
+                "suppress_tokens": self.vision_tokens(),
+            }
+
+        for batch in self._batches(chats, texts):
+            shown = [chats[row] for row in batch], [texts[row] for row in batch]
+            with self._adapters():
+                sampler = self._sampler(*shown) if self.shared_prefix else self._plain_sampler(*shown)
+                for start in range(0, len(batch), self.batch_size):
+                    places = range(start, min(start + self.batch_size, len(batch)))
+                    rows = [batch[place] for place in places]
+                    new = sampler(places, options(rows))
+                    for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                        completions[row] = text
+        return completions
+
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
+        return self._read(chats, prefixes, answers, likelihood=False)[0]
+
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._read(chats, prefixes, answers, likelihood=True)
+
+    @torch.inference_mode()
+    def _read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str], *, likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
+        ids = self._tokens_of(answers)
+        texts = self._texts(chats)
+        last, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        read = self._read_groups if self.shared_prefix else self._read_copies
+        for rows in self._batches(chats, texts):
+            some = [chats[row] for row in rows], [texts[row] for row in rows], [prefixes[row] for row in rows]
+            with self._adapters():
+                last[rows], means[rows] = read(*some, ids, likelihood)
+        return last, means
+
+    # ------------------------------------------------------------------------------------------- with a shared prefix
+    def _sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
+        """Prefills the chats' prompts, for completions of any of them."""
+        prompts, groups = self._prompts(chats, texts)
+        kept = prefill(self.model, prompts, _images, token_budget=self.token_budget)
+        width = max(len(prompt.ids) for prompt in prompts)
+        owner = [0] * len(chats)
+        for number, rows in enumerate(groups):
+            for row in rows:
+                owner[row] = number
+        pad_id = self.tokenizer.pad_token_id
+
+        def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
+            rows = [owner[place] for place in places]
+            return sample(self.model, prompts, rows, kept, pad_token_id=pad_id, **options)[:, width:]
+
+        return draw
+
+    def _read_groups(
+        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        prompts, groups = self._prompts(chats, texts)
+        encoded = self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]
+        tokens = [torch.tensor(part, dtype=torch.long, device=self.model.device) for part in encoded]
+        lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
+        answers, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        core = base_model(self.model)
+        for row in budgeted(lengths, self.token_budget):
+            shown = [prompts[group] for group, _ in row]
+            members = [[groups[group][member] for member in some] for group, some in row]
+            written = [[tokens[m] for m in some] for some in members]
+            packed = pack(shown, written, open_end=True, kernel=self.attention)
+            own = packed.labels[0] != IGNORED
+            wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
+            with read_only_at(core, packed, wanted):
+                hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
+            check_used(packed.inputs["shared_prefix"], core)
+            flat = [m for some in members for m in some]
+            answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
+            if likelihood:
+                chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
+                means[flat] = torch.stack([part.mean() for part in chosen.split([len(tokens[m]) for m in flat])]).cpu()
+        return answers, means
+
+    def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
+        """The distinct prompts of `chats`, and which rows ask each."""
+        encoded = iter(self.features([shown for chat in chats for shown in (*chat.images, *chat.videos)]))
+        found = [[next(encoded) for _ in (*chat.images, *chat.videos)] for chat in chats]
+        groups: dict[Any, list[int]] = {}
+        for row, (chat, text, some) in enumerate(zip(chats, texts, found, strict=True)):
+            groups.setdefault((text, *map(id, some), *(clip.times for clip in chat.videos)), []).append(row)
+        firsts = [rows[0] for rows in groups.values()]
+        self._warn_of_unknown_words(chats[row].prompt for row in firsts)
+        return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
+
+    def _prompt(self, text: str, shown: list[Encoded], clips: Sequence[Clip]) -> Prompt:
+        """The chat `text` with its placeholders written out; `shown` are its images and then its videos, `clips`."""
+        processor = self.processor
+        images, videos = ([each for each in shown if each.moving is moving] for moving in (False, True))
+        image_grids, video_grids = _grids(images), _grids(videos)
+        text = _filled(text, processor.image_token, [processor.image_token * len(image.features) for image in images])
+        inputs = {"video_grid_thw": video_grids, "video_metadata": [metadata(clip) for clip in clips]}
+        written = [processor.replace_video_token(inputs, place) for place in range(len(clips))]
+        text = _filled(text, processor.video_token, written)
+        ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
+        grids = [None if each is None else each.to(ids.device) for each in (image_grids, video_grids)]
+        spacing = seconds_per_patch(clips, processor).to(ids.device) if clips else None
+        return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), shown)
+
+    def _texts(self, chats: Sequence[Chat]) -> list[str]:
+        template = self.processor.apply_chat_template
+        texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+        for chat, text in zip(chats, texts, strict=True):
+            if chat.videos and text.count(self.processor.video_token) != len(chat.videos):
+                raise InputError(
+                    f"the checkpoint's chat template leaves {{'type': 'video'}} blocks out, of which a chat has "
+                    f"{len(chat.videos)}; add them to its chat_template.jinja, or show the frames as images"
+                )
+        return texts
+
+    def _batches(self, chats: Sequence[Chat], texts: Sequence[str]) -> Iterator[list[int]]:
+        """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
+
+        With a shared prefix equal chats are never parted, since their prompt would be paid for again.
+        """
+        groups: dict[Any, list[int]] = {}
+        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            groups.setdefault((text, *map(id, (*chat.images, *chat.videos))), []).append(row)
+        whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
+        batch: list[int] = []
+        for rows in whole:
+            if batch and len(batch) + len(rows) > self.batch_size:
+                yield batch
+                batch = []
+            batch = batch + rows
+        if batch:
+            yield batch
+
+    # ------------------------------------------------------------------------------------------------ plain batches
+    def _plain_sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
+        def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
+            inputs = self._encode([chats[place] for place in places], [texts[place] for place in places])
+            return self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+        return draw
+
+    def _read_copies(
+        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self._encode(chats, [text + prefix for text, prefix in zip(texts, prefixes, strict=True)])
+        lengths = [len(part) for part in self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]]
+        keep = max(lengths) if likelihood else 0
+        logits = self.model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits.float()
+        answers = logits[:, -1].log_softmax(-1)[:, ids].cpu()
+        if not likelihood:
+            return answers, torch.zeros(len(chats))
+        tokens = inputs["input_ids"][:, -keep:]
+        # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
+        chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
+        from_end = torch.arange(keep, 0, -1, device=tokens.device)
+        own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
+        return answers, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
+
+    def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
+        self._warn_of_unknown_words(chat.prompt for chat in chats)
+        shown: dict[str, Any] = {"images": [image for chat in chats for image in chat.images] or None}
+        if clips := [clip for chat in chats for clip in chat.videos]:
+            shown |= {"videos": [list(clip.frames) for clip in clips], "video_metadata": [*map(metadata, clips)]}
+        return self.processor(**shown, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
+
+    def vision_tokens(self) -> list[int]:
+        """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
+        ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
+        return [token for token in ids if token is not None]
+
+    def _tokens_of(self, answers: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        for answer in answers:
+            pieces = self.tokenizer.encode(answer, add_special_tokens=False)
+            if len(pieces) != 1:
+                raise InputError(f"label {answer!r} is {len(pieces)} tokens of this tokenizer; choose labels of one")
+            ids += pieces
+        if len(set(ids)) != len(ids):
+            raise InputError(f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell")
+        return ids
+
+    def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or TransformersVLM.told_of_unknown_words or not self.tokenizer.is_fast:
+            return
+        found: dict[str, None] = {}
+        for prompt in prompts:
+            encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                word = prompt[start:end]
+                if token == unknown and not (word.isascii() and set(word) <= _PUNCTUATION):
+                    found.setdefault(word)
+        if found:
+            TransformersVLM.told_of_unknown_words = True
+            words = ", ".join(repr(word[:40]) for word in list(found)[:5]) + (", ..." if len(found) > 5 else "")
+            warnings.warn(
+                f"the judge's tokenizer does not know {words} and reads {self.tokenizer.unk_token} instead. The tiny "
+                "judge knows only its world of coloured shapes; load a large judge for other prompts. Said once",
+                stacklevel=2,
+            )
+
+    def _adapters(self) -> contextlib.AbstractContextManager[Any]:
+        return self.model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling at a temperature, with a random stream of its own for every row.
+
+    The largest of logits / temperature + Gumbel noise is a draw from the softmax (the Gumbel-max trick). With a
+    generator per row, what a row draws does not depend on its neighbours in the batch. Temperature 0 leaves the logits
+    as they are.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self.seeds = seeds
+        self.temperature = temperature
+        self.generators: list[torch.Generator] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.isnan(scores).any():
+            raise JudgeError(BROKEN.format("the reasoner", "NaN logits while it thought"))
+        if self.temperature == 0:
+            return scores
+        if self.generators is None:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed % 2**63) for seed in self.seeds]
+        uniform = torch.stack(
+            [torch.rand(scores.shape[-1], generator=stream, device=scores.device) for stream in self.generators]
+        )
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + gumbel
+
+
+def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
+    """`text` with its placeholders replaced in order.
+
+    Raises:
+        ValueError: it has more or fewer, so that images would stand in one another's place.
+    """
+    first, *rest = text.split(placeholder)
+    return first + "".join(new + part for new, part in zip(written, rest, strict=True))
+
+
+def _grids(shown: Sequence[Encoded]) -> Tensor | None:
+    return torch.stack([each.grid for each in shown]) if shown else None
+
+
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    The current GPU is a setting of each thread and 0 in a new one, so that in a worker thread every process of a
+    machine would take the first. Where it is 0, LOCAL_RANK tells the processes of a launcher apart, unless each of them
+    is shown a single GPU.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK", "")
+    index = torch.cuda.current_device() or (int(rank) if rank.isdecimal() else 0)
+    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)
+
+
+def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    return as_encoder_output(image for prompt in prompts for image in prompt.images)
+
+
+def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
+    """Log-probability (n,) float32 of each token, a chunk at a time: the logits of all would be gigabytes."""
+    parts = []
+    for states, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+        logits = head(states).float()
+        parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)

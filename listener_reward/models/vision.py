@@ -1,0 +1,179 @@
+"""Vision features of a frozen model, computed once for each image or video however many chats it is in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from listener_reward.media.clips import Clip
+
+MAX_PATCHES = 16384
+"""Patches that the vision tower sees in one pass: about ten images of 512 pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One image or video as the language model sees it."""
+
+    grid: Tensor
+    """Patches in time, height and width, (3,) int64, on the CPU."""
+    features: Tensor
+    """(tokens, hidden)."""
+    deeper: tuple[Tensor, ...] = ()
+    """Features that Qwen3-VL adds to its first layers, each (tokens, hidden)."""
+    moving: bool = False
+    """Whether it is a video, which has placeholders of its own."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.features, *self.deeper))
+
+
+class ImageFeatures:
+    """Encodes images and clips with a model's vision tower and keeps the latest, up to `max_bytes`.
+
+    Only for weights that do not change: what is kept is not computed again. `clear()` forgets it.
+    """
+
+    def __init__(self, core: Any, image_processor: Any, video_processor: Any = None, *, max_bytes: int = 2**29):
+        """
+        Args:
+            core: the model that has `get_image_features` and `get_video_features` (`model.model` of a Qwen-VL).
+            image_processor: turns PIL images into `pixel_values` and `image_grid_thw`.
+            video_processor: turns lists of frames into `pixel_values_videos` and `video_grid_thw`; None where no clip
+                comes.
+            max_bytes: how much of the features to keep between calls.
+        """
+        self.core = core
+        self.image_processor = image_processor
+        self.video_processor = video_processor
+        self.max_bytes = max_bytes
+        self.encoded = 0
+        """Images and clips that went through the vision tower so far."""
+        self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
+
+    def __call__(self, images: Sequence[Image.Image | Clip]) -> list[Encoded]:
+        """One entry for each image or clip; equal ones share it. A clip's times are no part of it."""
+        by_object: dict[int, bytes] = {}
+        for image in images:
+            if id(image) not in by_object:
+                by_object[id(image)] = digest(image)
+        digests = [by_object[id(image)] for image in images]
+        found = {key: self._kept[key] for key in digests if key in self._kept}
+        missing = {key: image for key, image in zip(digests, images, strict=True) if key not in found}
+        if missing:
+            found.update(zip(missing, self._encode(list(missing.values())), strict=True))
+        for key in dict.fromkeys(digests):
+            self._kept[key] = found[key]
+            self._kept.move_to_end(key)
+        size = sum(entry.nbytes for entry in self._kept.values())
+        while size > self.max_bytes:
+            size -= self._kept.popitem(last=False)[1].nbytes
+        return [found[key] for key in digests]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def _encode(self, media: list[Image.Image | Clip]) -> list[Encoded]:
+        self.encoded += len(media)
+        images = [each for each in media if not isinstance(each, Clip)]
+        clips = [each.frames for each in media if isinstance(each, Clip)]
+        still: list[Encoded] = []
+        moving: list[Encoded] = []
+        if images:
+            batch = self.image_processor(images=images, return_tensors="pt")
+            still = self._look(self.core.get_image_features, batch["pixel_values"], batch["image_grid_thw"])
+        if clips:
+            batch = self.video_processor(clips)
+            features = self.core.get_video_features
+            found = self._look(features, batch["pixel_values_videos"], batch["video_grid_thw"])
+            moving = [replace(each, moving=True) for each in found]
+        in_turn = {True: iter(moving), False: iter(still)}
+        return [next(in_turn[isinstance(each, Clip)]) for each in media]
+
+    def _look(self, features_of: Callable[..., Any], pixels: Tensor, grids: Tensor) -> list[Encoded]:
+        """Patches through the vision tower, at most `MAX_PATCHES` at a time where one image or clip is not more."""
+        patches = grids.prod(-1).tolist()
+        encoded: list[Encoded] = []
+        for some in _runs(patches, MAX_PATCHES):
+            first, last = sum(patches[: some.start]), sum(patches[: some.stop])
+            with patches_by_product(self.core.visual):
+                output = features_of(
+                    pixels[first:last].to(self.core.device), grids[some.start : some.stop].to(self.core.device)
+                )
+            layers = zip(*(getattr(output, "deepstack_features", None) or ()), strict=True)
+            deeper = list(layers) or [()] * len(some)
+            for row, features, more in zip(some, output.pooler_output, deeper, strict=True):
+                encoded.append(Encoded(grids[row], features.clone(), tuple(layer.clone() for layer in more)))
+        return encoded
+
+
+@contextlib.contextmanager
+def patches_by_product(tower: Any) -> Iterator[None]:
+    """Inside, `tower` embeds its patches by one matrix product.
+
+    That is what its three-dimensional convolution comes to, whose kernel is a whole patch; torch's own takes seven
+    times as long on a CPU.
+    """
+    embed = tower.patch_embed
+    kernel = embed.proj.weight
+
+    def forward(patches: Tensor) -> Tensor:
+        return linear(patches.view(-1, kernel[0].numel()).to(kernel.dtype), kernel.flatten(1), embed.proj.bias)
+
+    embed.forward = forward
+    try:
+        yield
+    finally:
+        del embed.forward
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What a vision tower gives, as every model of the package takes it: transformers hands it on as an output of its own.
+
+    `pooler_output` is a list of (tokens, hidden), one for each image; `deepstack_features` has such a list for each
+    of the first layers of a Qwen3-VL, and is empty for a Qwen2.5-VL.
+    """
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
+    """The forward pass's argument that puts images and videos, in order, at their placeholders; none for none."""
+    kinds: dict[str, list[Encoded]] = {}
+    for entry in encoded:
+        kinds.setdefault("video" if entry.moving else "image", []).append(entry)
+    outputs = {}
+    for kind, entries in kinds.items():
+        deeper = [list(layer) for layer in zip(*(entry.deeper for entry in entries), strict=True)]
+        features = [entry.features for entry in entries]
+        outputs[kind] = EncoderOutput(pooler_output=features, deepstack_features=deeper)  # pyright: ignore
+    return {"mm_encoder_outputs": outputs} if outputs else {}
+
+
+def digest(image: Image.Image | Clip) -> bytes:
+    """Equal for equal pictures, whatever object holds them, and for clips of equal frames, whenever these are shown."""
+    if isinstance(image, Clip):
+        return hashlib.blake2b(b"".join([b"clip", *map(digest, image.frames)]), digest_size=16).digest()
+    return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+
+
+def _runs(sizes: Sequence[int], budget: int) -> Iterable[range]:
+    """Neighbours that fit the budget together; one that alone exceeds it stands alone."""
+    start, used = 0, 0
+    for stop, size in enumerate(sizes):
+        if stop > start and used + size > budget:
+            yield range(start, stop)
+            start, used = stop, 0
+        used += size
+    yield range(start, len(sizes))

@@ -1,0 +1,59 @@
+"""What a judge needs of a vision-language model, whoever runs it.
+
+A judge needs two things of a model: completions of a chat, and the log-probabilities of given answers after a given
+beginning of the assistant's turn. Everything above this module is written against the protocol, so the whole chain
+runs on a fake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from listener_reward.chat import Chat
+from listener_reward.errors import JudgeError
+
+
+class VLM(Protocol):
+    """What a judge needs of a model."""
+
+    reserved: frozenset[str]
+    """Tokens that the tokenizer reads as one piece wherever they stand; no untrusted text may hold one."""
+
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        """One completion per chat, special tokens left out.
+
+        The completion is a function of its chat and its seed, not of what else is in the batch (up to rounding).
+        `temperature` 0 is greedy.
+        """
+        ...
+
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Log-probabilities (B, A) float32 of each answer as the token after `prefixes` in the assistant's turn."""
+        ...
+
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `answer_logprobs` gives, and how likely the model would have begun so itself, from one pass.
+
+        The second is the mean log-probability (B,) float32 of each prefix's tokens, none counted below `LEAST_LOGPROB`.
+        """
+        ...
+
+
+LEAST_LOGPROB = -5.0
+"""Where a surprising token stops counting: one odd word must not outweigh all the others of a thought."""
+
+BROKEN = "{} gave {}; the checkpoint is damaged or its dtype overflows: load it with dtype='float32' to find out"
+
+
+def check_finite(values: Tensor, who: str) -> Tensor:
+    """`values`, unless one is NaN or infinite: then the model is broken and no score may come of it."""
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).any(-1).sum())
+        raise JudgeError(BROKEN.format(who, f"NaN or infinite probabilities for {bad} of {len(values)} inputs"))
+    return values

@@ -1,0 +1,162 @@
+"""Sampling a group: the prompt is prefilled once, its G completions are drawn from it, finished ones stop costing.
+
+The tokens are those that transformers' own `generate` draws with the same seed: it prepares everything as always, and
+only its loop over tokens is replaced, through its public argument `custom_generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from listener_reward.prefix.attention import Decoding, Layout, attention_inputs, base_model, check_used
+from listener_reward.prefix.rows import Prompt, budgeted, pack, read_only_at
+
+COMPACT_BELOW = 0.75
+"""Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""
+
+
+Kept = dict[int, tuple[Tensor, Tensor]]
+"""Each layer's keys and values of B prompts, (B, heads, longest prompt but one token, dim)."""
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    prompts: Sequence[Prompt],
+    vision: Callable[[Sequence[Prompt]], dict[str, Any]],
+    *,
+    token_budget: int | None = None,
+    synced: bool = False,
+) -> Kept:
+    """Reads all but the last token of each prompt, in passes of at most `token_budget` tokens.
+
+    `vision` gives, for some of the prompts, the arguments that put their images into the model's forward pass. A
+    prompt that alone exceeds the budget has a pass of its own. With `synced`, every process runs as many passes as the
+    one that needs most: sharded weights are gathered by all of them together.
+    """
+    passes: list[Kept] = []
+    lengths = [(len(prompt.ids), [0]) for prompt in prompts]
+    batches = list(budgeted(lengths, token_budget or sum(length for length, _ in lengths)))
+    done = 0
+    while _any_going(torch.tensor(done < len(batches), device=prompts[0].ids.device), synced):
+        some = [prompts[number] for number, _ in batches[min(done, len(batches) - 1)]]
+        row = pack(some, [[] for _ in some], open_end=True)
+        layout: Layout = row.inputs["shared_prefix"]
+        layout.kept = {}
+        with read_only_at(model, row, row.ends[:0]):  # nothing is predicted here
+            model(**row.inputs, **vision(some), logits_to_keep=1, use_cache=False)
+        check_used(layout, model)
+        if done < len(batches):
+            passes.append(layout.kept)
+        done += 1
+    if len(passes) == 1:
+        return passes[0]
+    width = max(len(prompt.ids) for prompt in prompts) - 1
+
+    def join(layer: int, which: int) -> Tensor:
+        parts = [kept[layer][which] for kept in passes]
+        return torch.cat([pad(part, (0, 0, 0, width - part.shape[2])) for part in parts])
+
+    return {layer: (join(layer, 0), join(layer, 1)) for layer in passes[0]}
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Prompt],
+    owner: Sequence[int],
+    kept: Kept,
+    *,
+    pad_token_id: int,
+    synced: bool = False,
+    **options: Any,
+) -> Tensor:
+    """One completion for each row, by `model.generate`.
+
+    Args:
+        model: a model that `prefix.unsupported` has nothing against, inside PEFT's wrapper or not.
+        prompts: the prompts, and `kept` what `prefill` gave for them.
+        owner: the prompt of each of N rows.
+        pad_token_id: what stands before shorter prompts and after shorter completions.
+        synced: go on until every process's rows are finished, as sharded weights want it; transformers does not hand
+            its own `synced_gpus` to a `custom_generate`.
+        options: for `generate`: a generation_config, logits processors, max_new_tokens, ...
+
+    Returns:
+        Token ids (N, longest prompt + longest completion) int64, prompts padded on the left, as `generate` gives them.
+    """
+    owner = list(owner)
+    device = prompts[0].ids.device
+    width = max(len(prompt.ids) for prompt in prompts)
+    padded = [pad(prompt.ids, (width - len(prompt.ids), 0), value=pad_token_id) for prompt in prompts]
+    seen = [pad(torch.ones_like(prompt.ids), (width - len(prompt.ids), 0)) for prompt in prompts]
+    last = torch.stack([prompt.positions[0, -1] for prompt in prompts])[owner]
+    cache = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, owner, device)
+
+    def loop(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **_: Any,
+    ) -> Tensor:
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # of all rows
+        rows = torch.arange(len(input_ids), device=device)  # those that are still computed
+        position = last.to(device)
+        scores = torch.empty(0)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        while _any_going(going, synced):
+            step = {
+                "input_ids": input_ids[rows, -1][None],
+                "position_ids": (position[rows] + cache.step)[None, None].expand(3, 1, -1),
+            }
+            logits = model(**step, **attention_inputs(cache, step["input_ids"]), use_cache=False).logits[0].float()
+            if cache.step == 0:
+                check_used(cache, model)
+            cache.step += 1
+            if scores.numel() == 0:
+                scores = logits.new_zeros(len(input_ids), logits.shape[-1])
+            # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
+            # that it gets in `generate`.
+            scores[rows] = logits
+            warped = logits_processor(input_ids, scores.clone())
+            if generation_config.do_sample:
+                token = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]
+            else:
+                token = warped.argmax(-1)
+            if ends:
+                token = token.where(going, pad_token_id)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+            going = going & ~stopping_criteria(input_ids, None)
+            alive = going[rows]
+            count = int(alive.sum())
+            if 0 < count <= COMPACT_BELOW * len(rows):
+                rows = rows[alive]
+                cache.keep(alive)
+        return input_ids
+
+    base = base_model(model)
+    return type(base).generate(  # the class's own, for an instance may have been given another
+        base,
+        input_ids=torch.stack(padded)[owner],
+        attention_mask=torch.stack(seen)[owner],
+        custom_generate=loop,
+        **({} if "generation_config" in options else {"pad_token_id": pad_token_id}),
+        **options,
+    )
+
+
+def _any_going(going: Tensor, synced: bool) -> bool:
+    """Whether any row is unfinished; with sharded weights on any process, since all must run the same passes."""
+    alive = going.any()
+    if synced:
+        alive = alive.int()
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+    return bool(alive)

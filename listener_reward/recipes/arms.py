@@ -1,0 +1,152 @@
+"""What the demo compares in the tiny world: the arms, how each is trained, and how each is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from listener_reward.datasets import load_pairs
+from listener_reward.recipes.workers import Report
+from listener_reward.shaping import WEIGHTS
+from listener_reward.trace import Masking
+
+ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
+
+ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: WEIGHTS}
+"""Weights of format, accuracy and listener. Both arms can earn at most 2."""
+
+SPLITS = ("id", "ood", "wrong")
+
+CURVES = {
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "listener": "listener_confidence",
+    "contradiction": "contradiction_rate",
+    "malformed": "malformed_rate",
+}
+"""The report's names of the learning curves, and the trainer's."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the demo trains."""
+
+    steps: int = 160
+    pairs: int = 1000
+    groups: int = 12
+    """Prompts in a step; each is answered by a group of `generations`."""
+    generations: int = 8
+    learning_rate: float = 1e-4
+    sft_steps: int = 200
+    test_pairs: int = 300
+    """Test pairs of each split."""
+    base: str = "tiny-base"
+    listener: str = "tiny-listener"
+    grounding: float = 2.0
+    masking: Masking = "answer"
+    share: bool = True
+    """Whether a group shares its prompt. The results in docs/log.md were made as copies, which differ by rounding:
+    after 160 steps that is another run of the same kind, and not the same numbers."""
+
+
+def train_arm(
+    report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe, pairs: Any = None
+) -> dict[str, list[Any]]:
+    """Trains one GRPO arm, writes its judge into `out`, and returns its learning curves.
+
+    `pairs` are those of the recipe unless others are given.
+    """
+    from transformers import TrainerCallback
+
+    from listener_reward.train.config import AS_COPIES, ListenerGRPOConfig
+    from listener_reward.train.trainer import ListenerGRPOTrainer
+
+    args = ListenerGRPOConfig(
+        output_dir=out,
+        listener=recipe.listener,
+        listener_batch_size=128,
+        listener_grounding=recipe.grounding,
+        masking=recipe.masking,
+        log_completions=False,
+        reward_weights=list(weights),
+        per_device_train_batch_size=recipe.groups * recipe.generations,
+        num_generations=recipe.generations,
+        max_completion_length=40,
+        max_steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=0.99,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        **({} if recipe.share else AS_COPIES),  # pyright: ignore[reportArgumentType]
+    )
+    curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
+
+    class Curves(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            if logs and "reward" in logs:
+                curves["step"].append(state.global_step)
+                for name, key in CURVES.items():
+                    curves[name].append(logs.get(key))
+                reward = logs["reward"]  # None where the listener failed on the whole batch
+                report(state.global_step, recipe.steps, "no reward" if reward is None else f"reward {reward:.2f}")
+
+    pairs = load_pairs("tiny:train", limit=recipe.pairs) if pairs is None else pairs
+    trainer = ListenerGRPOTrainer(recipe.base, args, pairs, callbacks=[Curves()])
+    trainer.train()
+    trainer.save_judge(out)
+    return curves
+
+
+def train_sft_arm(report: Report, out: str, seed: int, recipe: Recipe) -> None:
+    """Trains the supervised baseline on the same pairs; `out` then holds its judge."""
+    from transformers import TrainerCallback
+    from trl import SFTConfig
+
+    from listener_reward.train.sft import train_sft
+
+    class Steps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                report(state.global_step, recipe.sft_steps, f"loss {logs['loss']:.2f}")
+
+    args = SFTConfig(
+        output_dir=out,
+        per_device_train_batch_size=32,
+        max_steps=recipe.sft_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        max_length=None,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        seed=seed,
+    )
+    train_sft(recipe.base, load_pairs("tiny:train", limit=recipe.pairs), args, callbacks=[Steps()])
+
+
+def measure(
+    report: Report, model: str, splits: Sequence[str], pairs: int, listener: str | None = None, think: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Evaluates one judge on splits of the tiny world; `Evaluation.to_dict()` and its diagnostics by split."""
+    from listener_reward.evaluate import evaluate
+    from listener_reward.evaluate.diagnostics import diagnose
+    from listener_reward.judge import Judge
+
+    judge = Judge.from_pretrained(model, listener=listener, batch_size=128, think=think)
+    table = {}
+    for done, split in enumerate(splits):
+        report(done, len(splits), split)
+        evaluation = evaluate(judge, load_pairs(f"tiny:{split}", limit=pairs), progress=False)
+        table[split] = evaluation.to_dict() | {"diagnostics": diagnose(evaluation)}
+    report(len(splits), len(splits), "")
+    return table

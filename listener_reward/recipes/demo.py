@@ -1,0 +1,150 @@
+"""`listener-reward demo`: the whole method in a tiny world, on two cores, in a quarter of an hour.
+
+From one base, with the same pairs, seed and steps, it trains a reasoner by accuracy-only GRPO and one by
+listener-shaped GRPO, measures both beside the base and a supervised baseline on every split, ranks pictures from disk
+with the better of the two, and writes `results.json` and `report.html`.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import importlib.metadata
+import io
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from listener_reward import __version__
+from listener_reward.datasets import load_pairs
+from listener_reward.media.images import to_pil
+from listener_reward.recipes.arms import ARMS, SPLITS, Recipe, measure, train_arm, train_sft_arm
+from listener_reward.recipes.workers import Report, run_side_by_side
+from listener_reward.report import write_report
+
+VERSIONS = ("torch", "transformers", "trl")
+
+
+def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Runs the demo, writes `results.json` and `report.html` into `out`, and returns the results."""
+    recipe = Recipe()
+    if quick:
+        recipe = replace(recipe, steps=3, sft_steps=3, pairs=60, groups=4, generations=4, test_pairs=20)
+    if steps is not None:
+        recipe = replace(recipe, steps=steps)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"listener-reward": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS}}
+    console = Console(stderr=True)
+    console.print(f"[bold]1/4[/] Training {recipe.steps} steps of GRPO twice, and the supervised baseline")
+    folders = {name: str(out / name.replace(" ", "-")) for name in (*ARMS, "SFT")}
+    jobs: dict[str, Any] = {
+        name: (train_arm, {"weights": weights, "out": folders[name], "seed": seed, "recipe": recipe})
+        for name, weights in ARMS.items()
+    }
+    jobs["SFT"] = (train_sft_arm, {"out": folders["SFT"], "seed": seed, "recipe": recipe})
+    trained = run_side_by_side(jobs, console=console)
+
+    console.print(f"[bold]2/4[/] Judging {recipe.test_pairs} pairs of each split with every model, in both orders")
+    models = {"base": recipe.base, "SFT": folders["SFT"], **{arm: folders[arm] for arm in ARMS}}
+    measured = run_side_by_side(
+        {
+            name: (
+                measure,
+                {
+                    "model": model,
+                    "splits": SPLITS,
+                    "pairs": recipe.test_pairs,
+                    "listener": recipe.listener,
+                    "think": name != "SFT",  # it was taught to answer without a thought
+                },
+            )
+            for name, model in models.items()
+        },
+        console=console,
+    )
+    table = [{**measured[name][split], "model": name, "split": split} for split in SPLITS for name in models]
+
+    console.print("[bold]3/4[/] Ranking pictures from disk, and picking pairs to look at")
+    winner = max(ARMS, key=lambda arm: sum(measured[arm][split]["accuracy"] for split in SPLITS))
+    models = {arm: folders[arm] for arm in ARMS}
+    shown = run_side_by_side(
+        {"pictures": (look, {"models": models, "winner": winner, "out": str(out)})}, console=console
+    )["pictures"]
+
+    console.print("[bold]4/4[/] Writing the report")
+    results = {
+        "title": "listener-reward demo",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "listener-reward demo" + (" --quick" if quick else "") + f" --steps {recipe.steps} --seed {seed}",
+        "versions": versions,
+        "settings": {**asdict(recipe), "seed": seed, "arms": {name: list(weights) for name, weights in ARMS.items()}},
+        "curves": {arm: trained[arm] for arm in ARMS},
+        "table": table,
+        **shown,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    page = write_report(out / "report.html", results)
+    console.print(f"Done: open [bold]{page}[/] in a browser; the numbers are in {out / 'results.json'}")
+    return results
+
+
+def look(report: Report, models: Mapping[str, str], winner: str, out: str, each: int = 2) -> dict[str, Any]:
+    """A dozen judged pairs, `each` of every arm and split, and the winner's ranking of picture files."""
+    from listener_reward.judge import Judge
+
+    judges = {name: Judge.from_pretrained(folder, listener="tiny-listener") for name, folder in models.items()}
+    pairs = []
+    for split in SPLITS:
+        rows = load_pairs(f"tiny:{split}", limit=each).to_list()
+        for name, judge in judges.items():
+            for row in rows:
+                first, second = (to_pil(image) for image in row["images"])
+                pairs.append(
+                    {
+                        "prompt": row["prompt"],
+                        "split": split,
+                        "p_first": row["p_first"],
+                        "first_png": _png(first),
+                        "second_png": _png(second),
+                        "model": name,
+                        "verdict": judge.compare(row["prompt"], first, second).to_dict(),
+                    }
+                )
+                report(len(pairs), each * len(SPLITS) * len(judges), split)
+    prompt, files = draw_files(Path(out, "pictures"))
+    ranking = judges[winner].rank(prompt, files)
+    images = [_png(to_pil(file)) for file in files]
+    return {"pairs": pairs, "ranking": {"judge": winner, "prompt": prompt, "images": images, **ranking.to_dict()}}
+
+
+def draw_files(folder: Path, seed: int = 0) -> tuple[str, list[Path]]:
+    """Six pictures of "two red circles" on disk, from right and clean to wrong and glitched, and their prompt."""
+    from listener_reward.tiny.drawing import draw
+    from listener_reward.tiny.world import Scene
+
+    scenes = [
+        Scene("blue", "square", 3, "glitched"),
+        Scene("red", "circle", 2),
+        Scene("red", "circle", 1),
+        Scene("green", "circle", 2),
+        Scene("red", "circle", 2, "glitched"),
+        Scene("yellow", "star", 1, "faded"),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    files = [folder / f"{index}.png" for index in range(len(scenes))]
+    for file, scene in zip(files, scenes, strict=True):
+        draw(scene, rng).save(file)
+    return "two red circles", files
+
+
+def _png(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

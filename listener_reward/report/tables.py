@@ -1,0 +1,199 @@
+"""The page's tables, for each split one of the judges and one of the protocols, as texts and places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from listener_reward.report.values import DASH, MINUS, to_decimals, to_ends, to_interval, to_mapping, to_share
+
+SPLITS = {
+    "id": ("In distribution", "New pairs of the same kind as in training."),
+    "ood": (
+        "Out of distribution",
+        "Prompts and a drawing style that training never showed; the frame says nothing about quality.",
+    ),
+    "wrong": (
+        "Wrong-way",
+        "In training a framed picture was usually the better one; here it is usually the worse one, so a judge that "
+        "learnt to look for the frame falls below 50 %.",
+    ),
+}
+"""Title and explanation of the tiny world's splits; another split is shown under its own name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the result table."""
+
+    key: str
+    title: str
+    meaning: str
+    digits: int = 3
+    percent: bool = False
+    best: str | None = "lowest"
+    interval: str | None = None
+    """The key of the pair of numbers that is the value's 95 % interval."""
+
+
+COLUMNS = (
+    Column(
+        "accuracy",
+        "accuracy, %",
+        "share of pairs, ties among people left out, in which the judge picks the picture that most people prefer",
+        digits=1,
+        percent=True,
+        best="highest",
+        interval="accuracy_interval",
+    ),
+    Column(
+        "contradiction_rate",
+        "contradictions, %",
+        "share of thoughts after which the listener picks the other picture than the thought's own answer",
+        digits=1,
+        percent=True,
+        interval="contradiction_interval",
+    ),
+    Column("malformed_rate", "malformed, %", "share of thoughts without a readable answer", digits=1, percent=True),
+    Column("position_gap", "position gap", "how far the judge's probability moves when the two pictures swap places"),
+    Column("ece", "ECE", "expected calibration error: the gap between how sure the judge is and how often it is right"),
+)
+MORE_COLUMNS = (
+    Column("brier", "Brier score", ""),
+    Column("nll", "log loss", ""),
+    Column("listener_accuracy", "listener accuracy, %", "", digits=1, percent=True, best="highest"),
+    Column("swap_consistency", "swap consistency, %", "", digits=1, percent=True, best="highest"),
+    Column("swap_checked", "pairs swapped", "", digits=0, best=None),
+    Column("always_first", "always the first, %", "", digits=1, percent=True, best=None),
+    Column("missing", "pairs without an answer", "", digits=0, best=None),
+    Column("seconds", "seconds", "", digits=0, best=None),
+)
+
+
+def accuracy_axis(table: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """The ends of the axis that all accuracies share, in whole tens of per cent; one half is on it."""
+    shares = [
+        share for row in table for share in (to_share(row.get("accuracy")), *to_interval(row.get("accuracy_interval")))
+    ]
+    known = [0.5, *(share for share in shares if share is not None)]
+    return 10 * math.floor(10 * min(known) - 1e-9), 10 * math.ceil(10 * max(known) + 1e-9)
+
+
+def by_split(table: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of the table by split, the known splits first, models in the order of the results."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        rows.setdefault(str(row.get("split") or "all pairs"), []).append(row)
+    names = [name for name in SPLITS if name in rows] + [name for name in rows if name not in SPLITS]
+    return {name: rows[name] for name in names}
+
+
+def title_of(split: str) -> str:
+    return SPLITS[split][0] if split in SPLITS else split
+
+
+def splits(table: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> list[dict[str, Any]]:
+    return [_split(name, rows, scale) for name, rows in by_split(table).items()]
+
+
+def _split(name: str, rows: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> dict[str, Any]:
+    def place(share: float | None) -> float | None:
+        return None if share is None else (100 * share - scale[0]) / (scale[1] - scale[0])
+
+    title, meaning = SPLITS.get(name, (name, ""))
+    cells = {column.key: _cells(column, rows) for column in COLUMNS + MORE_COLUMNS}
+    models = [
+        {
+            "name": row.get("model"),
+            "cells": {key: column_cells[index] for key, column_cells in cells.items()},
+            "dot": place(to_share(row.get("accuracy"))),
+            "whisker": [place(end) for end in to_interval(row.get("accuracy_interval"))],
+            "half": place(0.5),
+        }
+        for index, row in enumerate(rows)
+    ]
+    sizes = {(to_decimals(row.get("n"), 0), to_decimals(row.get("n_ties"), 0)) for row in rows}
+    n, ties = sizes.pop() if len(sizes) == 1 else (None, None)
+    baselines = {to_decimals(row.get("always_first"), 1, percent=True): row.get("always_first") for row in rows}
+    text, share = baselines.popitem() if len(baselines) == 1 else (None, None)
+    baseline = {"text": text, "dot": place(to_share(share)), "half": place(0.5)} if text else None
+    return {"title": title, "meaning": meaning, "models": models, "baseline": baseline, "n": n, "ties": ties}
+
+
+def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A column of one split. Values that print the same are equally good; if all do, none is the best."""
+    texts = [to_decimals(row.get(column.key), column.digits, percent=column.percent) for row in rows]
+    values = {text: float(text.replace(MINUS, "-")) for text in texts if text is not None}
+    best = None
+    if column.best and len(values) > 1:
+        best = (max if column.best == "highest" else min)(values, key=lambda text: values[text])
+    cells = []
+    for row, text in zip(rows, texts, strict=True):
+        low, high = to_interval(row.get(column.interval)) if column.interval else (None, None)
+        spread = None
+        if low is not None and high is not None:
+            ends = [to_decimals(end, column.digits, percent=column.percent) for end in (low, high)]
+            spread = f"{ends[0]}{DASH}{ends[1]}"
+        cells.append({"text": text, "interval": spread, "best": best is not None and text == best})
+    return cells
+
+
+def protocols(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each split, what each model has by each protocol, the baselines and the tests; without what `splits` shows.
+
+    A split is left out where there is one protocol, whose values are those of the accuracy, and no test.
+    """
+    parts = []
+    for split, rows in by_split(table).items():
+        names = list(dict.fromkeys(name for row in rows for name in to_mapping(row.get("protocols"))))
+        results = [[to_mapping(to_mapping(row.get("protocols")).get(name)) for name in names] for row in rows]
+        tests = [to_mapping(row.get("paired")) for row in rows]
+        known = [
+            (to_decimals(row.get("accuracy"), 3), to_decimals(found.get("value"), 3))
+            for row, of_row in zip(rows, results, strict=True)
+            for found in of_row
+        ]
+        shuffled = any(found.get("always_first_in_file") is not None for of_row in results for found in of_row)
+        if not any(tests) and not shuffled and all(accuracy == value for accuracy, value in known):
+            continue
+        parts.append(
+            {
+                "title": title_of(split),
+                "names": names,
+                "against": next((row.get("against") for row in rows if row.get("against")), None)
+                if any(tests)
+                else None,
+                "models": [
+                    {
+                        "name": row.get("model"),
+                        "cells": [{"text": to_decimals(f.get("value"), 3), "interval": to_ends(f, 3)} for f in of_row],
+                        "difference": to_decimals(test.get("difference"), 3, sign=True),
+                        "interval": to_ends(test, 3, sign=True),
+                        "p": _p_value(test.get("p_value")),
+                    }
+                    for row, of_row, test in zip(rows, results, tests, strict=True)
+                ],
+                "baselines": [
+                    (title, [_agreed(row[column].get(key) for row in results) for column in range(len(names))])
+                    for title, key in (
+                        ("always the first", "always_first"),
+                        ("always the first, in file order", "always_first_in_file"),
+                    )
+                    if key == "always_first" or shuffled
+                ],
+            }
+        )
+    return parts
+
+
+def _agreed(values: Iterable[object]) -> str | None:
+    """A number that all models of a split share, such as a baseline."""
+    texts = {to_decimals(value, 3) for value in values}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def _p_value(value: object) -> str | None:
+    p = to_share(value)
+    return None if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
