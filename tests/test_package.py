@@ -106,6 +106,18 @@ def test_version_is_the_newest_in_the_changelog():
     assert newest[1] == listener_reward.__version__
 
 
+def test_the_citation_is_of_this_version_and_the_readmes_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == listener_reward.__version__
+    paper = citation["preferred-citation"]
+    authors = re.search(r"author += \{(.*?)\}", README, re.S)
+    assert authors is not None
+    assert [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]] == re.split(
+        r"\s+and\s+", authors[1]
+    )
+    assert paper["title"] in README and paper["url"] in README
+
+
 def test_works_without_torchvision():
     run_python(
         "import sys\n"
