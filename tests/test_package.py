@@ -19,6 +19,7 @@ import listener_reward
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
 LIGHT = (
     "errors pairs media.images media.storyboards chat trace shaping verdict calibration.fit card ranking conclude "
     "reward evaluate evaluate.protocols evaluate.intervals evaluate.measure evaluate.scores evaluate.leaderboard "
@@ -132,12 +133,12 @@ def test_works_without_torchvision():
     )
 
 
-# --- the README
+# --- the tree, and the README
 
 
-def readme_tree() -> dict[str, str]:
-    """Path to comment, of every entry in the README's annotated tree; a folder's path ends with a slash."""
-    match = re.search(r"<!-- tree -->\n```text\n(.*?)```", README, re.S)
+def annotated_tree() -> dict[str, str]:
+    """Path to comment, of every entry in the contributing guide's annotated tree; a folder's path ends with a slash."""
+    match = re.search(r"<!-- tree -->\n```text\n(.*?)```", TREE, re.S)
     assert match is not None
     entries, folders = {}, []
     for line in match[1].splitlines():
@@ -148,14 +149,14 @@ def readme_tree() -> dict[str, str]:
     return entries
 
 
-def test_readme_tree_names_only_what_exists():
-    for path in readme_tree():
+def test_tree_names_only_what_exists():
+    for path in annotated_tree():
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
 
 
-def test_readme_tree_names_every_file_and_says_what_it_is():
+def test_tree_names_every_file_and_says_what_it_is():
     """A folder listed without its files stands for them; an `__init__.py` needs no line."""
-    tree = readme_tree()
+    tree = annotated_tree()
     parents = {f"{Path(path).parent}/" for path in tree}
     for path, comment in tree.items():
         assert comment or path in parents, f"{path} has neither a comment nor files"
@@ -164,7 +165,7 @@ def test_readme_tree_names_every_file_and_says_what_it_is():
         for file in (ROOT / folder).rglob("*"):
             path = file.relative_to(ROOT).as_posix()
             if file.suffix in {".py", ".md", ".txt"} and file.name != "__init__.py":
-                assert path in tree or path.startswith(whole), f"{path} is not in the README's tree"
+                assert path in tree or path.startswith(whole), f"{path} is not in the tree"
 
 
 def readme_python() -> str:
