@@ -203,8 +203,7 @@ def before_and_after(folder: Path) -> Image.Image:
     base, trained = load_pipeline(), load_pipeline()
     trained.load_lora_weights(folder)
     shown = [p for text in prompts(held=True)[::4] for model in (base, trained) for p in pictures(model, text, 8)]
-    sheet = grid(shown)
-    return sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+    return grid(shown)
 
 
 def main() -> None:
@@ -229,7 +228,7 @@ def main() -> None:
         print(f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}, diversity {last['diversity']:.3f}")
     if args.docs is not None:
         (args.docs / "ddpo-curve.svg").write_text(curve(results), encoding="utf-8")
-        before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png")
+        before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""The pictures of the README, each from a real run of the embedded models: nothing in them is drawn by hand.
+
+    python tests/benchmarks/pictures.py                   # all, in a minute of one core
+    python tests/benchmarks/pictures.py --only pairs best
+
+pairs    two judged pairs: one where the listener agrees with the reasoner, one where the listener contradicts a thought
+best     sixteen samples of one prompt by the embedded diffusion model, ordered by the reward
+ddpo     samples before and after DDPO on the judge's reward, from `docs/ddpo-grid.png`, which
+         `tests/benchmarks/ddpo.py --docs docs` makes
+report   two parts of the page that `listener-reward eval --html` writes, the results and the worst mistakes (needs
+         Chromium)
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from PIL import Image
+
+from listener_reward import Judge, ListenerReward, Verdict
+from listener_reward.datasets import load_pairs
+from listener_reward.integrations.best_of_n import best_of_n
+from listener_reward.tiny.diffusion import CALL, load_pipeline
+
+PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
+"""Split and row. The first is an ordinary verdict; the second is one of the few in which a thought is contradicted."""
+PROMPT = "three red stars"
+INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
+
+
+def pairs(folder: Path) -> None:
+    """Each row: the two images, one thought with what reasoner and listener make of it, the verdict and the votes."""
+    judge = Judge.from_pretrained("tiny")
+    figure, axes = plt.subplots(len(PAIRS), 3, figsize=(10.4, 5.2), width_ratios=(1, 1, 2.9), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.1, h_pad=0.12)
+    for (first, second, text), (data, index) in zip(axes, PAIRS, strict=True):
+        row = load_pairs(data)[index]
+        images = [Image.open(io.BytesIO(image["bytes"])) for image in row["images"]]
+        verdict = judge.compare(row["prompt"], *images)
+        for place, (axis, image) in enumerate(zip((first, second), images, strict=True), start=1):
+            chosen = verdict.preferred == place
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"image {place}" + ", preferred" * chosen, fontsize=11, weight="bold" if chosen else None)
+            axis.spines[:].set(color=GREEN if chosen else GREY, linewidth=3 if chosen else 0.8)
+        _write(text, row, verdict)
+    _save(figure, folder / "pairs.png")
+
+
+def _write(axis: Axes, row: dict[str, Any], verdict: Verdict) -> None:
+    """One thought of the verdict, line by line; all lines are as far apart in every row."""
+    thought = next(one for one in verdict.thoughts if one.order == "as given")
+    listener = thought.listener_p_first
+    assert listener is not None
+    believed, sure = (1, listener) if listener > 0.5 else (2, 1 - listener)
+    check = f"listener, having read the thought: image {believed} ({sure:.2f})"
+    lines = [
+        (f"prompt: “{row['prompt']}”", {"weight": "bold", "fontsize": 12}),
+        *(
+            (line, {"family": "monospace", "style": "italic"})
+            for line in thought.text.replace(" . image", " .|image").split("|")
+        ),
+        (f"reasoner, after its thought: image {thought.answer}", {}),
+        (f"{check}: contradicted", {"color": RED, "weight": "bold"})
+        if thought.contradicted
+        else (f"{check}: agrees", {"color": GREEN, "weight": "bold"}),
+        (f"verdict, over both orders: p(image 1) = {verdict.p_first:.2f}", {"weight": "bold", "fontsize": 12}),
+        (f"people: {15 * row['p_first']:.0f} of 15 prefer image 1", {"color": GREY}),
+    ]
+    axis.axis("off")
+    for place, (line, style) in enumerate(lines):
+        axis.text(0.02, 1 - 0.15 * place, line, transform=axis.transAxes, va="top", **{"color": INK, **style})
+
+
+def best(folder: Path) -> None:
+    """Sixteen samples of one prompt, best first."""
+    reward = ListenerReward("tiny", batch_size=64)
+    made = best_of_n(load_pipeline(), PROMPT, 16, reward=reward, batch_size=16, **CALL)
+    _shrink(made.contact_sheet(columns=8, width=150)).save(folder / "best-of-16.png", optimize=True)
+
+
+def ddpo(folder: Path) -> None:
+    """The grid of held-out prompts, with a name for each row."""
+    grid = Image.open(folder.parent / "ddpo-grid.png").convert("RGB")
+    figure, axis = plt.subplots(figsize=(8.6, 5.6), layout="constrained")
+    axis.imshow(grid, interpolation="nearest")
+    row, prompts = grid.height / 6, ("one red circle", "two yellow stars", "three purple triangles")
+    axis.set_xticks([])
+    axis.set_yticks(
+        [row * (k + 0.5) for k in range(6)],
+        [label for prompt in prompts for label in (f"{prompt}\nbefore", "after")],
+        fontsize=11,
+    )
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    for k in (1, 2):
+        axis.axhline(2 * k * row - 0.5, color="white", linewidth=8)
+    _save(figure, folder / "ddpo.png")
+
+
+def report(folder: Path) -> None:
+    """The page of a short evaluation, as Chromium draws it: its top beside its worst mistakes."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from browser import Browser
+
+    width, height, gap = 1060, 1215, 24
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch, "page.html")
+        command = "-m listener_reward.cli eval --judge tiny --data tiny:ood --html".split()
+        subprocess.run([sys.executable, *command, str(page)], check=True, stdout=subprocess.DEVNULL)
+        both = Image.new("RGB", (2 * width + gap, height), "white")
+        with Browser(Path(scratch, "profile")) as browser:
+            browser.open(page, width=width)
+            top = browser.run("document.getElementById('pairs').getBoundingClientRect().top + scrollY - 24")
+            for left, y in ((0, 0), (width + gap, top)):
+                area = {"x": 0, "y": y, "width": width, "height": height, "scale": 1}
+                shot = browser.ask("Page.captureScreenshot", captureBeyondViewport=True, clip=area)["data"]
+                both.paste(Image.open(io.BytesIO(base64.b64decode(shot))), (left, 0))
+    both = both.resize((both.width * 7 // 10, both.height * 7 // 10), Image.Resampling.LANCZOS)
+    _shrink(both).save(folder / "report.png", optimize=True)
+
+
+def _save(figure: Any, path: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, facecolor="white", bbox_inches="tight")
+    plt.close(figure)
+    _shrink(Image.open(drawn)).save(path, optimize=True)
+
+
+def _shrink(picture: Image.Image) -> Image.Image:
+    """The picture with a palette of 256 colours: a third of the bytes."""
+    return picture.convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, report)}
+    parser.add_argument("--only", nargs="+", choices=list(makers), default=list(makers))
+    parser.add_argument("--out", type=Path, default=Path("docs/img"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        makers[name](args.out)
+
+
+if __name__ == "__main__":
+    main()
