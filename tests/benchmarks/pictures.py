@@ -24,6 +24,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from listener_reward import Judge, ListenerReward, Verdict
@@ -39,9 +40,8 @@ INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
 
 def pairs(folder: Path) -> None:
     """Each row: the two images, one thought with what reasoner and listener make of it, the verdict and the votes."""
-    judge = Judge.from_pretrained("tiny")
-    figure, axes = plt.subplots(len(PAIRS), 3, figsize=(10.4, 5.2), width_ratios=(1, 1, 2.9), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.1, h_pad=0.12)
+    judge, spaced = Judge.from_pretrained("tiny"), ConstrainedLayoutEngine(hspace=0.1, h_pad=0.12)
+    figure, axes = plt.subplots(len(PAIRS), 3, figsize=(10.4, 5.2), width_ratios=(1, 1, 2.9), layout=spaced)
     for (first, second, text), (data, index) in zip(axes, PAIRS, strict=True):
         row = load_pairs(data)[index]
         images = [Image.open(io.BytesIO(image["bytes"])) for image in row["images"]]
@@ -113,7 +113,7 @@ def report(folder: Path) -> None:
     from browser import Browser
 
     width, height, gap = 1060, 1215, 24
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         page = Path(scratch, "page.html")
         command = "-m listener_reward.cli eval --judge tiny --data tiny:ood --html".split()
         subprocess.run([sys.executable, *command, str(page)], check=True, stdout=subprocess.DEVNULL)
