@@ -35,6 +35,7 @@ from listener_reward.tiny.diffusion import CALL, load_pipeline
 PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
 """Split and row. The first is an ordinary verdict; the second is one of the few in which a thought is contradicted."""
 PROMPT = "three red stars"
+GRID = Path(__file__).parents[2] / "docs/ddpo-grid.png"
 INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
 
 
@@ -90,7 +91,7 @@ def best(folder: Path) -> None:
 
 def ddpo(folder: Path) -> None:
     """The grid of held-out prompts, with a name for each row."""
-    grid = Image.open(folder.parent / "ddpo-grid.png").convert("RGB")
+    grid = Image.open(GRID).convert("RGB")
     figure, axis = plt.subplots(figsize=(8.6, 5.6), layout="constrained")
     axis.imshow(grid, interpolation="nearest")
     row, prompts = grid.height / 6, ("one red circle", "two yellow stars", "three purple triangles")
