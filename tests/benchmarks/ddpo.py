@@ -228,7 +228,7 @@ def main() -> None:
         print(f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}, diversity {last['diversity']:.3f}")
     if args.docs is not None:
         (args.docs / "ddpo-curve.svg").write_text(curve(results), encoding="utf-8")
-        before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png", optimize=True)
+        before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png")
 
 
 if __name__ == "__main__":
