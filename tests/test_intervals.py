@@ -51,6 +51,20 @@ def test_the_bootstrap_is_scipys_over_the_prompts_sums():
     assert found == pytest.approx((reference.low, reference.high), abs=0.004)
 
 
+def test_the_bootstrap_worked_out_sample_by_sample():
+    """Prompts are drawn by the seed's own integers, and both ends are linear quantiles of the samples' shares."""
+    got, could = array(3, 0, 2, 5, 1, 4), array(4, 3, 2, 6, 1, 8)
+    prompts = np.repeat(np.arange(6), could.astype(int))
+    rights = np.concatenate([np.arange(c) < g for g, c in zip(got, could, strict=True)]).astype(float)
+    samples = np.random.default_rng(7).integers(6, size=(500, 6))
+    shares = [sum(got[k] for k in sample) / sum(could[k] for k in sample) for sample in samples]
+    expected = pytest.approx(np.quantile(shares, (0.025, 0.975)), abs=1e-12)
+    assert clustered_interval(rights, np.ones(24), prompts, resamples=500, seed=7) == expected
+    # Against a judge that is never right, the difference is the share itself, drawn the same.
+    found = paired_test((rights, np.ones(24)), (np.zeros(24), np.ones(24)), prompts, resamples=500, seed=7)
+    assert found is not None and found.interval == expected
+
+
 def test_the_order_of_the_pairs_changes_nothing_and_the_seed_does():
     rights, prompts = clustered(np.random.default_rng(0), 30, 6, 0.2)
     found = clustered_interval(rights, np.ones(180), prompts)

@@ -7,12 +7,11 @@ in many of its pairs and a bootstrap over pairs would call the same luck many ob
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 RESAMPLES = 2000
 """Bootstrap samples: the ends of a 95 % interval are then themselves known to about a twentieth of its width."""
@@ -23,7 +22,7 @@ EXCHANGES = 10_000
 _EXACT = 13
 """Prompts on which two judges differ, up to which all 2^13 exchanges are tried."""
 
-_CELLS = 2**21
+_CELLS = 2**20
 """Numbers drawn at a time: memory does not grow with the number of prompts times the number of samples."""
 
 
@@ -92,9 +91,7 @@ def clustered_interval(
     rates = got / could
     if len(rates) == 1 or (rates == rates[0]).all():
         return wilson(round(len(rates) * float(rates[0])), len(rates)) if share and rates[0] in (0, 1) else None
-    values = np.concatenate([got[drawn].sum(1) / could[drawn].sum(1) for drawn in _draws(len(got), resamples, seed)])
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+    return _resampled(got, could, resamples, seed)
 
 
 def paired_test(
@@ -121,12 +118,10 @@ def paired_test(
         return None
     (one, possible), (two, _), clusters = (first[0][both], first[1][both]), (second[0][both], None), clusters[both]
     gaps, could = _sums(clusters, one - two, possible)
-    values = np.concatenate([gaps[drawn].sum(1) / could[drawn].sum(1) for drawn in _draws(len(gaps), resamples, seed)])
-    low, high = np.quantile(values, (0.025, 0.975))
     ahead, behind = int(np.sum(one > two)), int(np.sum(one < two))
     return PairedTest(
         difference=float(gaps.sum() / could.sum()),
-        interval=(float(low), float(high)) if len(gaps) > 1 else None,
+        interval=_resampled(gaps, could, resamples, seed) if len(gaps) > 1 else None,
         p_value=_exchanged(gaps, seed),
         mcnemar_p_value=float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0,
         only_first=ahead,
@@ -162,9 +157,16 @@ def _sums(clusters: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.bincount(which, weights=value) for value in values)
 
 
-def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Which `n` of `n` clusters are drawn, (some, n) int32 at a time, `resamples` rows in all."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CELLS // n)
-    for start in range(0, resamples, rows):
-        yield rng.integers(n, size=(min(rows, resamples - start), n), dtype=np.int32)
+def _resampled(got: np.ndarray, could: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """The 95 % interval of `got.sum() / could.sum()`, drawing the clusters whose sums the two hold; at least two."""
+    interval = bootstrap(
+        (got, could),
+        lambda got, could, axis: got.sum(axis) / could.sum(axis),
+        paired=True,  # a cluster's two sums are drawn together
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        batch=max(1, _CELLS // len(got)),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
