@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 import warnings
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -24,7 +25,6 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.evaluate.calibrate import calibrate, choose_tie_band
 from listener_reward.evaluate.confidence import expected_calibration_error, reliability
-from listener_reward.report.diagram import reliability_svg
 from listener_reward.verdict import Mode
 
 RNG = np.random.default_rng(0)
@@ -191,14 +191,6 @@ def test_reliability_by_hand():
     assert [pytest.approx((one.low, one.high)) for one in bins] == [(0.6, 0.7), (0.9, 1.0)]
 
 
-def test_the_drawing_is_svg_and_names_are_only_text():
-    p_first = RNG.random(200)
-    drawn = reliability_svg({"<before> & after": (p_first, p_first)})
-    root = xml.etree.ElementTree.fromstring(drawn)
-    assert "<before> & after" in [element.text for element in root.iter()]
-    assert len([element for element in root.iter() if element.tag.endswith("circle")]) == 10
-
-
 # ---------------------------------------------------------------- a whole judge
 
 
@@ -323,7 +315,8 @@ def test_the_command_writes_a_copy_that_judges_by_it(random_judge, tmp_path):
     assert card.fast_calibration.mode == Mode(think=False)
     assert (card.calibration, card.thoughts) == (Calibration(), 1)  # what is not asked to think says nothing of that
     assert card.listener == str(random_judge)
-    assert xml.etree.ElementTree.parse(plot).getroot().tag.endswith("svg")
+    root = xml.etree.ElementTree.parse(plot).getroot()
+    assert root.tag.endswith("svg") and {"before", "after"} <= {element.text for element in root.iter()}
     assert Judge.from_pretrained(out).card == card
 
     again = CliRunner().invoke(app, [*arguments, "--out", str(out)])
@@ -385,6 +378,15 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_judging(random_judg
     assert not out.exists()
     made = CliRunner().invoke(app, [*arguments, "--limit", "60", "--plot", str(tmp_path / "new" / "x.svg")])
     assert made.exit_code == 0 and (tmp_path / "new" / "x.svg").exists()
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_judging(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "listener_reward.plotting", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["calibrate", "--judge", "tiny", "--data", "nowhere", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "x.svg")])
+    assert result.exit_code == 2 and 'pip install "listener-reward[plot]"' in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- which way of judging it is for

@@ -38,7 +38,7 @@ def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> str:
 
 def heavy_after(code: str) -> set[str]:
     """Which of the heavy packages are loaded once `code` has run in a fresh interpreter."""
-    heavy = "{'torch', 'transformers', 'datasets', 'trl'}"
+    heavy = "{'torch', 'transformers', 'datasets', 'trl', 'matplotlib'}"
     return set(run_python(f"{code}\nimport sys\nprint(*({heavy} & set(sys.modules)))").split())
 
 

@@ -215,7 +215,9 @@ def calibrate(
         Path | None,
         typer.Option("--out", help="Folder for a copy that is calibrated.", show_default="the judge's own folder"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the reliability.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw the reliability; needs matplotlib.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use N pairs.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the choice and the division of the pairs.")] = 0,
     as_json: AsJson = False,
@@ -239,6 +241,7 @@ def calibrate(
             check_writable(name, out)
             if plot is not None:
                 check_page("plot", plot)
+                from listener_reward.plotting import reliability_figure, save_svg  # its extra is missed before the work
             pairs = load_pairs(data, limit=limit, seed=seed)
             loaded = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
             result = fit(
@@ -251,10 +254,8 @@ def calibrate(
             )
             folder = write_calibration(name, out, loaded, result, listener)
             if plot is not None:
-                from listener_reward.report.diagram import reliability_svg
-
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
-                plot.write_text(reliability_svg(curves), encoding="utf-8")
+                save_svg(reliability_figure(curves), plot)
         if as_json:
             print_json(result.to_dict() | {"folder": str(folder)})
         else:

@@ -20,7 +20,7 @@ from listener_reward import Judge
 from listener_reward.calibration.maps import Calibration
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
-from listener_reward.report.diagram import reliability_svg
+from listener_reward.plotting import reliability_figure, save_svg
 from listener_reward.tiny.world import p_prefers_first, split_pairs
 
 
@@ -60,7 +60,7 @@ def main() -> None:
             name = "verdict" if who == "p_first" else "listener"
             print(f"| {split} | {name} | {' | '.join(cells)} | {sum(mirrored)} of {len(mirrored)} |", flush=True)
             if args.svg and who == "p_first" and split == args.splits[0]:
-                args.svg.write_text(reliability_svg({"before": (labels, before), "after": (labels, after)}))
+                save_svg(reliability_figure({"before": (labels, before), "after": (labels, after)}), args.svg)
 
 
 def _floor(truth: np.ndarray, voters: int = 15, draws: int = 20) -> float:
