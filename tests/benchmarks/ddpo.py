@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
 from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metrics
 from listener_reward.media.images import to_pil_batch
+from listener_reward.plotting import BLUE, GREEN, GREY, label_ends, save_svg, styled
 from listener_reward.tiny.diffusion import CALL, load_pipeline
 from listener_reward.tiny.models import QUESTION, build_model, build_processor
 from listener_reward.tiny.read import asked, read
@@ -151,51 +153,24 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def curve(results: list[dict[str, Any]]) -> str:
-    """Held-out true utility against epochs as SVG: each run thin, the mean of a reward's runs thick."""
-    left, top, width, height = 46, 24, 460, 260
-    epochs = max(int(epoch) for result in results for epoch in result["utility"])
-    values = [np.mean(found) for result in results for found in result["utility"].values()]
-    low, high = min(values) - 0.1, max(values) + 0.1
-
-    def path(points: dict[str, float], style: str) -> str:
-        places = [
-            (left + width * int(epoch) / epochs, top + height * (high - value) / (high - low))
-            for epoch, value in points.items()
-        ]
-        return f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}" fill="none" {style}/>'
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 90} {top + height + 46}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>',
-        f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#888"/>',
-        f'<text x="{left}" y="14">true utility on held-out prompts (at most 6.7)</text>',
-        f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">epochs</text>',
-    ]
-    for tick in np.arange(np.ceil(low * 2) / 2, high, 0.5):
-        y = top + height * (high - tick) / (high - low)
-        lines.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.1f}</text>')
-        lines.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#eee"/>')
-    for tick in range(0, epochs + 1, max(1, epochs // 4)):
-        x = left + width * tick / epochs
-        lines.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{tick}</text>')
-    ends = []
-    for name, color in zip(REWARDS, ("#2a6fbb", "#3e8c4b", "#888"), strict=True):
-        runs = [
-            {epoch: float(np.mean(found)) for epoch, found in result["utility"].items()}
-            for result in results
-            if result["reward"] == name
-        ]
-        if runs:
-            mean = {epoch: float(np.mean([points[epoch] for points in runs])) for epoch in runs[0]}
-            lines += [path(points, f'stroke="{color}" stroke-opacity="0.35"') for points in runs]
-            lines.append(path(mean, f'stroke="{color}" stroke-width="2.5"'))
-            ends.append((top + height * (high - list(mean.values())[-1]) / (high - low) + 4, name, color))
-    lowest = 0.0
-    for y, name, color in sorted(ends):
-        lowest = max(y, lowest + 13)  # names of lines that end together stand below one another
-        lines.append(f'<text x="{left + width + 8}" y="{lowest:.1f}" fill="{color}">{name}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+@styled
+def curve(results: list[dict[str, Any]]) -> Figure:
+    """Held-out true utility against epochs: each run thin, the mean of a reward's runs thick."""
+    figure = Figure(figsize=(7, 3.8))
+    axes, ends, epochs = figure.subplots(), [], []
+    for name, color in zip(REWARDS, (BLUE, GREEN, GREY), strict=True):
+        runs = [result["utility"] for result in results if result["reward"] == name]
+        if not runs:
+            continue
+        epochs = [int(epoch) for epoch in runs[0]]
+        utility = np.array([[np.mean(run[epoch]) for epoch in runs[0]] for run in runs])
+        axes.plot(epochs, utility.T, color=color, linewidth=0.8, alpha=0.4)
+        axes.plot(epochs, utility.mean(0), color=color, linewidth=2.5, label=name)
+        ends.append((name, epochs[-1], utility.mean(0)[-1], color))
+    axes.set(xlabel="epochs", xticks=epochs, title="true utility on held-out prompts (at most 6.7)")
+    axes.margins(x=0.01)
+    label_ends(axes, ends)
+    return figure
 
 
 def before_and_after(folder: Path) -> Image.Image:
@@ -227,7 +202,7 @@ def main() -> None:
         ends = [float(np.mean(list(result["utility"].values())[k])) for k in (0, -1)]
         print(f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}, diversity {last['diversity']:.3f}")
     if args.docs is not None:
-        (args.docs / "ddpo-curve.svg").write_text(curve(results), encoding="utf-8")
+        save_svg(curve(results), args.docs / "ddpo-curve.svg")
         before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png")
 
 

@@ -14,14 +14,16 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from listener_reward.bench import run
 from listener_reward.bench.shapes import Size, build_checkpoint
+from listener_reward.plotting import BLUE, ORANGE, label_ends, save_svg, styled
 
 SIZES = (2, 4, 8, 16, 32)
 KEPT = ("median_seconds", "tokens", "patches", "peak_mb", "weight_flops")
-COLORS = {"listener": "#2a6fbb", "loss": "#c2572b"}
+COLORS = {"listener": BLUE, "loss": ORANGE}
 
 
 def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
@@ -69,42 +71,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict]) -> str:
-    """Ratio against G, measured and the limit by counting, as an SVG that reads on light and on dark."""
-    left, top, width, height, most = 50, 20, 480, 280, max(row["limit"] for row in rows) * 1.1
-
-    def at(group: int, ratio: float) -> tuple[float, float]:
-        return left + width * SIZES.index(group) / (len(SIZES) - 1), top + height * (1 - ratio / most)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 140} {top + height + 50}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="100%" height="100%" fill="#fff"/><path d="M{left} {top}V{top + height}H{left + width}" '
-        'fill="none" stroke="#666"/>',
-    ]
-    step = 2 if most < 20 else 5
-    for tick in range(0, int(most) + 1, step):
-        x, y = at(2, tick)
-        parts.append(f'<text x="{x - 8}" y="{y + 4}" text-anchor="end">{tick}</text>')
-        parts.append(f'<path d="M{left} {y}h{width}" stroke="#eee"/>')
-    for group in SIZES:
-        x, y = at(group, 0)
-        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{group}</text>')
-    parts.append(
-        f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">G, completions of a prompt</text>'
-    )
-    parts.append(f'<text x="8" y="{top - 6}">times faster than copies</text>')
+@styled
+def plot(rows: list[dict]) -> Figure:
+    """Ratio against G, measured and the limit by counting."""
+    figure = Figure(figsize=(7, 3.8))
+    axes, ends = figure.subplots(), []
     for what, color in COLORS.items():
-        for key, dash in (("ratio", ""), ("limit", ' stroke-dasharray="5 4"')):
-            points = [at(row["group"], row[key]) for row in rows if row["what"] == what and row[key]]
-            if not points:
-                continue
-            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-            parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
-            x, y = points[-1]
-            label = what if key == "ratio" else f"{what}, limit"
-            parts.append(f'<text x="{x + 8}" y="{y + 4}" fill="{color}">{label}</text>')
-    return "\n".join([*parts, "</svg>"])
+        for key, name, dashes in (("ratio", what, "-"), ("limit", f"{what}, limit", (0, (4, 3)))):
+            points = [(row["group"], row[key]) for row in rows if row["what"] == what and row[key]]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=dashes, label=name)
+                ends.append((name, *points[-1], color))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SIZES, map(str, SIZES))
+    axes.set(xlabel="G, completions of a prompt", title="times faster than copies", ylim=(0, None))
+    axes.locator_params(axis="y", integer=True)
+    label_ends(axes, ends)
+    return figure
 
 
 if __name__ == "__main__":
@@ -116,4 +99,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     found = measure(args.only or list(COLORS), args.repeats, args.largest_loss)
     print(table(found))
-    args.out.write_text(plot(found) + "\n", encoding="utf-8")
+    save_svg(plot(found), args.out)

@@ -12,13 +12,13 @@ row marked *, with their 95 % intervals.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from listener_reward import Judge
@@ -26,10 +26,12 @@ from listener_reward.conclude import Answer
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.confidence import expected_calibration_error
 from listener_reward.evaluate.run import side
+from listener_reward.plotting import BLUE, GREEN, GREY, ORANGE, save_svg, styled
 from listener_reward.verdict import Verdict
 
 THOUGHTS = 8
 STOPS = (0.8, 0.9, 0.95, 0.99, 1.0)
+RULES = ("mean", "majority", "listener", "both")
 Row = tuple[str, str, np.ndarray, np.ndarray, np.ndarray]
 """Family, name, and of each pair: whether it is right, thoughts, tokens."""
 
@@ -109,7 +111,7 @@ def main() -> None:
         p_first = np.array([judge.conclude(answers).p_first for answers in first(k)])
         print(f"  k = {k}: {expected_calibration_error(labels, p_first):.4f}")
     if args.svg:
-        args.svg.write_text(drawn(rows))
+        save_svg(drawn(rows), args.svg)
 
 
 def gather(judge: Judge, pairs: Any, think: bool) -> list[list[Answer]]:
@@ -135,50 +137,34 @@ def right(labels: np.ndarray, verdicts: Sequence[Verdict]) -> np.ndarray:
     return np.array([verdict.preferred == y for verdict, y in zip(verdicts, side(labels), strict=True)], dtype=float)
 
 
-def drawn(rows: Sequence[Row], width: int = 560, height: int = 360) -> str:
-    """Accuracy against tokens as SVG, one line for each family; the fewer are wrong the higher, on a log scale."""
-    colors = {"fast": "#888", "one order": "#5b8c3e", "mean": "#2b6ca3", "majority": "#8a5ba8"}
-    colors |= {"listener": "#3aa6a0", "both": "#d1669e", "both, early stop": "#222"}
-    colors |= {"mean, early stop": "#b5533c", "majority, early stop": "#c99a2e"}
-    most = max(row[4].mean() for row in rows)
-
-    def wrong(accuracy: float) -> float:
-        return max(1 - accuracy, 1e-3)
-
-    accuracies = [row[2].mean() for row in rows]
-    most_wrong = wrong(min(accuracies))
-    least_wrong = min(wrong(max(accuracies)), 0.99 * most_wrong)
-
-    def rise(accuracy: float) -> float:
-        rising = math.log(most_wrong / wrong(accuracy)) / math.log(most_wrong / least_wrong)
-        return height - 60 - rising * (height - 100)
-
-    def place(row: Row) -> tuple[float, float]:
-        return 50 + row[4].mean() / most * (width - 80), rise(row[2].mean())
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>',
-        f'<path d="M50 20V{height - 45}H{width - 25}" fill="none" stroke="#888"/>',
-        f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">tokens generated for each pair</text>',
-        '<text x="50" y="14">accuracy, %</text>',
-    ]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x = 50 + share * (width - 80)
-        lines.append(f'<text x="{x:.0f}" y="{height - 29}" text-anchor="middle">{share * most:.0f}</text>')
-    for percent in (50, 60, 70, 80, 90, 92, 94, 95, 96, 97, 98, 99):
-        if least_wrong * 0.9 < wrong(percent / 100) < most_wrong * 1.1:
-            lines.append(f'<text x="44" y="{rise(percent / 100) + 4:.0f}" text-anchor="end">{percent}</text>')
-    for number, (family, color) in enumerate(colors.items()):
-        points = [(place(row), row[1]) for row in rows if row[0] == family]
-        path = "L".join(f"{x:.1f} {y:.1f}" for (x, y), _ in sorted(points))
-        lines.append(f'<path d="M{path}" fill="none" stroke="{color}"/>')
-        lines += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"><title>{name}</title></circle>'
-            for (x, y), name in points
-        ]
-        lines.append(f'<text x="{width - 190}" y="{height / 2 - 40 + 16 * number:.0f}" fill="{color}">{family}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+@styled
+def drawn(rows: Sequence[Row]) -> Figure:
+    """Accuracy against tokens, a panel for each rule; below each, on its own scale, the verdicts without thoughts."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for family, _, correct, _, spent in rows:
+        lines.setdefault(family, []).append((float(spent.mean()), 100 * float(correct.mean())))
+    figure = Figure(figsize=(8, 3.6))
+    grid = figure.subplots(2, len(RULES), sharex=True, sharey="row", height_ratios=[4, 1])
+    for rule, above, below in zip(RULES, *grid, strict=True):
+        own = [("both orders", rule, BLUE), ("early stop", f"{rule}, early stop", ORANGE)]
+        own += [("one order", "one order", GREEN)] * (rule == "mean")
+        for number, (name, family, color) in enumerate(one for one in own if one[1] in lines):
+            above.plot(*zip(*sorted(lines[family]), strict=True), "o-", color=color, label=name)
+            above.text(0.12, 0.95 - 0.1 * number, name, color=color, va="top", transform=above.transAxes)
+        below.plot(*zip(*lines["fast"], strict=True), "o", color=GREY, label="no thoughts")
+        below.text(0.12, 0.5, "no thoughts", color=GREY, va="center", transform=below.transAxes)
+        above.set_title(rule)
+        above.spines.bottom.set_visible(False)
+        above.tick_params(bottom=False)
+    thoughtful = [accuracy for family in lines.keys() - {"fast"} for _, accuracy in lines[family]]
+    fast = [accuracy for _, accuracy in lines["fast"]]
+    for axes, accuracies, step in ((grid[0, 0], thoughtful, 1), (grid[1, 0], fast, 5)):
+        # Whole steps: where all is nearly the same, it must not look as if it was not.
+        low, high = step * np.floor(min(accuracies) / step), step * np.ceil(max(accuracies) / step)
+        axes.set(ylim=(low - step / 10, high + step / 10), yticks=np.arange(low, high + step, step))
+    figure.suptitle("accuracy, %", x=0.01, ha="left", fontsize="medium")
+    figure.supxlabel("tokens generated for each pair", fontsize="medium")
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""What the benchmarks draw is what they measured."""
+
+from __future__ import annotations
+
+import numpy as np
+from benchmarks import ddpo, prefix_cost, verdicts
+from matplotlib.axes import Axes
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """The points of each line that has a name."""
+    return {
+        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]  # pyright: ignore
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def test_prefix_cost_draws_ratios_and_limits():
+    rows = [
+        {"what": "listener", "group": 2, "ratio": 2.4, "limit": 2.3},
+        {"what": "listener", "group": 4, "ratio": 4.4, "limit": 4.2},
+        {"what": "loss", "group": 2, "ratio": 1.8, "limit": 1.9},
+        {"what": "loss", "group": 4, "ratio": None, "limit": 3.3},
+    ]
+    axes = prefix_cost.plot(rows).axes[0]
+    assert lines(axes) == {
+        "listener": [(2, 2.4), (4, 4.4)],
+        "listener, limit": [(2, 2.3), (4, 4.2)],
+        "loss": [(2, 1.8)],
+        "loss, limit": [(2, 1.9), (4, 3.3)],
+    }
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 4.4, "the highest line is inside"
+    assert {text.get_text() for text in axes.texts} == lines(axes).keys()
+
+
+def test_ddpo_draws_each_run_and_their_mean():
+    results = [
+        {"reward": "judge", "utility": {"0": [5.0, 6.0], "10": [6.0, 6.0]}},
+        {"reward": "judge", "utility": {"0": [5.0, 6.0], "10": [5.0, 6.0]}},
+        {"reward": "random", "utility": {"0": [5.5], "10": [2.0]}},
+    ]
+    axes = ddpo.curve(results).axes[0]
+    assert lines(axes) == {"judge": [(0, 5.5), (10, 5.75)], "random": [(0, 5.5), (10, 2)]}
+    runs = [line.get_ydata() for line in axes.lines if str(line.get_label()).startswith("_")]
+    assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 2]]  # pyright: ignore
+    assert list(axes.get_xticks()) == [0, 10]
+
+
+def test_verdicts_draws_a_panel_for_each_rule():
+    def row(family: str, right: list[float], tokens: float) -> verdicts.Row:
+        return family, family, np.array(right), np.array([1.0]), np.array([tokens])
+
+    figure = verdicts.drawn(
+        [
+            row("fast", [1, 0, 0, 0], 0),
+            row("one order", [1, 1, 1, 0], 30),
+            row("mean", [1, 1, 1, 1], 120),
+            row("mean", [1, 1, 0, 1], 60),
+            row("mean, early stop", [1, 1, 0, 1], 70),
+            *(row(rule, [1, 0, 1, 0], 60) for rule in ("majority", "listener", "both")),
+        ]
+    )
+    above, below = figure.axes[:4], figure.axes[4:]
+    assert [axes.get_title(loc="left") for axes in above] == ["mean", "majority", "listener", "both"]
+    assert lines(above[0]) == {
+        "both orders": [(60, 75), (120, 100)],
+        "early stop": [(70, 75)],
+        "one order": [(30, 75)],
+    }
+    assert lines(above[1]) == {"both orders": [(60, 50)]}
+    assert all(lines(axes) == {"no thoughts": [(0, 25)]} for axes in below)
+    assert all(low < 50 and high > 100 for low, high in (axes.get_ylim() for axes in above))
+    assert all(low < 25 < high for low, high in (axes.get_ylim() for axes in below))
