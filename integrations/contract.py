@@ -19,6 +19,7 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.reward import ListenerReward, Scheme
+from listener_reward.verdict import PairJudge
 
 Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
@@ -44,7 +45,7 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
 
         return RemoteReward(reward, **options)
     made = reward
-    if isinstance(reward, (str, os.PathLike)) or hasattr(reward, "compare_many"):
+    if isinstance(reward, (str, os.PathLike, PairJudge)):
         chosen: dict[str, Any] = {"scheme": scheme, **options}
         made = ListenerReward(reward, **chosen)
     elif not callable(reward):

@@ -9,18 +9,15 @@ from __future__ import annotations
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from listener_reward.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from listener_reward.media.clips import Clip
+from listener_reward.media.clips import Clip, Visual
+from listener_reward.media.images import ImageLike, Picture, to_picture
 
 _SLOT = re.compile(r"\{(first|second|prompt)\}")
 
@@ -54,16 +51,28 @@ FOREIGN_RESERVED = tuple(
 """Tokens of other families, for a model behind an address, whose tokenizer is not here to be asked."""
 
 
+Side: TypeAlias = "Visual | tuple[Picture, ...] | ImageLike"
+"""What stands on one side of a question: a picture, a clip as a video, or a clip's frames as so many pictures."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages in transformers' conversational form, and the images that fill their `{"type": "image"}` blocks."""
+    """Messages in transformers' conversational form, and the pictures that fill their `{"type": "image"}` blocks."""
 
     messages: list[dict[str, Any]]
-    images: tuple[Image, ...]
+    images: tuple[Picture, ...]
     prompt: str = ""
     """The caller's text as it stands in the messages; the words around it are the format's."""
     videos: tuple[Clip, ...] = ()
     """What fills the `{"type": "video"}` blocks."""
+
+    @property
+    def visuals(self) -> tuple[Visual, ...]:
+        """Pictures first, then clips."""
+        return self.images + self.videos
+
+
+_IMAGE = ({"type": "image"},)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +121,17 @@ class ChatFormat:
         """
         return self._messages(self._safe(prompt, reserved))
 
-    def chat(self, prompt: str, first: Image, second: Image, reserved: Collection[str] = ()) -> Chat:
-        """The question about two images, in the order in which they are to be shown."""
+    def chat(self, prompt: str, first: Side, second: Side, reserved: Collection[str] = ()) -> Chat:
+        """The question about two images or clips, in the order in which they are to be shown."""
         safe = self._safe(prompt, reserved)
-        return Chat(self._messages(safe), (first, second), safe)
+        sides = [_blocks(side) for side in (first, second)]
+        visuals = [visual for _, some in sides for visual in some]
+        return Chat(
+            self._messages(safe, *(blocks for blocks, _ in sides)),
+            tuple(visual for visual in visuals if isinstance(visual, Picture)),
+            safe,
+            tuple(visual for visual in visuals if isinstance(visual, Clip)),
+        )
 
     def _safe(self, prompt: str, reserved: Collection[str]) -> str:
         if len(prompt) > self.max_prompt_chars:
@@ -126,11 +142,13 @@ class ChatFormat:
         before, after = self.question.split("{prompt}")
         return neutralise(prompt, self.reserved(reserved), before=before, after=after)
 
-    def _messages(self, safe: str) -> list[dict[str, Any]]:
+    def _messages(
+        self, safe: str, first: Sequence[dict[str, Any]] = _IMAGE, second: Sequence[dict[str, Any]] = _IMAGE
+    ) -> list[dict[str, Any]]:
         blocks: list[dict[str, Any]] = []
         for index, part in enumerate(_SLOT.split(self.question)):
             if index % 2 and part != "prompt":
-                blocks.append({"type": "image"})
+                blocks += [dict(block) for block in (first if part == "first" else second)]
             elif text := safe if index % 2 else part:
                 blocks.append({"type": "text", "text": text})
         turns = [{"role": "user", "content": _merge_text(blocks)}]
@@ -216,6 +234,15 @@ def neutralise(text: str, reserved: Collection[str], *, before: str = "", after:
 def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
     longest_first = sorted({token.strip() for token in tokens}, key=lambda token: (-len(token), token))
     return re.compile("|".join(re.escape(token) for token in longest_first if len(token) > 1) or r"(?!)")
+
+
+def _blocks(side: Side) -> tuple[tuple[dict[str, Any], ...], tuple[Visual, ...]]:
+    """The chat's blocks for one side of a question, and what fills them."""
+    if isinstance(side, Clip):
+        return ({"type": "video"},), (side,)
+    if isinstance(side, tuple):
+        return _IMAGE * len(side), side
+    return _IMAGE, (to_picture(side),)
 
 
 def _is_word(value: Any) -> bool:

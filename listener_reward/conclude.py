@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit, stdtr
@@ -38,6 +38,8 @@ class Answer:
     """The reasoner's probability at its answer slot, in (0, 1)."""
     p_heard: float | None
     """The listener's; None without one."""
+    frame: int = 0
+    """The frame that it is about, where clips are judged frame by frame."""
 
     @property
     def vote(self) -> float:
@@ -75,28 +77,89 @@ def check_listens(mode: Mode, listens: bool) -> None:
         )
 
 
-def verdict_of(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Verdict:
-    """The verdict that answers to one pair amount to, of which there must be one at least."""
-    raw = sorted(raw, key=lambda answer: (answer.flipped != raw[0].flipped, answer.number))
-    views = [_calibrated(view, calibration) for view in raw]
-    voices = _voices(views, mode, calibration)
-    spread = [_over_orders(voice.said) for voice in voices]
-    p_first = _together(voices, [margin for margin, _ in spread], calibration)
-    preferred = _preferred(p_first, calibration.tie_band)
-    heard = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
-    listener_p_first = _probability(_over_orders(heard)[0], calibration.listener) if heard else None
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What was said of a pair, or of a frame of two clips, as numbers; verdicts are made of these alone."""
+
+    p_first: float
+    """Calibrated, in [0, 1]."""
+    by_order: tuple[float | None, float | None]
+    position_gap: float
+    listener_p_first: float | None = None
+    lead: float | None = None
+    """The reasoner's p_first - 1/2, where it is not itself what decides."""
+    thoughts: tuple[Thought, ...] = ()
+    malformed: int = 0
+
+
+def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
+    """The verdict on a pair, or the mean over the frames of two clips. Every verdict in this package is made here.
+
+    Args:
+        parts: one for a pair of pictures, one for each frame of two clips.
+        tie_band: distance of p_first from 1/2 within which no image is preferred.
+    """
+    p_first = parts[0].p_first if len(parts) == 1 else on_grid_mean([part.p_first for part in parts])
+    heard = [part.listener_p_first for part in parts if part.listener_p_first is not None]
+    listener_p_first = (heard[0] if len(heard) == 1 else on_grid_mean(heard)) if heard else None
     # A listener that decides cannot contradict the verdict; it can still contradict the one who thought.
-    own = _over_orders([(view.flipped, view.p_own) for view in views])[0] if mode.aggregate in LISTENING else None
-    lead = p_first - 0.5 if own is None else own
+    leads = [part.lead for part in parts if part.lead is not None]
+    lead = math.fsum(leads) / len(leads) if leads else p_first - 0.5
+    preferred = _preferred(p_first, tie_band)
     return Verdict(
         p_first=p_first,
         preferred=preferred,
-        thoughts=tuple(_thought(view) for view in views) if mode.think else (),
+        thoughts=tuple(thought for part in parts for thought in part.thoughts),
         listener_p_first=listener_p_first,
         contradicted=None
         if listener_p_first is None or preferred is None or lead == 0
         else (listener_p_first < 0.5 if lead > 0 else listener_p_first > 0.5),
-        position_gap=math.fsum(gap for _, gap in spread) / len(spread),
+        position_gap=math.fsum(part.position_gap for part in parts) / len(parts),
+        malformed=sum(part.malformed for part in parts),
+        by_order=(_mean([part.by_order[0] for part in parts]), _mean([part.by_order[1] for part in parts])),
+    )
+
+
+def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on two clips from those on their frames, of a judge that knows only pictures."""
+    return make_verdict(
+        [
+            Weighed(
+                verdict.p_first,
+                verdict.by_order,
+                verdict.position_gap,
+                verdict.listener_p_first,
+                thoughts=verdict.thoughts,
+                malformed=verdict.malformed,
+            )
+            for verdict in verdicts
+        ]
+    )
+
+
+def verdict_of(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Verdict:
+    """The verdict that answers to one pair amount to, of which there must be one at least."""
+    frames: dict[int, list[Answer]] = {}
+    for answer in raw:
+        frames.setdefault(answer.frame, []).append(answer)
+    parts = [_weighed(answers, mode, calibration) for _, answers in sorted(frames.items())]
+    return make_verdict(parts, tie_band=calibration.tie_band)
+
+
+def _weighed(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Weighed:
+    raw = sorted(raw, key=lambda answer: (answer.flipped != raw[0].flipped, answer.number))
+    views = [_calibrated(view, calibration) for view in raw]
+    voices = _voices(views, mode, calibration)
+    orders = [_over_orders(voice.said) for voice in voices]
+    heard = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
+    own = _over_orders([(view.flipped, view.p_own) for view in views])
+    return Weighed(
+        p_first=_together(voices, [order.margin for order in orders], calibration),
+        by_order=(_mean([order.as_given for order in orders]), _mean([order.swapped for order in orders])),
+        position_gap=math.fsum(order.gap for order in orders) / len(orders),
+        listener_p_first=_probability(_over_orders(heard).margin, calibration.listener) if heard else None,
+        lead=own.margin if mode.aggregate in LISTENING else None,
+        thoughts=tuple(_thought(view) for view in views) if mode.think else (),
         malformed=sum(not view.trace.well_formed for view in views) if mode.think else 0,
     )
 
@@ -158,6 +221,11 @@ def on_grid(p: float) -> float:
     return min(max(round(p * _GRID), 1), _GRID - 1) / _GRID
 
 
+def on_grid_mean(probabilities: Sequence[float]) -> float:
+    """The mean of probabilities on the grid, on the grid: 1 - p stays exact."""
+    return round(math.fsum(probabilities) / len(probabilities) * _GRID) / _GRID
+
+
 def _calibrated(view: Answer, calibration: Calibration) -> Answer:
     return replace(
         view,
@@ -181,20 +249,40 @@ def _voices(views: Sequence[Answer], mode: Mode, calibration: Calibration) -> li
     return [heard] if mode.aggregate == "listener" else [own, heard]
 
 
-def _over_orders(shown_first: Sequence[tuple[bool, float]]) -> tuple[float, float]:
-    """p(caller's first) - 1/2, and how much more it got when shown first than when shown second (NaN of one order).
+class _Orders(NamedTuple):
+    """What one voice says of a pair, by order."""
 
-    `shown_first` holds (flipped, p(image shown first)). The two are differences of what the orders gave, so swapping
-    the images turns the sign of the first and changes nothing else, to the last bit.
+    margin: float
+    """p(caller's first) - 1/2, the mean of both orders."""
+    gap: float
+    """How much more the caller's first got when shown first than when shown second; NaN of one order."""
+    as_given: float | None
+    """p(caller's first) where it was shown first; None where it never was."""
+    swapped: float | None
+
+
+def _over_orders(shown_first: Sequence[tuple[bool, float]]) -> _Orders:
+    """The orders of (flipped, p(image shown first)).
+
+    Margin and gap are differences of what the orders gave, so swapping the images turns the sign of the first and
+    changes nothing else, to the last bit.
     """
     as_given = [p for flipped, p in shown_first if not flipped]
     swapped = [p for flipped, p in shown_first if flipped]
     if not swapped:
-        return math.fsum(as_given) / len(as_given) - 0.5, math.nan
+        straight = math.fsum(as_given) / len(as_given)
+        return _Orders(straight - 0.5, math.nan, straight, None)
     if not as_given:
-        return 0.5 - math.fsum(swapped) / len(swapped), math.nan
+        reverse = math.fsum(swapped) / len(swapped)
+        return _Orders(0.5 - reverse, math.nan, None, 1 - reverse)
     straight, reverse = math.fsum(as_given) / len(as_given), math.fsum(swapped) / len(swapped)
-    return (straight - reverse) / 2, straight + reverse - 1.0
+    return _Orders((straight - reverse) / 2, straight + reverse - 1.0, straight, 1 - reverse)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are there; None without any."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _together(voices: Sequence[_Voice], margins: Sequence[float], calibration: Calibration) -> float:

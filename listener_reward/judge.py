@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
 from listener_reward.card import Card
-from listener_reward.chat import Chat
+from listener_reward.chat import Chat, Side
 from listener_reward.conclude import Answer, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
 from listener_reward.listener import Listener, load_listener, read_answers
-from listener_reward.media.images import ImageLike, to_pil, to_pil_batch
+from listener_reward.media.clips import Clip, ClipView
+from listener_reward.media.images import ImageLike, Picture
+from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.models.hub import resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
@@ -26,12 +28,27 @@ from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_imag
 from listener_reward.trace import Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
 
+PAIRS_AT_ONCE = 64
+"""Pairs whose questions are written and put to the models together; more come in turn, so memory does not grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """Two pictures that meet, or two clips by the judge's way to look at them, or a frame of each."""
+
+    pair: int
+    frame: int
+    prompt: str
+    sides: tuple[Side, Side]
+    digests: tuple[bytes, bytes]
+
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """One question to the models: a pair in one of its two orders, with the seed of one thought."""
+    """One question to the models: a match in one of its two orders, with the seed of one thought."""
 
-    pair: int
+    match: int
+    """Its place among the matches that are asked together."""
     flipped: bool
     """Whether the caller's second image is shown first."""
     chat: Chat
@@ -60,6 +77,7 @@ class Judge:
         name: str = "judge",
         think: bool = True,
         seed: int = 0,
+        clips: ClipView = "storyboard",
     ):
         self.reasoner = reasoner
         self.listener = listener
@@ -69,6 +87,8 @@ class Judge:
         self.think = think
         """False skips the reasoning and reads the answer's probability from one forward pass: the fast mode."""
         self.seed = seed
+        self.clips: ClipView = _checked(clips)
+        """How clips are looked at; pictures do not care."""
         self._origin: dict[str, Any] | None = None
         self._told_of_mode = False
 
@@ -91,6 +111,7 @@ class Judge:
         think: bool = True,
         max_new_tokens: int | None = None,
         seed: int = 0,
+        clips: ClipView = "storyboard",
     ) -> Judge:
         """Loads a judge by embedded name ("tiny"), folder, or Hub name.
 
@@ -109,6 +130,8 @@ class Judge:
             think: False for the fast mode.
             max_new_tokens: the longest completion.
             seed: seeds the thoughts, together with the pair's content.
+            clips: how clips are looked at; see `ClipView`. A judge trained on pairs of single images has never been
+                asked by "video" or "clip": measure it first.
 
         Raises:
             InputError: a checkpoint that cannot be found, reached or read; an aggregate that needs a listener without
@@ -141,7 +164,7 @@ class Judge:
             loaded = None if chosen is None else load_listener(chosen, card, **options)
         else:
             loaded = listener
-        judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed)
+        judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips)
         if loaded is not listener or listener is None:
             judge._origin = {"name": name, "listener": listener, **options, **given}
         return judge
@@ -153,28 +176,41 @@ class Judge:
                 f"the judge {self.name!r} was put together from loaded models, which do not pickle by configuration; "
                 "save them to folders and load it by Judge.from_pretrained, or hand on the folder's name"
             )
-        return partial(type(self).from_pretrained, **self._origin, think=self.think, seed=self.seed), ()
+        return partial(
+            type(self).from_pretrained, **self._origin, think=self.think, seed=self.seed, clips=self.clips
+        ), ()
 
-    def compare(self, prompt: str, first: ImageLike, second: ImageLike, *, think: bool | None = None) -> Verdict:
-        """The verdict on one pair; see `compare_many`."""
-        pictures = to_pil(first, field="first"), to_pil(second, field="second")
-        return self.compare_many([prompt], [pictures[0]], [pictures[1]], think=think)[0]
+    def with_clips(self, clips: ClipView) -> Judge:
+        """The same judge, on the same weights, that looks at clips another way."""
+        other = object.__new__(type(self))  # copy.copy would load the weights anew, as a pickle does
+        other.__dict__ |= self.__dict__ | {"clips": _checked(clips)}
+        return other
+
+    def compare(
+        self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip, *, think: bool | None = None
+    ) -> Verdict:
+        """The verdict on one pair of images, or of clips; see `compare_many`."""
+        visuals = to_visual(first, field="first"), to_visual(second, field="second")
+        return self.compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
 
     def compare_many(
         self,
         prompts: Sequence[str],
-        firsts: Sequence[ImageLike],
-        seconds: Sequence[ImageLike],
+        firsts: Sequence[ImageLike | Clip],
+        seconds: Sequence[ImageLike | Clip],
         *,
         think: bool | None = None,
     ) -> list[Verdict]:
         """One verdict per pair, judged in batches.
 
+        A pair is two images, or two clips: `Clip`s, as `read_clip` makes them, or video files. Clips are looked at as
+        `clips` says; by "frames" the verdict is the mean of those on the frames.
+
         A malformed thought of the reasoner is closed where it ended and its answer slot is read like any other; it is
         counted in the verdict. A verdict is a function of the pair, the seed and the models, not of the batch.
 
         Raises:
-            InputError: unequal lengths, a prompt that is no text, or an image that cannot be read.
+            InputError: unequal lengths, a prompt that is no text, an image that cannot be read, or one beside a clip.
             JudgeError: the reasoner or the listener gave NaN or infinite probabilities.
         """
         answers = self.answers(prompts, firsts, seconds, think=think, early_stop=self.card.early_stop)
@@ -183,8 +219,8 @@ class Judge:
     def answers(
         self,
         prompts: Sequence[str],
-        firsts: Sequence[ImageLike],
-        seconds: Sequence[ImageLike],
+        firsts: Sequence[ImageLike | Clip],
+        seconds: Sequence[ImageLike | Clip],
         *,
         think: bool | None = None,
         early_stop: float | None = None,
@@ -200,24 +236,36 @@ class Judge:
                 f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)} and {len(seconds)}; each pair "
                 "needs one of each"
             )
-        thinks = self._thinks(think)
-        thoughts = self.card.mode(thinks).thoughts
-        shown = [
-            view
-            for index, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True))
-            for view in self._views(index, prompt, first, second, thoughts)
-        ]
+        mode = replace(self.card.mode(self._thinks(think)), early_stop=early_stop)
         gathered: list[list[Answer]] = [[] for _ in prompts]
-        if early_stop is None:
-            self._ask(shown, thinks, gathered)
-        else:
-            mode = replace(self.card.mode(thinks), early_stop=early_stop)
-            calibration = self._calibration(mode)
-            for number in range(thoughts):
-                done = {pair for pair, views in enumerate(gathered) if settled(views, mode, calibration)}
-                due = [view for view in shown if view.number == number and view.pair not in done]
-                self._ask([view for view in due if number == 0 or not view.twin], thinks, gathered)
+        stills: dict[bytes, Picture] = {}
+        for start in range(0, len(prompts), PAIRS_AT_ONCE):
+            pairs = range(start, min(start + PAIRS_AT_ONCE, len(prompts)))
+            matches = [
+                match
+                for pair in pairs
+                for match in self._matches(pair, prompts[pair], firsts[pair], seconds[pair], stills)
+            ]
+            for match, answers in zip(matches, self._gather(matches, mode), strict=True):
+                gathered[match.pair] += answers
         return gathered
+
+    def _gather(self, matches: Sequence[_Match], mode: Mode) -> list[list[Answer]]:
+        """The answers about each of the matches."""
+        shown = [view for place, match in enumerate(matches) for view in self._views(place, match, mode.thoughts)]
+        gathered: list[list[Answer]] = [[] for _ in matches]
+        if mode.early_stop is None:
+            self._ask(shown, mode.think, gathered)
+        else:
+            calibration = self._calibration(mode)
+            for number in range(mode.thoughts):
+                done = {place for place, views in enumerate(gathered) if settled(views, mode, calibration)}
+                due = [view for view in shown if view.number == number and view.match not in done]
+                self._ask([view for view in due if number == 0 or not view.twin], mode.think, gathered)
+        return [
+            [replace(answer, frame=match.frame) for answer in answers]
+            for match, answers in zip(matches, gathered, strict=True)
+        ]
 
     def conclude(
         self,
@@ -244,14 +292,14 @@ class Judge:
         calibration = self._calibration(mode) if calibration is None else calibration
         return verdict_of(self._needed(answers, mode, calibration), mode, calibration)
 
-    def rank(self, prompt: str, images: Sequence[ImageLike], *, budget: int | None = None) -> Ranking:
-        """Orders images of one prompt by comparing every pair, or `budget` pairs chosen as it goes; see `ranking`.
+    def rank(self, prompt: str, images: Sequence[ImageLike | Clip], *, budget: int | None = None) -> Ranking:
+        """Orders images or clips of one prompt by comparing every pair, or `budget` pairs chosen as it goes.
 
-        Equal pictures are compared as one, and share its score.
+        Equal ones are compared as one, and share its score; see `ranking`.
         """
-        pictures = to_pil_batch(images)
-        same = first_equal(pictures)
-        distinct = [picture for place, picture in enumerate(pictures) if same[place] == place]
+        visuals = to_visuals(images)
+        same = first_equal(visuals)
+        distinct = [visual for place, visual in enumerate(visuals) if same[place] == place]
         mode = self.card.mode(self.think)
         calibration, curve = self._calibration(mode), None
         if not mode.think:  # docs/ranking.md has what this gains, and that thoughts are better off without
@@ -299,9 +347,9 @@ class Judge:
         for view, trace, p_own, p_heard in zip(shown, traces, own, heard, strict=True):
             p_heard = None if p_heard is None else on_grid(p_heard)
             answer = Answer(view.flipped, view.number, trace, on_grid(p_own), p_heard)
-            gathered[view.pair].append(answer)
+            gathered[view.match].append(answer)
             if view.twin:
-                gathered[view.pair].append(replace(answer, flipped=True))
+                gathered[view.match].append(replace(answer, flipped=True))
 
     def _calibration(self, mode: Mode) -> Calibration:
         """The card's for thinking or not; says once where that was fitted for another way to judge."""
@@ -320,22 +368,64 @@ class Judge:
         """Those that would have been asked for, where all were: calibration replays early stopping on them."""
         if mode.early_stop is None:
             return answers
-        needed: list[Answer] = []
+        needed: dict[int, list[Answer]] = {answer.frame: [] for answer in answers}
         for number in range(1 + max(answer.number for answer in answers)):
-            if not settled(needed, mode, calibration):
-                needed += [answer for answer in answers if answer.number == number]
-        return needed
+            done = {frame for frame, some in needed.items() if settled(some, mode, calibration)}
+            for answer in answers:
+                if answer.number == number and answer.frame not in done:
+                    needed[answer.frame].append(answer)
+        return [answer for some in needed.values() for answer in some]
 
-    def _views(self, index: int, prompt: str, first: ImageLike, second: ImageLike, thoughts: int) -> list[_Shown]:
-        """Both orders of a pair, `thoughts` times each, in an order that does not depend on which image came first.
+    def _matches(
+        self,
+        pair: int,
+        prompt: str,
+        first: ImageLike | Clip,
+        second: ImageLike | Clip,
+        stills: dict[bytes, Picture],
+    ) -> Iterator[_Match]:
+        """What of the two is put side by side; `stills` keeps the storyboards of clips."""
+        if not isinstance(prompt, str):
+            raise InputError(f"prompts[{pair}] is a {type(prompt).__name__}; a prompt is a string")
+        fields = f"firsts[{pair}]", f"seconds[{pair}]"
+        one, other = (to_visual(x, field=field) for x, field in zip((first, second), fields, strict=True))
+        if not (isinstance(one, Clip) and isinstance(other, Clip)):
+            for visual, field in ((one, fields[0]), (other, fields[1])):
+                if isinstance(visual, Clip):
+                    raise InputError(f"{field} is a clip, and the other side an image; give two of a kind")
+            yield _Match(pair, 0, prompt, (one, other), (one.digest, other.digest))
+        elif self.clips == "frames":
+            if len(one.frames) != len(other.frames):
+                raise InputError(
+                    f"{fields[0]} has {len(one.frames)} frames and {fields[1]} {len(other.frames)}; clips='frames' "
+                    "compares frame by frame: read both with the same number of frames"
+                )
+            for number, frames in enumerate(zip(one.frames, other.frames, strict=True)):
+                yield _Match(pair, number, prompt, frames, (frames[0].digest, frames[1].digest))
+        else:
+            sides = self._side(one, fields[0], stills), self._side(other, fields[1], stills)
+            timed = self.clips == "video"  # only there are the times seen
+            digests = (one.digest, other.digest) if timed else (one.looks, other.looks)
+            yield _Match(pair, 0, prompt, sides, digests)
+
+    def _side(self, clip: Clip, field: str, stills: dict[bytes, Picture]) -> Side:
+        if self.clips == "clip":
+            return clip.frames
+        if self.clips == "storyboard":
+            if clip.looks not in stills:
+                stills[clip.looks] = to_still(clip)
+            return stills[clip.looks]
+        if len(clip.frames) < 2:
+            raise InputError(f"{field} has a single frame; clips='video' needs at least 2: one frame is an image")
+        return clip
+
+    def _views(self, place: int, match: _Match, thoughts: int) -> list[_Shown]:
+        """Both orders of a match, `thoughts` times each, in an order that does not depend on which side came first.
 
         The seed of a thought comes from what is shown, and so does the order where there is to be one. Two equal
-        pictures have one order, asked once, because the same question in two rows of a batch may differ by rounding.
+        sides have one order, asked once, because the same question in two rows of a batch may differ by rounding.
         """
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts[{index}] is a {type(prompt).__name__}; a prompt is a string")
-        pictures = to_pil(first, field=f"firsts[{index}]"), to_pil(second, field=f"seconds[{index}]")
-        digests = [hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest() for picture in pictures]
+        prompt, digests = match.prompt, match.digests
         twin = digests[0] == digests[1]
         orders = [(0, 1)] if twin else [(0, 1), (1, 0)] if digests[0] < digests[1] else [(1, 0), (0, 1)]
         if self.card.orders == "one" and not twin:
@@ -344,11 +434,17 @@ class Judge:
             orders = orders[coin : coin + 1]
         views = []
         for left, right in orders:
-            placed = prompt, pictures[left], pictures[right]
+            placed = prompt, match.sides[left], match.sides[right]
             chat = self.card.format.chat(*placed, self.reasoner.reserved)
             heard = self.listener and self.listener.chat_format.chat(*placed, self.listener.vlm.reserved)
             for number in range(thoughts):
                 key = f"{self.seed}/{number}/".encode() + prompt.encode("utf-8", "replace")
                 seed = hashlib.blake2b(key + digests[left] + digests[right], digest_size=8).digest()
-                views.append(_Shown(index, left == 1, chat, heard, number, int.from_bytes(seed), twin))
+                views.append(_Shown(place, left == 1, chat, heard, number, int.from_bytes(seed), twin))
         return views
+
+
+def _checked(clips: ClipView) -> ClipView:
+    if clips not in get_args(ClipView):
+        raise InputError(f"clips is {clips!r}; choose one of {', '.join(map(repr, get_args(ClipView)))}")
+    return clips

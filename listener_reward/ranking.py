@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.special import expit, logit, ndtr
@@ -22,9 +22,10 @@ from scipy.special import expit, logit, ndtr
 from listener_reward.calibration.fit import fit_temperature
 from listener_reward.calibration.maps import Curve
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.verdict import PairJudge
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from listener_reward.media.clips import Visual
 
 PRIOR_STD = 2.0
 """Standard deviation of scores before any comparison: two random images are 2.8 log-odds apart, about 94 to 6."""
@@ -265,13 +266,35 @@ def _best_first(scores: np.ndarray) -> list[int]:
     return np.argsort(-np.round(scores, 9), kind="stable").tolist()
 
 
-def first_equal(pictures: Sequence[Image.Image]) -> list[int]:
-    """For each of the pictures the position of the first that is equal to it, which may be its own."""
-    seen: dict[tuple[Any, ...], int] = {}
-    return [
-        seen.setdefault((picture.mode, picture.size, picture.tobytes()), place)
-        for place, picture in enumerate(pictures)
-    ]
+@runtime_checkable
+class RankingJudge(PairJudge, Protocol):
+    """A judge that orders images itself, such as `Judge`; any other is asked by `rank_by`."""
+
+    def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
+        """Orders images or clips of one prompt; see `rank_images`."""
+        ...
+
+
+def rank_by(judge: PairJudge, prompt: str, visuals: Sequence[Visual], *, budget: int | None = None) -> Ranking:
+    """Orders pictures or clips of one prompt by `judge.compare_many`; equal ones are compared as one.
+
+    Raises:
+        InputError, JudgeError: as `rank_images`.
+    """
+    same = first_equal(visuals)
+    distinct = [visual for place, visual in enumerate(visuals) if same[place] == place]
+
+    def compare_batch(pairs: Sequence[tuple[int, int]]) -> list[float]:
+        firsts, seconds = [distinct[i] for i, _ in pairs], [distinct[j] for _, j in pairs]
+        return [verdict.p_first for verdict in judge.compare_many([prompt] * len(pairs), firsts, seconds)]
+
+    return copy_scores(rank_images(compare_batch, len(distinct), budget=budget), same)
+
+
+def first_equal(visuals: Sequence[Visual]) -> list[int]:
+    """For each picture or clip the position of the first that is equal to it, which may be its own."""
+    seen: dict[bytes, int] = {}
+    return [seen.setdefault(visual.digest, place) for place, visual in enumerate(visuals)]
 
 
 def copy_scores(ranking: Ranking, same: Sequence[int]) -> Ranking:

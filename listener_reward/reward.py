@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.media.images import ImageLike, to_pil, to_pil_batch
-from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
-from listener_reward.verdict import Verdict
+from listener_reward.media.clips import Clip, Visual
+from listener_reward.media.images import ImageLike, to_picture
+from listener_reward.media.storyboards import to_visual, to_visuals
+from listener_reward.ranking import PRIOR_STD, Ranking, RankingJudge, first_equal, fit_bradley_terry, pairings, rank_by
+from listener_reward.verdict import PairJudge, Verdict
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from listener_reward.judge import Judge
 
 PAPER_CHECKPOINT = "alexgambashidze/qwen2.5vl_image_preference_reasoner"
@@ -63,7 +63,7 @@ class ListenerReward:
 
     def __init__(
         self,
-        judge: str | os.PathLike[str] | Judge = PAPER_CHECKPOINT,
+        judge: str | os.PathLike[str] | Judge | PairJudge = PAPER_CHECKPOINT,
         *,
         scheme: Scheme = "auto",
         reference: Mapping[str, ImageLike] | Callable[[str], ImageLike] | None = None,
@@ -72,8 +72,8 @@ class ListenerReward:
     ):
         """
         Args:
-            judge: what `Judge.from_pretrained` takes ("tiny", a folder, a Hub name), or a judge. A judge given as an
-                object pickles as that object does; a name is the lighter choice.
+            judge: what `Judge.from_pretrained` takes ("tiny", a folder, a Hub name), or a judge: a `Judge` or any
+                `PairJudge`. A judge given as an object pickles as that object does; a name is the lighter choice.
             scheme: "group", "reference", or "auto": group for a prompt with two images or more in a call, reference
                 for one that stands alone.
             reference: the image that each prompt's images must beat. Left out, the first image seen for a prompt is
@@ -94,7 +94,7 @@ class ListenerReward:
             raise InputError("reference is given, but scheme='group' compares no reference; use 'auto' or 'reference'")
         if isinstance(judge, (str, os.PathLike)):
             judge = os.fspath(judge)
-        elif not hasattr(judge, "compare_many"):
+        elif not isinstance(judge, PairJudge):
             raise InputError(f"judge is a {type(judge).__name__}; give a checkpoint's name, its folder, or a Judge")
         elif judge_options:
             raise InputError(
@@ -106,8 +106,8 @@ class ListenerReward:
         self.reference = reference
         self.on_failure = on_failure
         self.judge_options = judge_options
-        self._kept: dict[str, bytes] = {}  # the first image of each prompt, as PNG: raw pixels are ten times that
-        self._loaded: Judge | None = None
+        self._kept: dict[str, _Kept] = {}  # the first image of each prompt, as PNG: raw pixels are ten times that
+        self._loaded: PairJudge | None = None
         self._device = _current_gpu()
         self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
 
@@ -118,7 +118,7 @@ class ListenerReward:
 
         Args:
             images: B images: a tensor or array, NCHW float in [0, 1] or NHWC uint8, or a sequence of anything that
-                `images.to_pil` reads.
+                `images.to_pil` reads; or a sequence of `Clip`s.
             prompts: their B prompts; images with equal prompts form a group.
             metadata: not read; here because trainers pass it.
 
@@ -137,7 +137,7 @@ class ListenerReward:
             InputError: unusable images or prompts, or lengths that differ.
             JudgeError: the judge broke, and `on_failure` is "raise".
         """
-        pictures = to_pil_batch(images)
+        pictures = to_visuals(images)
         groups = _group_by_prompt(prompts, len(pictures))
         with self._lock:
             tasks = [self._plan(prompt, [pictures[b] for b in members]) for prompt, members in groups.items()]
@@ -161,19 +161,23 @@ class ListenerReward:
 
     def rank(self, prompt: str, images: Any, *, budget: int | None = None) -> Ranking:
         """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
-        pictures = to_pil_batch(images)
+        visuals = to_visuals(images)
         with self._lock:
             judge = self._get_judge()
-            # Judges of other makes may have no budget, and are asked for none unless the caller gives one.
-            return judge.rank(prompt, pictures) if budget is None else judge.rank(prompt, pictures, budget=budget)
+            if isinstance(judge, RankingJudge):  # which may know more of its answers than their probabilities
+                return judge.rank(prompt, visuals, budget=budget)
+            return rank_by(judge, prompt, visuals, budget=budget)
 
-    def compare(self, prompt: str, first: ImageLike, second: ImageLike) -> Verdict:
+    def compare(self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip) -> Verdict:
         """Judges one pair; see `Judge.compare`."""
+        visuals = to_visual(first, field="first"), to_visual(second, field="second")
         with self._lock:
-            return self._get_judge().compare(prompt, first, second)
+            return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]])[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What scores of later calls rest on beside the arguments: each prompt's kept first image, as a PNG's bytes.
+
+        A clip is kept as a dict of its frames' bytes and its times.
 
         `DDPOTrainer` keeps it in its checkpoints; a run that starts again without it would move the scores' zero.
         """
@@ -187,7 +191,7 @@ class ListenerReward:
             InputError: it is no `state_dict` of a `ListenerReward`.
         """
         kept = state.get("references") if isinstance(state, Mapping) else None
-        if not isinstance(kept, Mapping) or not all(isinstance(image, bytes) for image in kept.values()):
+        if not isinstance(kept, Mapping) or not all(map(_is_kept, kept.values())):
             raise InputError(f"state is {state!r:.80}; give what state_dict() of a ListenerReward gave")
         with self._lock:
             self._kept = dict(kept)
@@ -204,7 +208,7 @@ class ListenerReward:
 
     # What follows is called with the lock held.
 
-    def _get_judge(self) -> Judge:
+    def _get_judge(self) -> PairJudge:
         if not isinstance(self.judge, str):
             return self.judge
         if self._loaded is None:
@@ -216,7 +220,7 @@ class ListenerReward:
             self._loaded = Judge.from_pretrained(self.judge, **options)
         return self._loaded
 
-    def _plan(self, prompt: str, pictures: list[Image.Image]) -> _Task:
+    def _plan(self, prompt: str, pictures: list[Visual]) -> _Task:
         if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
             same = first_equal(pictures)  # equal images are compared as one, and share its score
             distinct = sorted(set(same))
@@ -227,23 +231,20 @@ class ListenerReward:
         met = range(1 if opens else 0, len(pictures))
         return _Task(prompt, pictures, [(i, REFERENCE) for i in met], reference or pictures[0], opens)
 
-    def _reference_of(self, prompt: str) -> Image.Image | None:
+    def _reference_of(self, prompt: str) -> Visual | None:
         """The image to beat for `prompt`; None where its first image has yet to be seen."""
         if self.reference is None:
-            return to_pil(self._kept[prompt]) if prompt in self._kept else None
+            return _unpacked(self._kept[prompt]) if prompt in self._kept else None
         given = self.reference.get(prompt) if isinstance(self.reference, Mapping) else self.reference(prompt)
         if given is None:
             raise InputError(f"reference has no image for prompt {prompt!r}; add one, or leave reference out")
-        return to_pil(given, field=f"reference[{prompt!r}]")
+        return to_visual(given, field=f"reference[{prompt!r}]")
 
-    def _keep(self, firsts: Mapping[str, Image.Image]) -> None:
+    def _keep(self, firsts: Mapping[str, Visual]) -> None:
         before = len(self._kept)
-        for prompt, picture in firsts.items():
-            file = io.BytesIO()
-            picture.save(file, "PNG", compress_level=1)
-            self._kept[prompt] = file.getvalue()
+        self._kept |= {prompt: _packed(visual) for prompt, visual in firsts.items()}
         if before <= MANY_REFERENCES < len(self._kept):
-            size = sum(map(len, self._kept.values())) / 2**20
+            size = sum(map(_size, self._kept.values())) / 2**20
             logger.warning(
                 "%d prompts have their first image kept in memory (%.0f MiB); with this many prompts, give reference= "
                 "or sample several images a prompt",
@@ -251,7 +252,7 @@ class ListenerReward:
                 size,
             )
 
-    def _ask(self, judge: Judge, matches: list[_Match]) -> list[Verdict | None]:
+    def _ask(self, judge: PairJudge, matches: list[_Match]) -> list[Verdict | None]:
         """The verdicts of `matches`, None for a comparison on which the judge broke and the policy is to go on.
 
         A batch that breaks is halved until the comparisons that break it stand alone, so one bad pair costs a few
@@ -289,7 +290,39 @@ def _current_gpu() -> str | None:
     return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `default_device` decides
 
 
-_Match = tuple[str, "Image.Image", "Image.Image"]
+_Match = tuple[str, Visual, Visual]
+
+_Kept = bytes | dict[str, Any]
+"""A picture as the bytes of a PNG; a clip as `{"frames": such bytes, "seconds": times}`."""
+
+
+def _packed(visual: Visual) -> _Kept:
+    if isinstance(visual, Clip):
+        seconds = None if visual.seconds is None else list(visual.seconds)
+        return {"frames": [_packed(frame) for frame in visual.frames], "seconds": seconds}
+    file = io.BytesIO()
+    visual.image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _unpacked(kept: _Kept) -> Visual:
+    if isinstance(kept, bytes):
+        return to_visual(kept)
+    seconds = None if kept["seconds"] is None else tuple(kept["seconds"])
+    return Clip(tuple(to_picture(frame) for frame in kept["frames"]), seconds)
+
+
+def _is_kept(kept: Any) -> bool:
+    return isinstance(kept, bytes) or (
+        isinstance(kept, dict)
+        and set(kept) == {"frames", "seconds"}
+        and all(isinstance(frame, bytes) for frame in kept["frames"])
+    )
+
+
+def _size(kept: _Kept) -> int:
+    return len(kept) if isinstance(kept, bytes) else sum(map(len, kept["frames"]))
+
 
 REFERENCE = -1
 """The opponent's number where an image meets its prompt's reference."""
@@ -300,10 +333,10 @@ class _Task:
     """The images of one prompt in a call, and whom they meet."""
 
     prompt: str
-    pictures: list[Image.Image]
+    pictures: list[Visual]
     meetings: list[tuple[int, int]]
     """Positions in `pictures`; the second is `REFERENCE` for all or for none."""
-    reference: Image.Image | None = None
+    reference: Visual | None = None
     """None where the pictures meet one another."""
     opens: bool = False
     """Whether the first picture is the reference, from now on."""

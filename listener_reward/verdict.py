@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from listener_reward.errors import InputError
 
@@ -98,10 +99,42 @@ class Verdict:
     position_gap: float
     """p_first with the pair shown in order, minus p_first with it shown swapped, in [-1, 1]; 0 is no position bias.
 
-    Before the verdict's curve, and of whom the verdict goes by: of reasoner and listener the mean of both gaps."""
+    Measured before the final calibration curve, for the model or models that decide; with `aggregate="both"`, the mean
+    of the two gaps. NaN where the pair was shown in one order."""
     malformed: int
     """How many of the thoughts were malformed."""
+    by_order: tuple[float | None, float | None] = (None, None)
+    """p_first with the pair shown in order, and with it shown swapped, each in [0, 1], whose difference is
+    `position_gap`; None for an order that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values; the thoughts become a list of dicts."""
-        return asdict(self) | {"thoughts": [thought.to_dict() for thought in self.thoughts]}
+        return asdict(self) | {
+            "thoughts": [thought.to_dict() for thought in self.thoughts],
+            "by_order": list(self.by_order),
+        }
+
+
+@runtime_checkable
+class PairJudge(Protocol):
+    """Whatever judges pairs: a `Judge`, another model (`peers`), or a class of the user's own.
+
+    `isinstance(x, PairJudge)` asks whether it has these two members.
+    """
+
+    name: str
+    """What tables and logs call it."""
+
+    def compare_many(
+        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+    ) -> list[Verdict]:
+        """One verdict for each pair of images or clips.
+
+        Swapping the two gives exactly `1 - p_first`. `think` None is the judge's own setting; a judge that cannot think
+        ignores it.
+
+        Raises:
+            InputError: unusable prompts or images.
+            JudgeError: the judge broke, so that there is no verdict.
+        """
+        ...

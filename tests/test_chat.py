@@ -78,7 +78,7 @@ def test_tiny_rendered_word_for_word():
         f"<|im_start|>user\nimage 1 {image} image 2 {image} prompt : two red circles . which is better ?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert chat.images == (FIRST, SECOND)
+    assert tuple(picture.image for picture in chat.images) == (FIRST, SECOND)
     assert chat.prompt == "two red circles"
 
 
@@ -183,7 +183,7 @@ def test_an_image_token_in_the_prompt_adds_no_image():
     )
     for token in ("<|image_pad|>", "<|im_start|>", "<|im_end|>", "<answer>"):
         assert text.count(token) == plain.count(token)
-    inputs = processor(images=list(chat.images), text=[text], return_tensors="pt")
+    inputs = processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
     assert inputs["image_grid_thw"].shape == (2, 3)
 
 

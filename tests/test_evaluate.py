@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from listener_reward.calibration.maps import Calibration
+from listener_reward.conclude import Answer, verdict_of
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
 from listener_reward.evaluate.intervals import wilson
 from listener_reward.evaluate.run import count_right, is_mirrored, margins_by_order, side
-from listener_reward.verdict import Thought, Verdict
+from listener_reward.media.clips import Clip
+from listener_reward.media.storyboards import to_still
+from listener_reward.trace import Trace
+from listener_reward.verdict import Aggregate, Mode, Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
@@ -281,19 +286,27 @@ def test_the_interval_draws_prompts(FakeJudge, make_pairs):
     assert record.accuracy_interval[0] <= 0.25 < alone[0] and record.accuracy_interval[1] == 1
 
 
+def said(flipped: bool, number: int, p_first: float, listener_p_first: float | None = None) -> Answer:
+    """A thought and what both models say of the caller's first image, which is shown second where `flipped`."""
+    p, heard = (None if x is None else 1 - x if flipped else x for x in (p_first, listener_p_first))
+    return Answer(flipped, number, Trace("", 2 if flipped else 1), p, heard)  # pyright: ignore[reportArgumentType]
+
+
 def test_each_order_of_a_verdict():
+    def margins(answers: list[Answer], aggregate: Aggregate = "mean") -> tuple[float, float]:
+        return margins_by_order(verdict_of(answers, Mode(aggregate=aggregate), Calibration()))
+
     both = Verdict(0.7, 1, (), None, None, 0.2, 0)  # p(first) 0.8 in order, 0.6 swapped
     assert margins_by_order(both) == pytest.approx((0.6, 0.2))
-    shown = (("as given", 0.9), ("as given", 0.7), ("swapped", 0.4))
-    thoughts = [Thought("", order, 1, p, None, None) for order, p in shown]
-    assert margins_by_order(Verdict(0.9, 1, tuple(thoughts), None, None, 0.2, 0)) == pytest.approx((0.6, -0.2))
-    one = margins_by_order(Verdict(0.9, 1, tuple(thoughts[:1]), None, None, math.nan, 0))
-    assert one == pytest.approx((0.8, math.nan), nan_ok=True)
+    thoughts = [said(False, 0, 0.9), said(False, 1, 0.7), said(True, 0, 0.4)]
+    assert margins(thoughts) == pytest.approx((0.6, -0.2))
+    assert margins(thoughts[:1]) == pytest.approx((0.8, math.nan), nan_ok=True)
     assert margins_by_order(Verdict(0.9, 1, (), None, None, math.nan, 0)) == pytest.approx((0.8, 0.8))
-    heard = (Thought("", "as given", 1, 0.9, 0.7, False), Thought("", "swapped", 1, 0.4, 0.3, False))
-    verdict = Verdict(0.9, 1, heard, 0.7, False, 0.2, 0)
-    assert margins_by_order(verdict, "listener") == pytest.approx((0.4, -0.4))
-    assert margins_by_order(verdict, "both") == pytest.approx((0.6, -0.3))
+    heard = [said(False, 0, 0.9, 0.7), said(True, 0, 0.4, 0.3)]
+    assert margins(heard) == pytest.approx((0.8, -0.2)), "of the reasoner, who decides"
+    assert margins(heard, "listener") == pytest.approx((0.4, -0.4))
+    assert margins(heard, "both") == pytest.approx((0.6, -0.3))
+    assert margins(heard, "majority") == pytest.approx((1.0, 1.0)), "of the votes"
 
 
 def test_a_judge_that_is_shown_one_order_has_no_gap(FakeJudge, make_pairs):
@@ -322,7 +335,7 @@ def test_a_stream_is_never_far_ahead_of_the_judge(FakeJudge, make_pairs):
     assert max(map(len, judge.calls)) == 50
 
 
-def test_videos_are_judged_as_storyboards_and_few_at_a_time(tmp_path):
+def test_videos_are_judged_as_clips_and_few_at_a_time(tmp_path):
     """GenAI-Bench's video rows through a judge of images, which prefers the redder picture."""
     av = pytest.importorskip("av")
     for name, red in (("red", 220), ("dark", 20)):
@@ -335,14 +348,17 @@ def test_videos_are_judged_as_storyboards_and_few_at_a_time(tmp_path):
             container.mux(stream.encode(None))
     row = {"prompt": "x", "left_video": "red.mp4", "right_video": "dark.mp4", "vote_type": "leftvote"}
     (tmp_path / "test_v1.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(20)))
-    asked, watched = [], []
+    asked, watched, seen, boards = [], [], [], []
 
     class Redder:
         name = "redder"
 
         def compare_many(self, prompts, firsts, seconds, *, think=None):
             asked.append(len(firsts))
-            sums = [[np.asarray(image)[..., 0].mean() for image in images] for images in (firsts, seconds)]
+            seen.extend((*firsts, *seconds))
+            stills = [[to_still(clip).image for clip in clips] for clips in (firsts, seconds)]
+            boards.extend(still.size for some in stills for still in some)
+            sums = [[np.asarray(still)[..., 0].mean() for still in some] for some in stills]
             return [_verdict(0.9 if one > other else 0.1) for one, other in zip(*sums, strict=True)]
 
     pairs = load_pairs(f"genai-bench:{tmp_path / 'test_v1.jsonl'}")
@@ -351,8 +367,10 @@ def test_videos_are_judged_as_storyboards_and_few_at_a_time(tmp_path):
         Redder(), pairs, progress=False, swap_check=4, watch=lambda rows, _: watched.extend(rows["images"])
     )  # fmt: skip
     assert (record.n, record.accuracy, record.swap_consistency) == (20, 1.0, 1.0)
-    assert max(asked) == 8, "storyboards are large"
-    assert {image.size for pair in watched for image in pair} == {(4 * 32 + 3 * 4, 2 * 32 + 4)}, "2 rows of 4 frames"
+    assert max(asked) == 8, "clips are large"
+    assert all(isinstance(clip, Clip) and len(clip.frames) == 8 for clip in seen)
+    assert set(boards) == {(4 * 32 + 3 * 4, 2 * 32 + 4)}, "2 rows of 4 frames"
+    assert all(clip in seen for pair in watched for clip in pair)
 
 
 def test_a_validation_set_gives_pickscore_its_threshold(FakeJudge, make_pairs):

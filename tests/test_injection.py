@@ -37,6 +37,7 @@ from transformers import (
 
 from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat, neutralise, reserved_tokens
 from listener_reward.listener import Listener
+from listener_reward.media.images import to_picture
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.trace import Trace, mask_verdict, parse
@@ -319,7 +320,7 @@ def test_a_chat_with_an_image_token_of_its_own_is_refused(vlm):
     (turn,) = ChatFormat().messages(PLAIN)
     smuggled = [{**turn, "content": [{"type": "text", "text": "<|image_pad|>"}, *turn["content"]]}]
     with pytest.raises(ValueError, match="zip"):
-        vlm.answer_logprobs([Chat(smuggled, (FIRST, SECOND))], ["<answer>"], ("1", "2"))
+        vlm.answer_logprobs([Chat(smuggled, (to_picture(FIRST), to_picture(SECOND)))], ["<answer>"], ("1", "2"))
 
 
 # ---------------------------------------------------------------- verdicts

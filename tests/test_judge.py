@@ -28,6 +28,7 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, load_listener
+from listener_reward.media.images import to_pil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
@@ -59,7 +60,7 @@ def pairs() -> tuple[list[str], list[Image.Image], list[Image.Image]]:
 
 
 def red(image: Image.Image) -> int:
-    return image.getpixel((0, 0))[0]  # pyright: ignore[reportIndexIssue]
+    return to_pil(image).getpixel((0, 0))[0]  # pyright: ignore[reportIndexIssue]
 
 
 class RedVLM:

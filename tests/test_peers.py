@@ -27,7 +27,7 @@ from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.evaluate import evaluate, evaluate_scores
 from listener_reward.evaluate.run import is_mirrored
 from listener_reward.evaluate.scores import read_scores
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import to_picture
 from listener_reward.peers import is_peer, load_peer
 from listener_reward.peers.endpoint import EndpointJudge, endpoint_judge
 from listener_reward.peers.scorers import IMSCORE, ScoreJudge, clip_judge, imscore_judge, pickscore_judge
@@ -171,8 +171,8 @@ def imscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_picture_of_many_pairs_is_read_and_scored_once(monkeypatch):
     read, scored = [], []
-    reading = "listener_reward.peers.scorers.to_pil"
-    monkeypatch.setattr(reading, lambda image, field: read.append(field) or to_pil(image))
+    reading = "listener_reward.peers.scorers.to_visual"
+    monkeypatch.setattr(reading, lambda image, field: read.append(field) or to_picture(image))
     pictures = [noise(seed) for seed in range(3)]
 
     def score(prompts: list[str], images: list[Image.Image]) -> list[float]:

@@ -12,10 +12,10 @@ from PIL import Image
 from listener_reward.evaluate import batches as module
 from listener_reward.evaluate.batches import shown
 from listener_reward.evaluate.measure import Labels
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import Picture, to_picture, to_pil
 
 SIDE = 10
-"""A picture is 300 bytes."""
+"""A picture is 400 bytes, as Pillow holds it."""
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> list[dict[str, Any]]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The pictures that were decoded, in the order in which they were asked for by the threads."""
     seen: list[Any] = []
-    monkeypatch.setattr(module, "to_pil", lambda image: seen.append(image) or to_pil(image))
+    monkeypatch.setattr(module, "to_picture", lambda image: seen.append(image) or to_picture(image))
     return seen
 
 
@@ -52,12 +52,12 @@ def test_a_picture_of_many_pairs_is_decoded_once(files, decoded):
     parts = list(shown([batch(*pairs[:40]), batch(*pairs[40:])], labels))
     assert [red for part in parts for red in reds(part)] == [[i, j] for i in range(9) for j in range(9) if i != j]
     assert sorted(image["path"] for image in decoded) == [image["path"] for image in files]
-    assert all(isinstance(image, Image.Image) for part in parts for pair in part["images"] for image in pair)
+    assert all(isinstance(image, Picture) for part in parts for pair in part["images"] for image in pair)
     assert labels.columns["item_first"][:2] == [files[0]["path"]] * 2, "labels name a picture by its file"
 
 
 def test_what_is_kept_stays_within_the_budget_and_is_the_latest(files, decoded, monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", 4 * 3 * SIDE * SIDE)
+    monkeypatch.setattr(module, "BUDGET", 4 * 4 * SIDE * SIDE)
     for numbers in ([0, 1], [2, 3], [0, 4], [0, 1]):
         list_of = batch([files[k] for k in numbers])
         kept_before = len(decoded)
@@ -72,10 +72,10 @@ def test_what_is_kept_stays_within_the_budget_and_is_the_latest(files, decoded, 
 
 
 def test_what_a_batch_has_beyond_the_budget_is_left_to_the_judge(files, decoded, monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", 3 * 3 * SIDE * SIDE)
+    monkeypatch.setattr(module, "BUDGET", 3 * 4 * SIDE * SIDE)
     monkeypatch.setattr(module, "_AHEAD", 2)
     (part,) = shown([batch([files[0], files[1]], [files[2], files[3]], [files[4], files[5]])], Labels())
-    assert [isinstance(image, Image.Image) for pair in part["images"] for image in pair] == [True] * 4 + [False] * 2
+    assert [isinstance(image, Picture) for pair in part["images"] for image in pair] == [True] * 4 + [False] * 2
     assert part["images"][2] == [files[4], files[5]] and len(decoded) == 4
 
 

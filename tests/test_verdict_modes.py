@@ -45,7 +45,7 @@ class Thinker:
         return [self._think(chat) for chat in chats]
 
     def _think(self, chat: Chat) -> str:
-        first, second = (image.getpixel((0, 0)) for image in chat.images)
+        first, second = (picture.image.getpixel((0, 0)) for picture in chat.images)
         key = f"{chat.prompt}{first}{second}"
         word = self.script[self.told.get(key, 0) % len(self.script)]
         self.told[key] = self.told.get(key, 0) + 1

@@ -18,11 +18,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from listener_reward.calibration.maps import Calibration
+from listener_reward.card import Card
+from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.integrations.video import ClipJudge, VideoReward, rank_videos
+from listener_reward.evaluate.run import margins_by_order
+from listener_reward.integrations.video import ClipJudge, VideoReward, rank_videos, read_clips
 from listener_reward.judge import Judge
-from listener_reward.media.storyboards import as_picture, as_pictures, cut, storyboard
+from listener_reward.listener import Listener
+from listener_reward.media.clips import Clip
+from listener_reward.media.images import to_picture
+from listener_reward.media.storyboards import as_picture, as_pictures, storyboard
 from listener_reward.media.videos import read_clip
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.tiny.motion import draw_clip
@@ -37,7 +44,11 @@ def shades(reds, size=SIZE) -> list[Image.Image]:
 
 
 def reds(clip) -> list[int]:
-    return [frame.getpixel((5, 5))[0] for frame in clip.frames]
+    return [frame.image.getpixel((5, 5))[0] for frame in clip.frames]
+
+
+def clip_of(frames: list[Image.Image]) -> Clip:
+    return Clip(tuple(map(to_picture, frames)))
 
 
 def written(path: Path, frames: list[Image.Image], fps: int = 10, codec: str | None = None) -> Path:
@@ -79,7 +90,7 @@ ARRAY = np.stack([np.asarray(frame) for frame in shades(RAMP)])
 )
 def test_frames_in_memory(video):
     clip = read_clip(video, frames=6)
-    assert reds(clip) == RAMP and clip.seconds is None and {frame.size for frame in clip.frames} == {SIZE}
+    assert reds(clip) == RAMP and clip.seconds is None and {frame.image.size for frame in clip.frames} == {SIZE}
 
 
 def test_frames_are_spread_from_the_first_to_the_last():
@@ -195,23 +206,29 @@ def test_options_out_of_range(options):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16])
 @pytest.mark.parametrize("size", [(48, 32), (1280, 720), (720, 1280), (3, 3000)])
-def test_a_storyboard_is_cut_into_its_frames_again(n, size):
+def test_a_storyboard_holds_its_frames_in_reading_order(n, size):
     values = [10 + 12 * k for k in range(n)]
     board = storyboard(shades(values, size))
     assert max(board.size) <= 2048
-    assert [frame.getpixel((0, 0))[0] for frame in cut(board, n)] == values
-    assert [frame.getpixel((frame.width - 1, frame.height - 1))[0] for frame in cut(board, n)] == values
+    rows = math.isqrt(n)
+    columns = math.ceil(n / rows)
+    width, height = (board.width + 4) // columns, (board.height + 4) // rows
+    corners = [(k % columns * width, k // columns * height) for k in range(n)]
+    assert [board.getpixel(corner)[0] for corner in corners] == values  # pyright: ignore[reportIndexIssue]
+    ends = [(left + width - 5, top + height - 5) for left, top in corners]
+    assert [board.getpixel(corner)[0] for corner in ends] == values  # pyright: ignore[reportIndexIssue]
 
 
 def test_frames_that_fit_are_kept_to_the_pixel():
     rng = np.random.default_rng(0)
     frames = [Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8)) for _ in range(8)]
-    assert [frame.tobytes() for frame in cut(storyboard(frames), 8)] == [frame.tobytes() for frame in frames]
+    board = storyboard(frames)
+    corners = [(k % 4 * (48 + 4), k // 4 * (32 + 4)) for k in range(8)]
+    cells = [board.crop((left, top, left + 48, top + 32)) for left, top in corners]
+    assert [cell.tobytes() for cell in cells] == [frame.tobytes() for frame in frames]
 
 
-def test_another_image_is_no_storyboard():
-    with pytest.raises(InputError, match="no storyboard of 4"):
-        cut(Image.new("RGB", (49, 49)), 4)
+def test_a_storyboard_of_nothing_is_refused():
     with pytest.raises(InputError, match="empty"):
         storyboard([])
 
@@ -253,7 +270,8 @@ def test_the_frames_of_a_pipeline_are_ranked_in_any_output_type(FakeJudge, video
 def test_frames_are_averaged_worked_by_hand(FakeJudge):
     """Frame by frame the fake judge says sigmoid(4 * 51 / 255) and sigmoid(-4 * 102 / 255): 0.690 and 0.168."""
     judge = FakeJudge(listener_slope=4.0)
-    verdict = ClipJudge(judge, "frames", 2).compare("a", storyboard(shades([151, 50])), storyboard(shades([100, 152])))
+    clips = [clip_of(shades([151, 50]))], [clip_of(shades([100, 152]))]
+    (verdict,) = ClipJudge(judge, "frames").compare_many(["a"], *clips)
     expected = (1 / (1 + math.exp(-0.8)) + 1 / (1 + math.exp(1.6))) / 2
     assert verdict.p_first == pytest.approx(expected, abs=1e-9) and verdict.preferred == 2
     assert verdict.listener_p_first == pytest.approx(expected, abs=1e-9) and verdict.contradicted is False
@@ -262,31 +280,95 @@ def test_frames_are_averaged_worked_by_hand(FakeJudge):
 
 @pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip", "video"])
 def test_swapping_gives_exactly_the_rest(random_judge, strategy):
-    judge = ClipJudge(random_judge, strategy, 3, device="cpu", max_new_tokens=4)
+    judge = Judge.from_pretrained(random_judge, device="cpu", max_new_tokens=4, clips=strategy)
     rng = random.Random(3)
-    boards = [storyboard(draw_clip(Scene("red", "circle", count), rng, 3)) for count in (1, 2, 3)]
+    clips = [clip_of(draw_clip(Scene("red", "circle", count), rng, 3)) for count in (1, 2, 3)]
     for i, j in ((0, 1), (1, 2)):
         there, back = (
-            judge.compare("two red circles", boards[i], boards[j]),
-            judge.compare("two red circles", boards[j], boards[i]),
+            judge.compare("two red circles", clips[i], clips[j]),
+            judge.compare("two red circles", clips[j], clips[i]),
         )
         assert there.p_first == 1 - back.p_first and 0 < there.p_first < 1
+    same = judge.compare("two red circles", clips[0], clip_of([frame.image for frame in clips[0].frames]))
+    assert same.p_first == 0.5 and same.preferred is None
 
 
-def test_clip_puts_all_frames_of_a_side_into_the_chat(random_judge):
-    judge = ClipJudge(random_judge, "clip", 3, device="cpu", max_new_tokens=4)
-    seen = []
-    inner = judge._judge()
-    original, inner.reasoner.generate = (
-        inner.reasoner.generate,
-        lambda chats, **k: (seen.extend(chats), original(chats, **k))[1],
-    )
-    judge.compare("a", storyboard(shades([10, 20, 30])), storyboard(shades([40, 50, 60])))
-    chat = seen[0]
-    blocks = [block["type"] for turn in chat.messages if turn["role"] == "user" for block in turn["content"]]
-    assert blocks.count("image") == 6 and blocks[blocks.index("image") :][:3] == ["image"] * 3
-    assert sorted(frame.getpixel((5, 5))[0] for frame in chat.images) == [10, 20, 30, 40, 50, 60]
-    assert inner.listener.chat_format.frames == 3  # type: ignore[union-attr]
+class RedWords:
+    """A model that says what `p` makes of the red values of the first pictures of both sides; it thinks nothing."""
+
+    reserved: frozenset[str] = frozenset()
+
+    def __init__(self, p):
+        self.p, self.chats = p, []
+
+    def generate(self, chats, *, seeds, max_new_tokens, temperature):
+        return ["<think>red</think><answer>1</answer>"] * len(chats)
+
+    def answer_logprobs(self, chats, prefixes, answers):
+        self.chats += chats
+        sides = [(chat.images[0].image, chat.images[len(chat.images) // 2].image) for chat in chats]
+        values = [self.p(first.getpixel((0, 0))[0], second.getpixel((0, 0))[0]) for first, second in sides]
+        return torch.tensor([[p, 1 - p] for p in values], dtype=torch.float64).log()
+
+    def read(self, chats, prefixes, answers):
+        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+
+
+def judge_of(reasoner, listener=None, **card) -> Judge:
+    heard = listener and Listener(RedWords(listener), ChatFormat())
+    return Judge(RedWords(reasoner), heard, Card(**card), clips="frames")
+
+
+def test_frames_are_judged_with_the_tie_band_of_the_card():
+    """0.6 on the one frame and 0.44 on the other are 0.52 together, which is within 0.05 of a tie."""
+    p = {(9, 5): 0.6, (5, 9): 0.4, (1, 2): 0.44, (2, 1): 0.56}
+    first, second = clip_of(shades([9, 1])), clip_of(shades([5, 2]))
+    for band, preferred in ((0.0, 1), (0.05, None)):
+        judge = judge_of(lambda *reds: p[reds], calibration=Calibration(tie_band=band))
+        verdict = judge.compare("a", first, second)
+        assert verdict.p_first == pytest.approx(0.52, abs=1e-6) and verdict.preferred == preferred
+        assert len(verdict.thoughts) == 4 and verdict.by_order == pytest.approx((0.52, 0.52), abs=1e-6)
+
+
+@pytest.mark.parametrize("clips", ["frames", "clip", "storyboard"])
+def test_clips_are_judged_by_whom_the_card_says(clips):
+    """The reasoner gives the first clip 0.7 and the listener 0.2: with its own word it would win, and it loses."""
+    reasoner, listener = lambda one, other: 0.7 if one > other else 0.3, lambda one, other: 0.2 if one > other else 0.8
+    judge = judge_of(reasoner, listener, aggregate="listener").with_clips(clips)
+    first, second = clip_of(shades([9, 8])), clip_of(shades([5, 4]))
+    verdict = judge.compare("a", first, second)
+    assert verdict.p_first == pytest.approx(0.2, abs=1e-6) and verdict.preferred == 2
+    assert verdict.contradicted is True, "the listener prefers the other clip than the one who thought"
+    assert margins_by_order(verdict) == pytest.approx((-0.6, -0.6), abs=1e-6), "the margins are the listener's"
+    both = judge_of(reasoner, listener, aggregate="both").with_clips(clips).compare("a", first, second)
+    assert margins_by_order(both) == pytest.approx((-0.1, -0.1), abs=1e-6)
+
+
+def test_clip_puts_all_frames_of_a_side_into_the_chat():
+    judge = judge_of(lambda one, other: 0.5, lambda one, other: 0.5).with_clips("clip")
+    judge.compare("a", clip_of(shades([10, 20, 30])), clip_of(shades([40, 50, 60])))
+    for chat in (judge.reasoner.chats[0], judge.listener.vlm.chats[0]):
+        blocks = [block["type"] for turn in chat.messages if turn["role"] == "user" for block in turn["content"]]
+        assert blocks.count("image") == 6 and blocks[blocks.index("image") :][:3] == ["image"] * 3
+        assert sorted(frame.image.getpixel((5, 5))[0] for frame in chat.images) == [10, 20, 30, 40, 50, 60]
+
+
+def test_files_and_clips_are_compared_as_images_are(tmp_path, random_judge):
+    paths = [written(tmp_path / f"{red}.mp4", shades([red] * 3)) for red in (40, 200)]
+    judge = Judge.from_pretrained(random_judge, device="cpu", think=False)
+    by_file = judge.compare("a", *paths)
+    assert by_file == judge.compare("a", *map(read_clip, paths)) == judge.compare("a", *[p.read_bytes() for p in paths])
+    assert judge.rank("a", paths).comparisons == 1
+    with pytest.raises(InputError, match=r"firsts\[0\] is a clip, and the other side an image"):
+        judge.compare_many(["a"], [paths[0]], shades([9]))
+    with pytest.raises(InputError, match=r"seconds\[0\] is a clip"):
+        judge.compare_many(["a"], shades([9]), [paths[0]])
+    with pytest.raises(InputError, match=r"8 frames and seconds\[0\] 3"):
+        judge.with_clips("frames").compare("a", paths[0], read_clip(paths[1], frames=3))
+    with pytest.raises(InputError, match="single frame"):
+        judge.with_clips("video").compare("a", *(read_clip(path, frames=1) for path in paths))
+    with pytest.raises(InputError, match="choose one of 'storyboard'"):
+        judge.with_clips("film")  # pyright: ignore[reportArgumentType]
 
 
 def test_clip_needs_a_judge_that_writes_chats(FakeJudge):
@@ -333,7 +415,7 @@ def test_unknown_options_are_named(FakeJudge, options):
 
 def test_the_tiny_judge_puts_the_right_clip_first():
     """tests/benchmarks/videos.py measures how often; here four prompts, one right clip of four each."""
-    judge = ClipJudge(Judge.from_pretrained("tiny", device="cpu"), "frames", 2)
+    judge = Judge.from_pretrained("tiny", device="cpu", clips="frames")
     rng, hits = random.Random(0), 0
     for prompt, right in (
         ("two red circles", Scene("red", "circle", 2)),
@@ -352,8 +434,8 @@ def test_the_tiny_judge_puts_the_right_clip_first():
     assert hits >= 3
 
 
-def rank_videos_of(judge, prompt, clips):
-    return judge.rank(prompt, as_pictures(clips, frames=judge.frames))
+def rank_videos_of(judge, prompt, videos):
+    return judge.rank(prompt, read_clips(videos, frames=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,8 +490,6 @@ def large_random_judge(tmp_path_factory) -> Path:
     """Random weights with a real Qwen2.5-VL's patches: a frame keeps 250,880 pixels, which are 320 visual tokens."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from listener_reward.card import Card
-    from listener_reward.chat import ChatFormat
     from listener_reward.tiny.models import QUESTION, build_model, build_processor
 
     folder = tmp_path_factory.mktemp("large-judge")
@@ -438,7 +518,7 @@ def test_three_labelled_pairs_of_real_clips_go_the_whole_way(large_random_judge,
         paths = [VIDEOALIGN / row[side] for side in ("path_A", "path_B")]
         clips = [read_clip(path, frames=2, rate=1) for path in paths]
         for clip, side in zip(clips, "AB", strict=True):
-            assert min(clip.frames[0].size) >= 300 and clip.seconds == pytest.approx(
+            assert min(clip.frames[0].image.size) >= 300 and clip.seconds == pytest.approx(
                 (0, 1), abs=2 / float(row[f"fps_{side}"])
             )
         ranking = rank_videos(judge, row["prompt"], paths, strategy=strategy, frames=2, rate=1)

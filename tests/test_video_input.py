@@ -23,10 +23,10 @@ from transformers.video_utils import VideoMetadata
 from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
-from listener_reward.integrations.video import ClipJudge, VideoReward
+from listener_reward.integrations.video import VideoReward
 from listener_reward.judge import Judge
 from listener_reward.media.clips import Clip
-from listener_reward.media.storyboards import read_timed, storyboard, timed_storyboard
+from listener_reward.media.images import to_picture
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor, load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.video_processing import ClipProcessor, metadata
@@ -41,7 +41,11 @@ def noise(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
 
 def clip(seed: int, rate: float | None = 2.0, frames: int = 5, size: tuple[int, int] = (96, 64)) -> Clip:
     seconds = None if rate is None else tuple(k / rate for k in range(frames))
-    return Clip(tuple(noise(1000 * seed + k, size) for k in range(frames)), seconds)
+    return Clip(tuple(to_picture(noise(1000 * seed + k, size)) for k in range(frames)), seconds)
+
+
+def film_of(clip: Clip) -> list[Image.Image]:
+    return [frame.image for frame in clip.frames]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -83,8 +87,7 @@ def _said_already(monkeypatch):
 
 
 def asked(judge: Judge, *pairs: tuple[Clip, Clip], prompt: str = "two red circles") -> list[Any]:
-    chat_format = ClipJudge(judge, "video", 5)._judge().card.format
-    return [chat_format.chat(prompt, *map(timed_storyboard, pair), judge.reasoner.reserved) for pair in pairs]
+    return [judge.card.format.chat(prompt, *pair, judge.reasoner.reserved) for pair in pairs]
 
 
 # ---------------------------------------------------------------- patches
@@ -109,9 +112,9 @@ def test_patches_are_those_worked_by_hand(judge):
     processor = judge.reasoner.processor.video_processor
     side = 2 * processor.patch_size
     shown = [clip(1, size=(3 * side, 2 * side)), clip(2, frames=2, size=(side, side))]
-    found = processor([each.frames for each in shown])
+    found = processor([film_of(each) for each in shown])
     assert found["video_grid_thw"].tolist() == [[3, 4, 6], [1, 2, 2]]
-    frames = [[*each.frames, *each.frames[-1:] * (len(each.frames) % 2)] for each in shown]
+    frames = [[*film_of(each), *film_of(each)[-1:] * (len(each.frames) % 2)] for each in shown]
     mean, std = processor.config["image_mean"], processor.config["image_std"]
     expected = [patches_by_hand([np.asarray(f) for f in some], side // 2, mean, std) for some in frames]
     np.testing.assert_allclose(found["pixel_values_videos"].numpy(), np.concatenate(expected), atol=1e-5)
@@ -173,7 +176,7 @@ def test_patches_are_those_of_transformers_own_code(judge):
     """Its video processor cannot be made without torchvision, but what cuts patches there is torch alone."""
     processor = judge.reasoner.processor.video_processor
     side = 2 * processor.patch_size
-    frames = clip(1, size=(2 * side, 3 * side)).frames
+    frames = film_of(clip(1, size=(2 * side, 3 * side)))
     pixels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])[None] / 255
     mean, std = (torch.tensor(processor.config[name])[:, None, None] for name in ("image_mean", "image_std"))
     cut: Any = Qwen3VLVideoProcessor.patchify
@@ -225,7 +228,7 @@ def test_times_reach_the_model(judge):
 
 
 def grid_of(vlm: TransformersVLM, shown: Clip) -> dict[str, Any]:
-    grid = vlm.processor.video_processor([shown.frames])["video_grid_thw"]
+    grid = vlm.processor.video_processor([film_of(shown)])["video_grid_thw"]
     return {"video_grid_thw": grid, "video_metadata": [metadata(shown)]}
 
 
@@ -268,8 +271,8 @@ def test_a_shared_prefix_reads_and_writes_as_plain_passes_do(judge, token_budget
 
 @pytest.mark.parametrize("think", [True, False])
 def test_swapping_gives_exactly_the_rest(judge, think):
-    clips = ClipJudge(judge, "video", 5)
-    one, two, slow = (timed_storyboard(each) for each in (clip(1), clip(2), clip(1, rate=0.25)))
+    clips = judge.with_clips("video")
+    one, two, slow = clip(1), clip(2), clip(1, rate=0.25)
     for first, second in ((one, two), (one, slow)):
         there, back = (clips.compare("a", *pair, think=think) for pair in ((first, second), (second, first)))
         assert there.p_first == 1 - back.p_first and 0 < there.p_first < 1
@@ -287,34 +290,14 @@ def test_a_template_without_videos_is_named(judge, monkeypatch):
 
 def test_one_frame_is_no_video(judge):
     with pytest.raises(InputError, match="frames is 1"):
-        ClipJudge(judge, "video", 1)
+        VideoReward(judge, strategy="video", frames=1)
 
 
 def test_a_reference_keeps_its_times(judge):
-    """Kept as a PNG between calls: the same frames at another speed are not the reference, those at its own are."""
+    """Kept as PNGs between calls: the same frames at another speed are not the reference, those at its own are."""
     reward = VideoReward(judge, strategy="video", frames=3, scheme="reference", fps=1.0)
     video = [noise(k) for k in range(3)]
     assert reward([video], ["a"])[0].tolist() == [0.0]
     assert reward([video], ["a"])[0].tolist() == [0.0]
     reward.reading["fps"] = 8.0
     assert reward([video], ["a"])[0][0] != 0
-
-
-# ---------------------------------------------------------------- times in a storyboard
-
-
-@pytest.mark.parametrize("frames", [2, 3, 8, 64])
-@pytest.mark.parametrize("size", [(48, 32), (5, 4), (640, 360), (20, 1500)])
-def test_a_timed_storyboard_gives_frames_and_times_back(frames, size):
-    board = timed_storyboard(clip(1, rate=3.0, frames=frames, size=size))
-    assert max(board.size) <= 2048
-    found = read_timed(board, frames)
-    assert found.seconds == clip(1, rate=3.0, frames=frames, size=(1, 1)).seconds
-    if size in ((48, 32), (5, 4)):
-        whole = clip(1, frames=frames, size=size)
-        assert [frame.tobytes() for frame in found.frames] == [frame.tobytes() for frame in whole.frames]
-
-
-def test_times_that_are_not_known_stay_so():
-    assert read_timed(timed_storyboard(clip(1, rate=None)), 5).seconds is None
-    assert read_timed(storyboard(clip(1).frames), 5).seconds is None

@@ -10,8 +10,9 @@ from PIL import Image
 
 from listener_reward.chat import Chat
 from listener_reward.judge import Judge
+from listener_reward.media.images import Picture, to_picture
 from listener_reward.models.transformers_vlm import TransformersVLM
-from listener_reward.models.vision import ImageFeatures, as_encoder_output, digest
+from listener_reward.models.vision import ImageFeatures, as_encoder_output
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,9 @@ def vlm(random_judge) -> TransformersVLM:
     return TransformersVLM.from_pretrained(random_judge, device="cpu")
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Image.Image:
+def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Picture:
     rng = random.Random(seed)
-    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
+    return to_picture(Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3)))
 
 
 def store(vlm: TransformersVLM, **options) -> ImageFeatures:
@@ -31,7 +32,7 @@ def store(vlm: TransformersVLM, **options) -> ImageFeatures:
 @torch.no_grad()
 def test_features_are_those_of_the_model(vlm):
     images = [picture(0), picture(1, (64, 32)), picture(2)]
-    batch = vlm.processor.image_processor(images=images, return_tensors="pt")
+    batch = vlm.processor.image_processor(images=[each.image for each in images], return_tensors="pt")
     expected = vlm.model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
     for entry, features, grid in zip(store(vlm)(images), expected, batch["image_grid_thw"], strict=True):
         torch.testing.assert_close(entry.features, features, atol=1e-6, rtol=1e-5)
@@ -71,14 +72,15 @@ def test_many_patches_go_through_in_several_passes(vlm, monkeypatch):
     images = [picture(seed) for seed in range(5)]
     whole = store(vlm)(images)
     monkeypatch.setattr("listener_reward.models.vision.MAX_PATCHES", 80)  # 36 patches an image
+    monkeypatch.setattr("listener_reward.models.vision.PREPARED", 30_000)  # three pictures
     for entry, expected in zip(store(vlm)(images), whole, strict=True):
         torch.testing.assert_close(entry.features, expected.features, atol=1e-6, rtol=1e-5)
 
 
 def test_a_digest_tells_size_from_content():
-    assert digest(picture(0)) == digest(picture(0).copy())
-    assert digest(picture(0)) != digest(picture(1))
-    assert digest(Image.new("RGB", (4, 8))) != digest(Image.new("RGB", (8, 4)))
+    assert picture(0).digest == to_picture(picture(0).image.copy()).digest
+    assert picture(0).digest != picture(1).digest
+    assert to_picture(Image.new("RGB", (4, 8))).digest != to_picture(Image.new("RGB", (8, 4))).digest
 
 
 def test_ranking_n_images_encodes_n_images(random_judge):

@@ -163,7 +163,7 @@ def test_equals_a_plain_forward(vlm, chats, random_judge):
     assert found.dtype == torch.float32
     for chat, prefix, row in zip(chats, prefixes, found, strict=True):
         text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
-        inputs = processor(images=list(chat.images), text=[text], return_tensors="pt")
+        inputs = processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
         with torch.no_grad():
             expected = model(**inputs).logits[0, -1].log_softmax(-1)
         ids = processor.tokenizer.convert_tokens_to_ids(["1", "2"])
@@ -180,7 +180,7 @@ def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):
     torch.testing.assert_close(answers, vlm.answer_logprobs(chats[:3], prefixes, ("1", "2")), atol=2e-5, rtol=1e-4)
     for chat, prefix, mean in zip(chats[:3], prefixes, means, strict=True):
         text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
-        inputs = processor(images=list(chat.images), text=[text], return_tensors="pt")
+        inputs = processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
         written = len(processor.tokenizer(prefix, add_special_tokens=False)["input_ids"])
         with torch.no_grad():
             logprobs = model(**inputs).logits[0].log_softmax(-1)
@@ -208,7 +208,9 @@ def counted(vlm: TransformersVLM):
 def tokens_of(vlm: TransformersVLM, chat: Chat) -> int:
     """Tokens of a chat as stock transformers reads it, images and all."""
     text = vlm.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
-    return vlm.processor(images=list(chat.images), text=[text], return_tensors="pt")["input_ids"].shape[1]
+    return vlm.processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")[
+        "input_ids"
+    ].shape[1]
 
 
 def test_a_prompt_is_read_once_for_all_its_thoughts(random_judge, chats):

@@ -62,7 +62,7 @@ def _plain_answers(
     template = vlm.processor.apply_chat_template
     texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
     texts = [text + prefix for text, prefix in zip(texts, prefixes, strict=True)]
-    images = [image for chat in chats for image in chat.images]
+    images = [picture.image for chat in chats for picture in chat.images]
     inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt").to(vlm.model.device)
     logits = vlm.model(**inputs, **kept).logits[:, -1]
     ids = vlm.tokenizer.convert_tokens_to_ids(list(answers))
@@ -95,7 +95,7 @@ def loss_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     thoughts = [words(size.tokens, rng) for _ in chats]
     processor = trainer.processing_class
     texts = [processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
-    images = [image for chat in chats for image in chat.images]
+    images = [picture.image for chat in chats for picture in chat.images]
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device)
     completion = processor.tokenizer(thoughts, return_tensors="pt")["input_ids"].to(model.device)
     generator = torch.Generator().manual_seed(size.seed)

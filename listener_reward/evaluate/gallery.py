@@ -20,7 +20,7 @@ from PIL import Image
 
 from listener_reward.errors import InputError
 from listener_reward.evaluate.run import side
-from listener_reward.media.images import to_pil
+from listener_reward.media.storyboards import as_picture
 from listener_reward.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _cut(text: str) -> str:
 def _shrunken(image: Any) -> str | None:
     """The picture as base64 of a small PNG or JPEG; None where there is none to read."""
     try:
-        picture = to_pil(image)
+        picture = as_picture(image).copy()
     except InputError:
         return None
     small = max(picture.size) <= LOSSLESS_BELOW

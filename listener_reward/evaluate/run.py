@@ -29,14 +29,13 @@ from listener_reward.evaluate.measure import (
     default_protocols,
     measure,
 )
-from listener_reward.verdict import Aggregate, Verdict
+from listener_reward.verdict import PairJudge, Verdict
 
 if TYPE_CHECKING:
     import datasets
     from rich.progress import Progress
 
     from listener_reward.evaluate.scores import Scores
-    from listener_reward.judge import Judge
 
 __all__ = [
     "Evaluation",
@@ -106,7 +105,7 @@ class Evaluation:
 
 
 def evaluate(
-    judge: Judge,
+    judge: PairJudge,
     pairs: datasets.Dataset | datasets.IterableDataset,
     *,
     batch_size: int = 64,
@@ -124,9 +123,9 @@ def evaluate(
     `keep` is set; a streamed data set is read once, from its start to its end.
 
     Args:
-        judge: a `Judge`, or anything with its `compare_many` and `name`.
+        judge: a `Judge`, or any other `PairJudge`.
         pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them. Videos
-            are judged as storyboards of their frames; give a `ClipJudge` of `integrations.video` for its other ways.
+            are judged as clips: by a `Judge` in the way that its `clips` says, by others as storyboards.
         batch_size: pairs for each call of the judge.
         progress: show a progress bar on standard error.
         swap_check: how many pairs, from the first on, are judged a second time with their images swapped.
@@ -151,7 +150,7 @@ def evaluate(
     check_protocols(protocols or ())
     n = _check(pairs)
     threshold = None if validation is None else _judged_threshold(judge, validation, batch_size, think, protocols)
-    labels, tally, kept = Labels(), _Tally(_aggregate(judge)), []
+    labels, tally, kept = Labels(), _Tally(), []
     mirrored = checked = right = decided = 0
     started = time.perf_counter()
 
@@ -250,7 +249,7 @@ def _scored(scores: Scores, pairs: datasets.Dataset | datasets.IterableDataset) 
 
 
 def _judged_threshold(
-    judge: Judge,
+    judge: PairJudge,
     validation: datasets.Dataset | datasets.IterableDataset,
     batch_size: int,
     think: bool | None,
@@ -336,24 +335,17 @@ def is_mirrored(verdict: Verdict, swapped: Verdict) -> bool:
     return abs(verdict.p_first + swapped.p_first - 1) <= SWAP_TOLERANCE and verdict.preferred == flipped
 
 
-def margins_by_order(verdict: Verdict, aggregate: Aggregate = "mean") -> tuple[float, float]:
+def margins_by_order(verdict: Verdict) -> tuple[float, float]:
     """p(first) - p(second) with the pair shown in order, and with it shown swapped; NaN for an order not asked.
 
-    They are the means over each order's thoughts of what `aggregate` makes a verdict of: the reasoner's answers, the
-    listener's, or both. Without thoughts they are had back from p_first, which is the mean of the two orders, and the
-    position gap, which is their difference (exact where no calibration curve bends p_first).
+    Of a verdict without `by_order`, which a judge of the user's own may give, they are had back from p_first, the mean
+    of the two orders, and the position gap, their difference.
     """
-    margin = 2 * verdict.p_first - 1
-    if not verdict.thoughts:
+    if verdict.by_order == (None, None):
+        margin = 2 * verdict.p_first - 1
         gap = 0.0 if np.isnan(verdict.position_gap) else verdict.position_gap
         return margin + gap, margin - gap
-    said = [
-        (thought.order, thought.listener_p_first if voice == "listener" else thought.p_first)
-        for voice in (("reasoner", "listener") if aggregate == "both" else (aggregate,))
-        for thought in verdict.thoughts
-    ]
-    orders = [[p for shown, p in said if shown == order and p is not None] for order in ("as given", "swapped")]
-    forward, reverse = (2 * sum(order) / len(order) - 1 if order else np.nan for order in orders)
+    forward, reverse = (np.nan if p is None else 2 * p - 1 for p in verdict.by_order)
     return forward, reverse
 
 
@@ -369,8 +361,7 @@ def _rate(count: int, n: int) -> float | None:
 class _Tally:
     """What the record needs of the verdicts: eight numbers a pair, and two counts over the thoughts."""
 
-    def __init__(self, aggregate: Aggregate) -> None:
-        self.aggregate: Aggregate = aggregate
+    def __init__(self) -> None:
         self.p_first: list[float] = []
         self.preferred: list[int] = []
         self.listener: list[float] = []
@@ -387,7 +378,7 @@ class _Tally:
             self.preferred.append(verdict.preferred or 0)
             self.listener.append(np.nan if verdict.listener_p_first is None else verdict.listener_p_first)
             self.position_gap.append(verdict.position_gap)
-            forward, reverse = margins_by_order(verdict, self.aggregate)
+            forward, reverse = margins_by_order(verdict)
             self.forward.append(forward)
             self.reverse.append(reverse)
             self.thoughts += len(verdict.thoughts)
@@ -397,7 +388,7 @@ class _Tally:
             self.contradictions.append(sum(heard))
 
 
-def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool | None) -> list[Verdict]:
+def _judge(judge: PairJudge, prompts: list, firsts: list, seconds: list, think: bool | None) -> list[Verdict]:
     """`judge.compare_many`, with its answers checked: a NaN would spoil every measure in silence."""
     verdicts = judge.compare_many(prompts, firsts, seconds, think=think)
     if len(verdicts) != len(prompts):
@@ -406,12 +397,6 @@ def _judge(judge: Judge, prompts: list, firsts: list, seconds: list, think: bool
         if not 0 <= verdict.p_first <= 1:
             raise JudgeError(f"{judge.name} answered p_first = {verdict.p_first} for prompt {prompt!r}")
     return verdicts
-
-
-def _aggregate(judge: Any) -> Aggregate:
-    """How its thoughts become a verdict; a peer has none."""
-    card = getattr(judge, "card", None)
-    return "mean" if card is None else card.aggregate
 
 
 def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:

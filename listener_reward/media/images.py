@@ -1,4 +1,7 @@
-"""The one conversion to PIL: whatever holds a picture becomes a plain RGB image of sane size, or an `InputError`.
+"""The one conversion of images: whatever holds a picture becomes a plain RGB image of sane size, or an `InputError`.
+
+`to_picture` is called once, at the border of a judge, a reward, an evaluation or a server. What comes out, a `Picture`,
+is decoded and knows its own digest, so that nothing behind the border decodes, copies or hashes it again.
 
 What counts as the same picture is fixed here for the whole package: transparency shows white, an animation is its
 first frame, EXIF orientation is applied, floats are in [0, 1] and never rescaled by guesswork.
@@ -7,12 +10,14 @@ first frame, EXIF orientation is applied, floats are in [0, 1] and never rescale
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,9 +28,11 @@ from listener_reward.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Mapping[str, Any]"
-"""A PIL image, a path, the bytes of an image file, an array or tensor, or `{"bytes": ..., "path": ...}` (what the
-`datasets` library gives for an image it has not decoded)."""
+ImageLike: TypeAlias = (
+    "Picture | Image.Image | str | os.PathLike[str] | bytes | np.ndarray | torch.Tensor | Mapping[str, Any]"
+)
+"""A PIL image, a path, the bytes of an image file, an array or tensor, `{"bytes": ..., "path": ...}` (what the
+`datasets` library gives for an image it has not decoded), or a `Picture` made of one of these."""
 
 MAX_SIDE = 2048
 """Longest side of what comes out; larger pictures are reduced. No vision tower here resolves more."""
@@ -43,8 +50,39 @@ _SLACK = 0.01
 """How far floats may leave [0, 1]: one bfloat16 step above 1 is 0.0078."""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image and its digest. Two of equal pixels are equal, whatever objects hold them."""
+
+    image: Image.Image = field(compare=False, repr=False)
+    """RGB, as `to_pil` makes it. It is shared: change a copy of it."""
+    digest: bytes
+    """SHA-256 of size and pixels, 32 bytes: seeds, caches and groups know the picture by it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded pixels, as Pillow holds them."""
+        return 4 * self.image.width * self.image.height
+
+
+def to_picture(image: ImageLike, *, field: str = "image") -> Picture:
+    """`image` decoded by `to_pil` and named by its content; a `Picture` is handed back as it is."""
+    if isinstance(image, Picture):
+        return image
+    pixels = _decoded(image, field)
+    content = hashlib.sha256(repr(pixels.size).encode())
+    for top in range(0, pixels.height, _HASHED_ROWS):  # a copy of a few rows at a time, not of the whole
+        content.update(pixels.crop((0, top, pixels.width, min(top + _HASHED_ROWS, pixels.height))).tobytes())
+    return Picture(pixels, content.digest())
+
+
+_HASHED_ROWS = 64
+
+
 def to_pil(image: ImageLike, *, field: str = "image") -> Image.Image:
     """`image` as an RGB PIL image, its longest side at most `MAX_SIDE`, its aspect at most 1:`MAX_ASPECT`.
+
+    It is the caller's to change: whatever was given keeps its pixels.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C in {1, 3, 4}, uint8 in [0, 255] or any float in
     [0, 1]. Where both ends could be C, 3 beats 4 beats 1; where both are equal, uint8 is (H, W, C) and a float is
@@ -54,6 +92,12 @@ def to_pil(image: ImageLike, *, field: str = "image") -> Image.Image:
         InputError: nothing readable is there, or an array's rank, dtype or range is not one of the above. The message
             begins with `field`.
     """
+    pixels = image.image if isinstance(image, Picture) else _decoded(image, field)
+    return pixels.copy() if pixels is image or isinstance(image, Picture) else pixels
+
+
+def _decoded(image: Any, field: str) -> Image.Image:
+    """As `to_pil`, but a PIL image that needs no change is handed back itself."""
     array = _as_array(image, field)
     if array is not None:
         return _bounded(_from_array(array, field))
@@ -69,13 +113,23 @@ def to_pil(image: ImageLike, *, field: str = "image") -> Image.Image:
 
 
 def to_pil_batch(images: Any, *, field: str = "images") -> list[Image.Image]:
-    """A batch as RGB PIL images: (N, C, H, W) floats in [0, 1], (N, H, W, C) uint8, or a sequence of `ImageLike`.
+    """A batch as RGB PIL images; see `entries_of` for what a batch is."""
+    return [to_pil(image, field=name) for name, image in entries_of(images, field=field)]
+
+
+def to_pictures(images: Any, *, field: str = "images") -> list[Picture]:
+    """A batch as pictures; see `entries_of` for what a batch is."""
+    return [to_picture(image, field=name) for name, image in entries_of(images, field=field)]
+
+
+def entries_of(images: Any, *, field: str = "images") -> Iterator[tuple[str, Any]]:
+    """The entries of a batch with their names: (N, C, H, W) floats, (N, H, W, C) uint8, or a sequence of `ImageLike`.
 
     Raises:
-        InputError: as `to_pil`, naming the entry; or this is one image, or an array that is not of rank 4.
+        InputError: this is one image, or an array that is not of rank 4.
     """
     array = _as_array(images, field)
-    if isinstance(images, Image.Image | str | bytes | os.PathLike | Mapping):
+    if isinstance(images, Picture | Image.Image | str | bytes | os.PathLike | Mapping):
         raise InputError(f"{field} is {_shown(images)}, one image and not a batch; wrap it in a list")
     if array is None and not isinstance(images, Iterable):
         raise InputError(f"{field} is {_shown(images)}; give a list of images or an array of rank 4")
@@ -83,7 +137,7 @@ def to_pil_batch(images: Any, *, field: str = "images") -> list[Image.Image]:
         hint = {3: "add a leading axis to one image", 5: "a video's frames are judged one by one: give them as rank 4"}
         fix = hint.get(array.ndim, "give (N, C, H, W) floats or (N, H, W, C) uint8")
         raise InputError(f"{field} has shape {array.shape}, rank {array.ndim} where a batch has rank 4; {fix}")
-    return [to_pil(image, field=f"{field}[{i}]") for i, image in enumerate(images if array is None else array)]
+    return ((f"{field}[{i}]", image) for i, image in enumerate(images if array is None else array))
 
 
 # ---------------------------------------------------------------- files
@@ -121,10 +175,12 @@ def _content(undecoded: Mapping[str, Any]) -> Any:
 
 
 def _to_rgb(picture: Image.Image, field: str) -> Image.Image:
-    """A PIL image of any mode on white. Always a new image: the caller's own is never changed."""
+    """A PIL image of any mode on white. The caller's own is never changed, and not copied where it is plain RGB."""
     if 0 in picture.size:
         raise InputError(f"{field} is a PIL image of {picture.width} x {picture.height} pixels; give one with pixels")
     picture.load()
+    if type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and not picture.getexif():
+        return picture
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
         picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":

@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.media.clips import Clip
-from listener_reward.media.images import MAX_PIXELS, to_pil
+from listener_reward.media.images import MAX_PIXELS, Picture, to_picture
 
 FRAMES = 8
 """Frames of a clip that are looked at, as in UnifiedReward and Pref-GRPO."""
@@ -36,7 +36,7 @@ class _Source:
 
     count: int
     seconds: list[float] | None
-    pick: Callable[[list[int]], list[Image.Image]]
+    pick: Callable[[list[int]], list[Picture]]
     """Pictures of the frames at ascending positions, which may repeat."""
 
 
@@ -48,7 +48,7 @@ def read_clip(
     rate: float | None = None,
     field: str = "video",
 ) -> Clip:
-    """A few frames of one video, as RGB.
+    """A few frames of one video, as RGB. A `Clip` is handed back as it is.
 
     Args:
         video: an array or tensor `(T, H, W, C)` or `(T, C, H, W)`, uint8 or floats in [0, 1]; a sequence of frames; or
@@ -64,6 +64,8 @@ def read_clip(
         InputError: nothing readable is there, or `rate` is given and the video's own is unknown.
         MissingExtraError: a video file, and PyAV is not installed.
     """
+    if isinstance(video, Clip):
+        return video
     check_frames(frames)
     for name, value in (("fps", fps), ("rate", rate)):
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -89,8 +91,8 @@ def check_frames(frames: Any) -> None:
 
 
 def is_video(media: Any) -> bool:
-    """An array of rank 4, a list of frames or a video file; an animation that Pillow reads is not."""
-    if isinstance(media, (list, tuple)):
+    """A clip, an array of rank 4, a list of frames or a video file; an animation that Pillow reads is not."""
+    if isinstance(media, (Clip, list, tuple)):
         return True
     if isinstance(media, (str, os.PathLike, bytes)):
         return _demuxer(media) is not None
@@ -108,8 +110,8 @@ def _open(video: Any, field: str) -> _Source:
     if not isinstance(video, Sequence) and shape is None:
         raise InputError(f"{field} is a {type(video).__name__}; give a list of frames, an array of rank 4 or a file")
 
-    def pick(chosen: list[int]) -> list[Image.Image]:
-        pictures = {k: to_pil(video[k], field=f"{field}[{k}]") for k in dict.fromkeys(chosen)}
+    def pick(chosen: list[int]) -> list[Picture]:
+        pictures = {k: to_picture(video[k], field=f"{field}[{k}]") for k in dict.fromkeys(chosen)}
         return [pictures[k] for k in chosen]
 
     return _Source(len(video), None, pick)
@@ -157,12 +159,12 @@ def _open_animation(video: str | os.PathLike[str] | bytes, field: str) -> _Sourc
         ) from error
     starts = [0.0, *np.cumsum(durations[:-1]).tolist()]
 
-    def pick(chosen: list[int]) -> list[Image.Image]:
+    def pick(chosen: list[int]) -> list[Picture]:
         with opened() as animation:
             pictures = {}
             for k in dict.fromkeys(chosen):
                 animation.seek(k)
-                pictures[k] = to_pil(animation.convert("RGBA"), field=f"{field}[{k}]")
+                pictures[k] = to_picture(animation.convert("RGBA"), field=f"{field}[{k}]")
         return [pictures[k] for k in chosen]
 
     return _Source(len(durations), starts if all(durations) else None, pick)
@@ -202,13 +204,13 @@ def _open_container(video: str | os.PathLike[str] | bytes, demuxer: str, field: 
     else:
         seconds = None if rate is None else [k / rate for k in range(len(packets))]
 
-    def pick(chosen: list[int]) -> list[Image.Image]:
+    def pick(chosen: list[int]) -> list[Picture]:
         wanted, pictures, last = set(chosen), {}, None
         try:
             with opened() as container:
                 for k, frame in enumerate(container.decode(video=0)):
                     if k in wanted:
-                        last = pictures[k] = to_pil(frame.to_image(), field=f"{field}[{k}]")
+                        last = pictures[k] = to_picture(frame.to_image(), field=f"{field}[{k}]")
                     if k >= chosen[-1]:
                         break
         except av.FFmpegError as error:

@@ -234,8 +234,8 @@ class TransformersVLM:
 
     def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
         """The distinct prompts of `chats`, and which rows ask each."""
-        encoded = iter(self.features([shown for chat in chats for shown in (*chat.images, *chat.videos)]))
-        found = [[next(encoded) for _ in (*chat.images, *chat.videos)] for chat in chats]
+        encoded = iter(self.features([visual for chat in chats for visual in chat.visuals]))
+        found = [[next(encoded) for _ in chat.visuals] for chat in chats]
         groups: dict[Any, list[int]] = {}
         for row, (chat, text, some) in enumerate(zip(chats, texts, found, strict=True)):
             groups.setdefault((text, *map(id, some), *(clip.times for clip in chat.videos)), []).append(row)
@@ -275,7 +275,7 @@ class TransformersVLM:
         """
         groups: dict[Any, list[int]] = {}
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            groups.setdefault((text, *map(id, (*chat.images, *chat.videos))), []).append(row)
+            groups.setdefault((text, *(visual.digest for visual in chat.visuals)), []).append(row)
         whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
         batch: list[int] = []
         for rows in whole:
@@ -313,9 +313,10 @@ class TransformersVLM:
 
     def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
         self._warn_of_unknown_words(chat.prompt for chat in chats)
-        shown: dict[str, Any] = {"images": [image for chat in chats for image in chat.images] or None}
+        shown: dict[str, Any] = {"images": [picture.image for chat in chats for picture in chat.images] or None}
         if clips := [clip for chat in chats for clip in chat.videos]:
-            shown |= {"videos": [list(clip.frames) for clip in clips], "video_metadata": [*map(metadata, clips)]}
+            frames = [[frame.image for frame in clip.frames] for clip in clips]
+            shown |= {"videos": frames, "video_metadata": [*map(metadata, clips)]}
         return self.processor(**shown, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
 
     def vision_tokens(self) -> list[int]:

@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from listener_reward.media.clips import Clip
+from listener_reward.media.clips import Clip, assumed_times, spacing_of
 
 _STOCK: dict[str, dict[str, Any]] = {
     "Qwen2VLVideoProcessor": {
@@ -114,7 +114,7 @@ class ClipProcessor:
         """
         parts, grids = zip(*map(self._patches, videos), strict=True)
         if video_metadata is None:
-            video_metadata = [metadata(Clip(tuple(frames), None)) for frames in videos]
+            video_metadata = [metadata_of(assumed_times(len(frames))) for frames in videos]
         data = {"pixel_values_videos": torch.cat(parts), "video_grid_thw": torch.tensor(grids)}
         return BatchFeature(data | {"video_metadata": list(video_metadata)})
 
@@ -149,13 +149,18 @@ class ClipProcessor:
 
 
 def metadata(clip: Clip) -> VideoMetadata:
-    """The clip's times in the terms of transformers, as of a video with one frame a second.
+    """The clip's times in the terms of transformers."""
+    return metadata_of(clip.times)
 
-    Its frames are then taken at `times`, which gives Qwen3-VL's time stamps, and its rate is the clip's, from which
-    Qwen2.5-VL's seconds per patch come.
+
+def metadata_of(times: Sequence[float]) -> VideoMetadata:
+    """Times of frames in the terms of transformers, as of a video with one frame a second.
+
+    The frames are then taken at `times`, which gives Qwen3-VL's time stamps, and the video's rate is that of the
+    frames, from which Qwen2.5-VL's seconds per patch come.
     """
-    duration: Any = len(clip.frames) * clip.spacing  # of frames, which need not be whole here
-    indices: Any = list(clip.times)
+    duration: Any = len(times) * spacing_of(times)  # of frames, which need not be whole here
+    indices: Any = list(times)
     return VideoMetadata(total_num_frames=duration, fps=1.0, frames_indices=indices)
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from listener_reward.media.clips import Clip
+from listener_reward.media.clips import Clip, Visual
 
 MAX_PATCHES = 16384
 """Patches that the vision tower sees in one pass: about ten images of 512 pixels."""
+
+PREPARED = 2**24
+"""Bytes of decoded pictures that become patches at a time: four of 1024 pixels a side, 16 of 512."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,11 @@ class ImageFeatures:
         """Images and clips that went through the vision tower so far."""
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
 
-    def __call__(self, images: Sequence[Image.Image | Clip]) -> list[Encoded]:
-        """One entry for each image or clip; equal ones share it. A clip's times are no part of it."""
-        by_object: dict[int, bytes] = {}
-        for image in images:
-            if id(image) not in by_object:
-                by_object[id(image)] = digest(image)
-        digests = [by_object[id(image)] for image in images]
+    def __call__(self, visuals: Sequence[Visual]) -> list[Encoded]:
+        """One entry for each picture or clip; equal ones share it. A clip's times are no part of it."""
+        digests = [each.looks if isinstance(each, Clip) else each.digest for each in visuals]
         found = {key: self._kept[key] for key in digests if key in self._kept}
-        missing = {key: image for key, image in zip(digests, images, strict=True) if key not in found}
+        missing = {key: each for key, each in zip(digests, visuals, strict=True) if key not in found}
         if missing:
             found.update(zip(missing, self._encode(list(missing.values())), strict=True))
         for key in dict.fromkeys(digests):
@@ -83,22 +80,23 @@ class ImageFeatures:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _encode(self, media: list[Image.Image | Clip]) -> list[Encoded]:
-        self.encoded += len(media)
-        images = [each for each in media if not isinstance(each, Clip)]
-        clips = [each.frames for each in media if isinstance(each, Clip)]
+    def _encode(self, visuals: list[Visual]) -> list[Encoded]:
+        """Patches take eight times the memory of the pictures that they are made of: `PREPARED` bytes at a time."""
+        self.encoded += len(visuals)
+        pictures = [each for each in visuals if not isinstance(each, Clip)]
+        clips = [each for each in visuals if isinstance(each, Clip)]
         still: list[Encoded] = []
         moving: list[Encoded] = []
-        if images:
-            batch = self.image_processor(images=images, return_tensors="pt")
-            still = self._look(self.core.get_image_features, batch["pixel_values"], batch["image_grid_thw"])
-        if clips:
-            batch = self.video_processor(clips)
+        for some in _runs([picture.nbytes for picture in pictures], PREPARED):
+            batch = self.image_processor(images=[pictures[k].image for k in some], return_tensors="pt")
+            still += self._look(self.core.get_image_features, batch["pixel_values"], batch["image_grid_thw"])
+        for some in _runs([clip.nbytes for clip in clips], PREPARED):
+            batch = self.video_processor([[frame.image for frame in clips[k].frames] for k in some])
             features = self.core.get_video_features
             found = self._look(features, batch["pixel_values_videos"], batch["video_grid_thw"])
-            moving = [replace(each, moving=True) for each in found]
+            moving += [replace(each, moving=True) for each in found]
         in_turn = {True: iter(moving), False: iter(still)}
-        return [next(in_turn[isinstance(each, Clip)]) for each in media]
+        return [next(in_turn[isinstance(each, Clip)]) for each in visuals]
 
     def _look(self, features_of: Callable[..., Any], pixels: Tensor, grids: Tensor) -> list[Encoded]:
         """Patches through the vision tower, at most `MAX_PATCHES` at a time where one image or clip is not more."""
@@ -139,7 +137,7 @@ def patches_by_product(tower: Any) -> Iterator[None]:
 
 @dataclass
 class EncoderOutput(BaseModelOutputWithPooling):
-    """What a vision tower gives, as every model of the package takes it: transformers hands it on as an output of its own.
+    """What a vision tower gives. transformers hands it on as an output of its own, so a plain object will not do.
 
     `pooler_output` is a list of (tokens, hidden), one for each image; `deepstack_features` has such a list for each
     of the first layers of a Qwen3-VL, and is empty for a Qwen2.5-VL.
@@ -161,13 +159,6 @@ def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
     return {"mm_encoder_outputs": outputs} if outputs else {}
 
 
-def digest(image: Image.Image | Clip) -> bytes:
-    """Equal for equal pictures, whatever object holds them, and for clips of equal frames, whenever these are shown."""
-    if isinstance(image, Clip):
-        return hashlib.blake2b(b"".join([b"clip", *map(digest, image.frames)]), digest_size=16).digest()
-    return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).digest()
-
-
 def _runs(sizes: Sequence[int], budget: int) -> Iterable[range]:
     """Neighbours that fit the budget together; one that alone exceeds it stands alone."""
     start, used = 0, 0
@@ -176,4 +167,5 @@ def _runs(sizes: Sequence[int], budget: int) -> Iterable[range]:
             yield range(start, stop)
             start, used = stop, 0
         used += size
-    yield range(start, len(sizes))
+    if start < len(sizes):
+        yield range(start, len(sizes))

@@ -24,8 +24,10 @@ from typing import Any, Literal, NamedTuple
 from PIL.Image import Image
 
 from listener_reward.chat import FOREIGN_RESERVED, ChatFormat
+from listener_reward.conclude import Weighed, make_verdict
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.media.images import ImageLike
+from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.verdict import Thought, Verdict
 
 OPENAI = "https://api.openai.com/v1"
@@ -104,12 +106,17 @@ class EndpointJudge:
         if not len(prompts) == len(firsts) == len(seconds):
             raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
 
+        urls: dict[bytes, str] = {}  # a picture is in many pairs, and is encoded once
+
+        def url_of(image: Any, field: str) -> str:
+            picture = to_still(to_visual(image, field=field))
+            if picture.digest not in urls:
+                urls[picture.digest] = _data_url(picture.image, self._max_side)
+            return urls[picture.digest]
+
         def both(number: int) -> Verdict:
             prompt = prompts[number]
-            first, second = (
-                _data_url(to_pil(images[number], field=f"{field}[{number}]"), self._max_side)
-                for field, images in (("firsts", firsts), ("seconds", seconds))
-            )
+            first, second = url_of(firsts[number], f"firsts[{number}]"), url_of(seconds[number], f"seconds[{number}]")
             return _verdict(self._ask(prompt, first, second), self._ask(prompt, second, first))
 
         pool = ThreadPoolExecutor(self._workers)
@@ -244,17 +251,15 @@ def _data_url(image: Image, max_side: int) -> str:
 
 def _verdict(straight: _Reply, swapped: _Reply) -> Verdict:
     high = 0.5 + abs(straight.p - swapped.p) / 2  # each is about the image shown first
-    p_first = high if straight.p >= swapped.p else 1 - high  # exact, so that a swapped pair gives exactly 1 - p_first
     flipped: dict[Any, Literal[1, 2] | None] = {1: 2, 2: 1, None: None}
-    return Verdict(
-        p_first=p_first,
-        preferred=None if p_first == 0.5 else 1 if p_first > 0.5 else 2,
+    said = Weighed(
+        p_first=high if straight.p >= swapped.p else 1 - high,  # exact, so that swapping gives exactly 1 - p_first
+        by_order=(straight.p, 1 - swapped.p),
+        position_gap=straight.p + swapped.p - 1,
         thoughts=(
             Thought(straight.thought, "as given", straight.answer, straight.p, None, None),
             Thought(swapped.thought, "swapped", flipped[swapped.answer], 1 - swapped.p, None, None),
         ),
-        listener_p_first=None,
-        contradicted=None,
-        position_gap=straight.p + swapped.p - 1,
         malformed=(straight.answer is None) + (swapped.answer is None),
     )
+    return make_verdict([said])

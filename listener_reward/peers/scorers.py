@@ -6,7 +6,6 @@ the Bradley-Terry reading of their score, and only as calibrated as that is. Pos
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +16,10 @@ import torch
 from PIL.Image import Image
 from scipy.special import expit
 
+from listener_reward.conclude import Weighed, make_verdict
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.media.images import ImageLike, Picture
+from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.models.hub import hub_options
 from listener_reward.verdict import Verdict
 
@@ -76,16 +77,15 @@ class ScoreJudge:
             raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
         asked: dict[tuple[str, bytes], Image] = {}
         keys: list[list[tuple[str, bytes]]] = []
-        read: dict[int, tuple[Image, bytes]] = {}  # by object: whoever shows a picture in many pairs may hand over one
+        read: dict[int, Picture] = {}  # by object: whoever shows a picture in many pairs may hand over one
         for place, images in (("firsts", firsts), ("seconds", seconds)):
             keys.append([])
             for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
                 if id(image) not in read:
-                    picture = to_pil(image, field=f"{place}[{number}]")
-                    read[id(image)] = picture, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
-                picture, content = read[id(image)]
-                asked[prompt, content] = picture
-                keys[-1].append((prompt, content))
+                    read[id(image)] = to_still(to_visual(image, field=f"{place}[{number}]"))
+                picture = read[id(image)]
+                asked[prompt, picture.digest] = picture.image
+                keys[-1].append((prompt, picture.digest))
         scores = dict(zip(asked, self._scored([prompt for prompt, _ in asked], list(asked.values())), strict=True))
         return [
             _verdict(self._scale * (scores[one] - scores[other])) for one, other in zip(keys[0], keys[1], strict=True)
@@ -105,15 +105,8 @@ class ScoreJudge:
 def _verdict(log_odds: float) -> Verdict:
     # 1 - x is exact for x in [1/2, 1], so the mirror image of a verdict is exact.
     high = float(expit(abs(log_odds)))
-    return Verdict(
-        p_first=high if log_odds >= 0 else 1 - high,
-        preferred=None if log_odds == 0 else 1 if log_odds > 0 else 2,
-        thoughts=(),
-        listener_p_first=None,
-        contradicted=None,
-        position_gap=0.0,
-        malformed=0,
-    )
+    p_first = high if log_odds >= 0 else 1 - high
+    return make_verdict([Weighed(p_first, by_order=(p_first, p_first), position_gap=0.0)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import JudgeError
 from listener_reward.listener import Listener
+from listener_reward.media.images import to_picture
 from listener_reward.models.vlm import check_finite
 from listener_reward.shaping import accuracy_reward, contradicted, format_reward, listener_reward
 from listener_reward.trace import Trace, parse
@@ -70,10 +71,11 @@ class ShapedReward:
     def _listen(
         self, listener: Listener, rows: list[int], traces: list[Trace], caption: Sequence[str], images: Sequence[Any]
     ) -> list[float | None]:
-        chats = [
-            listener.chat_format.chat(caption[row], images[row][0], images[row][1], listener.vlm.reserved)
-            for row in rows
-        ]
+        pictures = {id(image): to_picture(image) for row in rows for image in images[row]}  # a group's rows share them
+        chats = []
+        for row in rows:
+            first, second = (pictures[id(image)] for image in images[row])
+            chats.append(listener.chat_format.chat(caption[row], first, second, listener.vlm.reserved))
         heard = [traces[row] for row in rows]
         try:
             return check_finite(listener.p_first(chats, heard), "the listener").tolist()

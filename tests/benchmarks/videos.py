@@ -16,9 +16,8 @@ from dataclasses import replace
 from rich.progress import track
 
 from listener_reward.evaluate.intervals import wilson
-from listener_reward.integrations.video import ClipJudge
+from listener_reward.integrations.video import read_clips
 from listener_reward.judge import Judge
-from listener_reward.media.storyboards import as_pictures
 from listener_reward.tiny.motion import draw_clip
 from listener_reward.tiny.world import sample_candidate, sample_prompt, utility, wording
 
@@ -42,13 +41,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    judge = ClipJudge(Judge.from_pretrained("tiny"), args.strategy, args.frames)
+    judge = Judge.from_pretrained("tiny", clips=args.strategy)
     hits, chance = 0, 0.0
     for index in track(range(args.prompts), disable=not sys.stderr.isatty()):
         rng = random.Random(f"videos/{args.seed}/{index}")
         prompt, scenes, right = group(rng, args.clips)
-        boards = as_pictures([draw_clip(scene, rng) for scene in scenes], frames=args.frames)
-        hits += right[judge.rank(prompt, boards).order[0]]
+        clips = read_clips([draw_clip(scene, rng) for scene in scenes], frames=args.frames)
+        hits += right[judge.rank(prompt, clips).order[0]]
         chance += sum(right) / len(right) / args.prompts
     low, high = wilson(hits, args.prompts) or (0.0, 1.0)
     print(
