@@ -213,21 +213,23 @@ def neutralise(text: str, reserved: Collection[str], *, before: str = "", after:
     # NFC first, because tokenizers do it: U+212A becomes a K there, and with it a tag that was none before.
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
     text = _CONTROL.sub(" ", text)
-    # Every copy has the same neighbours as before, so that nothing new meets where some are left out. Once more where
-    # floods were pieces of floods; eight copies of those are soon longer than a piece can be.
-    while (folded := _FLOOD.sub(lambda match: match[1] * MOST_REPEATS, text)) != text:
-        text = folded
     pattern = _any_of(frozenset(reserved))
-    # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
-    while pattern.search(text):
-        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    if text and unicodedata.combining(text[0]):  # by NFC it would take the last character of what stands before it
-        text = f" {text}"
-    seams = len(before), len(before) + len(text)
-    found = pattern.finditer(before + text + after)
-    if any(match.start() < seam < match.end() for match in found for seam in seams):
-        text = f" {text} "
-    return text
+    while True:
+        # Every copy has the same neighbours as before, so that nothing new meets where some are left out. Once more
+        # where floods were pieces of floods; eight copies of those are soon longer than a piece can be.
+        while (folded := _FLOOD.sub(lambda match: match[1] * MOST_REPEATS, text)) != text:
+            text = folded
+        # Once more where two tokens overlapped; every break widens a gap, so that it ends after a few rounds.
+        while pattern.search(text):
+            text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        if text and unicodedata.combining(text[0]):  # by NFC it would take the last character of what stands before it
+            text = f" {text}"
+        seams = len(before), len(before) + len(text)
+        found = pattern.finditer(before + text + after)
+        if any(match.start() < seam < match.end() for match in found for seam in seams):
+            text = f" {text} "
+        if text == folded:  # else the spaces may have made a flood: "<s>< s>" is twice the same once it is broken
+            return text
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import random
 import threading
 import time
@@ -13,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from listener_reward.errors import JudgeError
 from listener_reward.media.images import to_pil
 from listener_reward.ranking import Ranking, rank_images
 from listener_reward.verdict import Thought, Verdict
+
+# Random inputs are the same in every run of CI; at home each run tries new ones, and keeps those that failed.
+settings.register_profile("home", deadline=None, max_examples=100)
+settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
 def shade_image(red: int, size: int = 4) -> Image.Image:
