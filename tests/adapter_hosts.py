@@ -13,7 +13,8 @@ import io
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.serving.app import make_server
+from listener_reward.integrations.serving.collector import GroupCollector
 
 REDS = [200, 20, 90, 160]
 PROMPTS = ("a", "a", "a", "a")
@@ -142,13 +144,61 @@ def generated(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A collector without a clock
+
+
+class HandClock:
+    """The time of a collector, which goes on by hand: `GroupCollector(..., clock=hand.now, timer=hand.timer)`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._due: list[tuple[float, Callable[[], object]]] = []
+
+    def now(self) -> float:
+        return self.seconds
+
+    def timer(self, seconds: float, function: Callable[..., object], arguments: Sequence[Any]) -> Any:
+        entry = (self.seconds + seconds, lambda: function(*arguments))
+        return SimpleNamespace(start=lambda: self._due.append(entry), cancel=lambda: self._due.remove(entry))
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+        due = [entry for entry in self._due if entry[0] <= self.seconds]
+        self._due = [entry for entry in self._due if entry not in due]
+        for _, call in due:
+            call()
+
+
+class WatchedCollector(GroupCollector):
+    """Keeps the futures that it gave out, one for each submission, and tells when there are so many."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.futures: list[Future] = []
+        self._came = threading.Condition()
+
+    def submit(self, *args: Any, **options: Any) -> Future:
+        future = super().submit(*args, **options)
+        with self._came:
+            self.futures.append(future)
+            self._came.notify_all()
+        return future
+
+    def places(self, submissions: int) -> int:
+        """How many places of groups so many submissions took, once they came."""
+        with self._came:
+            assert self._came.wait_for(lambda: len(self.futures) >= submissions, 60)
+            return len({id(future) for future in self.futures})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The server, and Flow-Factory's RemoteRewardClient
 
 
 @contextmanager
 def serving(reward, **options):
     server = make_server(reward, port=0, **options)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # how often it asks to go on
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

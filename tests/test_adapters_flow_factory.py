@@ -6,14 +6,27 @@ import importlib
 import inspect
 import json
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from adapter_hosts import BETTER, ERRORS, REDS, REFERENCE, b64, broken, flow_factory_client, http, order, png, serving
+from adapter_hosts import (
+    BETTER,
+    ERRORS,
+    REDS,
+    REFERENCE,
+    WatchedCollector,
+    b64,
+    broken,
+    flow_factory_client,
+    http,
+    order,
+    png,
+    serving,
+)
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
@@ -161,8 +174,8 @@ def test_flow_factory_that_is_not_installed_is_named(monkeypatch):
 # Its RemoteRewardClient
 
 
-def hangs_up(url: str, body: dict) -> None:
-    """A client that sends a request and loses patience."""
+def hangs_up(url: str, body: dict, patience: Callable[[], object]) -> None:
+    """A client that sends a request and hangs up when its `patience` returns."""
     import socket
 
     host, port = url.removeprefix("http://").split(":")
@@ -170,19 +183,20 @@ def hangs_up(url: str, body: dict) -> None:
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /compute HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
-        time.sleep(0.2)
+        patience()
 
 
 def test_flow_factory_request_that_is_sent_again_counts_once_and_an_equal_one_twice(FakeJudge):
     judge = FakeJudge()
     body = {"prompt": ["a"], "image": [b64(png(7))], "video": None, "condition_images": None, "kwargs": None}
-    with serving(GroupCollector(ListenerReward(judge, scheme="group"), 3, timeout=20)) as url:
-        hangs_up(url, body)
+    collector = WatchedCollector(ListenerReward(judge, scheme="group"), 3, timeout=60)
+    with serving(collector) as url:
+        hangs_up(url, body, lambda: collector.places(1))
         with ThreadPoolExecutor(3) as clients:
             # One sends again, another process has the very same image; the group is full with the third.
             equal = [clients.submit(http, f"{url}/compute", body) for _ in range(2)]
-            time.sleep(0.2)
-            assert judge.calls == [], "the first client's image was counted twice"
+            assert collector.places(3) == 2, "the first client's image was counted twice"
+            assert judge.calls == []
             third = clients.submit(http, f"{url}/compute", body | {"image": [b64(png(200))]})
             rewards = [one.result(10)[1]["rewards"][0] for one in (*equal, third)]
     assert rewards[0] == rewards[1] < rewards[2] and len(judge.calls) == 1

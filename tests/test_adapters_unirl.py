@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from adapter_hosts import BETTER, REDS, REFERENCE, b64, broken, http, order, png, serving
+from adapter_hosts import BETTER, REDS, REFERENCE, WatchedCollector, b64, broken, http, order, png, serving
 
 from listener_reward.integrations import unirl
 from listener_reward.integrations.serving.collector import GroupCollector
@@ -153,14 +152,14 @@ def test_unirl_request_that_is_repeated_counts_once(FakeJudge):
     """The client's timeout is shorter than the wait for the group: it sends the same keys again, in the middle of the
     wait and after the answer was lost."""
     judge = FakeJudge()
-    collector = GroupCollector(ListenerReward(judge, scheme="group"), 4, timeout=20)
+    collector = WatchedCollector(ListenerReward(judge, scheme="group"), 4, timeout=60)
     halves = [
         {"requests": [unirl_request(red) | {"group_id": "g", "idempotency_key": str(red)} for red in reds]}
         for reds in (REDS[:2], REDS[2:])
     ]
     with ThreadPoolExecutor(3) as clients:
         waiting = [clients.submit(unirl.answer, collector, halves[0]) for _ in range(2)]
-        time.sleep(0.1)
+        assert collector.places(4) == 2
         assert not any(one.done() for one in waiting) and judge.calls == []
         last = unirl.answer(collector, halves[1])
         first, again = (one.result(5) for one in waiting)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,16 +41,28 @@ class GroupCollector:
     another scale than full groups.
     """
 
-    def __init__(self, reward: Reward, group_size: int, *, timeout: float = 600.0):
+    def __init__(
+        self,
+        reward: Reward,
+        group_size: int,
+        *,
+        timeout: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+        timer: Callable[..., threading.Timer] = threading.Timer,
+    ):
         """
         Args:
             reward: what scores a full group, with the scheme `group`.
             group_size: how many images of a prompt make a group.
             timeout: seconds from a group's first image until it must be full; generating the rest takes time too.
+            clock: gives seconds that never go back.
+            timer: `timer(seconds, function, arguments)` calls the function once it was started and the seconds are
+                over, unless it is cancelled before.
         """
         if group_size < 2:
             raise InputError(f"group_size is {group_size}; a group has at least 2 images to compare")
         self.reward, self.group_size, self.timeout = reward, group_size, timeout
+        self._clock, self._timer = clock, timer
         self._waiting: dict[tuple[str, str], _Group] = {}
         self._named: dict[str, Future] = {}
         self._closed: deque[tuple[float, list[str]]] = deque()  # when a group was answered, and the names in it
@@ -96,7 +108,7 @@ class GroupCollector:
                 self._named[name] = future
                 waiting.names.append(name)
             if len(waiting.members) == 1:
-                waiting.timer = threading.Timer(self.timeout, self._give_up, (key, waiting))
+                waiting.timer = self._timer(self.timeout, self._give_up, (key, waiting))
                 waiting.timer.daemon = True
                 waiting.timer.start()
             full = len(waiting.members) == self.group_size
@@ -155,11 +167,11 @@ class GroupCollector:
     def _close(self, group: _Group) -> None:
         if group.names:
             with self._lock:
-                self._closed.append((time.monotonic(), group.names))
+                self._closed.append((self._clock(), group.names))
 
     def _forget(self) -> None:
         """Names of groups that were answered long ago, whole groups at a time. With the lock held."""
-        while self._closed and self._closed[0][0] < time.monotonic() - self.timeout:
+        while self._closed and self._closed[0][0] < self._clock() - self.timeout:
             for name in self._closed.popleft()[1]:
                 del self._named[name]
 
