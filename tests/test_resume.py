@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def test_what_resume_from_checkpoint_means(checkpoints: Callable[..., Path], grp
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(formed_judge: Path, tmp_path: Path):
-    """SIGKILL once the second checkpoint is there; the kill is then made to have hit the writing of the next one."""
+    """SIGKILL in the middle of the third step; the kill is then made to have hit the writing of the next checkpoint."""
     config = tmp_path / "train.yaml"
     config.write_text(
         f"""
@@ -164,27 +163,33 @@ disable_tqdm: true
         encoding="utf-8",
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = "import sys; sys.path.insert(0, sys.argv.pop(1)); from listener_reward.cli import main; main()"
+    command = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from transformers.trainer_callback import DefaultFlowCallback
+
+from listener_reward.cli import main
+
+def kill(self, args, state, control, **more):
+    if state.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+DefaultFlowCallback.on_pre_optimizer_step = kill
+main()
+"""
     arguments = ["train", "--config", str(config), "--output_dir", str(killed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
+    process = subprocess.run(
         [sys.executable, "-c", command, str(ROOT), *arguments],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        while process.poll() is None and not (killed / "checkpoint-2" / "trainer_state.json").exists():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-    finally:
-        process.kill()
-    assert process.returncode == -signal.SIGKILL, errors
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (killed / "checkpoint-8").exists(), "the run was over before it was killed"
     newest = last_checkpoint(killed)
-    assert newest is not None
+    assert newest is not None and newest.name == "checkpoint-2"
     assert Judge.from_pretrained(newest).card == Card.load(formed_judge)
     torn = killed / f"checkpoint-{int(newest.name.split('-')[1]) + 1}"
     shutil.copytree(newest, torn, dirs_exist_ok=True)
