@@ -22,6 +22,8 @@ from listener_reward.media.images import to_pil
 from listener_reward.ranking import Ranking, rank_images
 from listener_reward.verdict import Thought, Verdict
 
+pytest_plugins = ["skips", "pytester"]
+
 # Random inputs are the same in every run of CI; at home each run tries new ones, and keeps those that failed.
 settings.register_profile("home", deadline=None, max_examples=100)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
