@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
@@ -22,12 +25,42 @@ from listener_reward.media.images import to_pil
 from listener_reward.ranking import Ranking, rank_images
 from listener_reward.verdict import Thought, Verdict
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+
 pytest_plugins = ["skips", "pytester"]
 
 # Random inputs are the same in every run of CI; at home each run tries new ones, and keeps those that failed.
 settings.register_profile("home", deadline=None, max_examples=100)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+SLOWEST_FIRST = (
+    "test_ddpo test_distributed test_tiny_diffusion test_sharing test_calibration test_examples test_demo "
+    "test_package test_bench test_resume test_video test_report test_injection"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take whole files: begun last, a slow one would keep one of them busy and the others idle."""
+    place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Imports without garbage collection, a quarter sooner, and leaves what was imported out of any later one.
+
+    Each trainer ends with a collection, which took half a second with torch and transformers to look through.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def shade_image(red: int, size: int = 4) -> Image.Image:
@@ -138,45 +171,71 @@ def shade() -> Callable[..., Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def random_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint's folder: a tiny model with random weights, its processor, and a card; it is its own listener."""
-    import torch
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, fill)` is a folder that `fill` was called with, by the first of all workers that wants it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    from listener_reward.card import Card
-    from listener_reward.chat import ChatFormat
-    from listener_reward.tiny.models import QUESTION, build_model, build_processor
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        path = shared / name
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                (unfinished := shared / f"{name}.unfinished").mkdir(exist_ok=True)
+                fill(unfinished)
+                unfinished.rename(path)
+        return path
 
-    folder = tmp_path_factory.mktemp("random-judge")
-    processor = build_processor()
-    torch.manual_seed(0)
-    build_model(processor.tokenizer).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=8).save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def sft_run(random_judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+def random_judge(once: Callable[..., Path]) -> Path:
+    """A checkpoint's folder: a tiny model with random weights, its processor, and a card; it is its own listener."""
+
+    def fill(folder: Path) -> None:
+        import torch
+
+        from listener_reward.card import Card
+        from listener_reward.chat import ChatFormat
+        from listener_reward.tiny.models import QUESTION, build_model, build_processor
+
+        processor = build_processor()
+        torch.manual_seed(0)
+        build_model(processor.tokenizer).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=8).save(folder)
+
+    return once("random-judge", fill)
+
+
+@pytest.fixture(scope="session")
+def sft_run(random_judge: Path, once: Callable[..., Path]) -> tuple[Path, list[float]]:
     """The random judge after a short supervised run, and the run's losses. Most of its completions are well-formed."""
-    from trl import SFTConfig
 
-    from listener_reward.datasets import load_pairs
-    from listener_reward.train.sft import train_sft
+    def fill(folder: Path) -> None:
+        from trl import SFTConfig
 
-    args = SFTConfig(
-        output_dir=str(tmp_path_factory.mktemp("sft-judge")),
-        per_device_train_batch_size=8,
-        max_steps=32,
-        learning_rate=3e-3,
-        logging_steps=1,
-        save_strategy="no",
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
-    trainer = train_sft(random_judge, load_pairs("tiny:train", limit=32), args)
-    return Path(str(args.output_dir)), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        from listener_reward.datasets import load_pairs
+        from listener_reward.train.sft import train_sft
+
+        args = SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=8,
+            max_steps=32,
+            learning_rate=3e-3,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        trainer = train_sft(random_judge, load_pairs("tiny:train", limit=32), args)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+
+    folder = once("sft-judge", fill)
+    return folder, json.loads((folder / "losses.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
