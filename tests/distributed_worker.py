@@ -9,6 +9,7 @@ for a process's random numbers depend on its rank. Only `RESUMED` samples, and i
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import sys
@@ -239,6 +240,7 @@ def main(out: Path, launches: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    gc.freeze()  # each trainer ends with a garbage collection, which need not look at what was imported
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for launch in launches:
         with on_cpu(launch) as fields:

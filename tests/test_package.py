@@ -27,6 +27,9 @@ LIGHT = (
 ).split()
 
 
+HEAVY = {"torch", "transformers", "datasets", "trl", "matplotlib"}
+
+
 def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> str:
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,13 +41,25 @@ def run_python(code: str, *arguments: str, cwd: Path = ROOT) -> str:
 
 def heavy_after(code: str) -> set[str]:
     """Which of the heavy packages are loaded once `code` has run in a fresh interpreter."""
-    heavy = "{'torch', 'transformers', 'datasets', 'trl', 'matplotlib'}"
-    return set(run_python(f"{code}\nimport sys\nprint(*({heavy} & set(sys.modules)))").split())
+    return set(run_python(f"{code}\nimport sys\nprint(*({HEAVY} & set(sys.modules)))").split())
 
 
 @pytest.mark.parametrize("module", ["", *LIGHT, "cli"])
-def test_light_modules_load_nothing_heavy(module: str):
-    assert heavy_after(f"import listener_reward{module and '.' + module}") == set()
+def test_light_modules_load_nothing_heavy(module: str, loaded_by: dict[str, set[str]]):
+    assert loaded_by[module] == set()
+
+
+@pytest.fixture(scope="module")
+def loaded_by() -> dict[str, set[str]]:
+    """Module to the heavy packages that are loaded after it and those before it, all in one fresh interpreter."""
+    modules = ["", *LIGHT, "cli"]
+    lines = run_python(
+        "import importlib, sys\n"
+        f"for module in {modules}:\n"
+        "    importlib.import_module('.'.join(['listener_reward', *filter(None, [module])]))\n"
+        f"    print(*({HEAVY} & set(sys.modules)))"
+    ).splitlines()
+    return {module: set(line.split()) for module, line in zip(modules, lines, strict=True)}
 
 
 def test_help_loads_nothing_heavy():

@@ -207,11 +207,20 @@ def test_rollouts_encode_images_in_the_precision_of_stock_trl(
     assert ("vision", torch.bfloat16) in found["shared"], "and in the loss"
 
 
+@pytest.fixture(scope="module")
+def stock_step() -> dict[str, Any]:
+    """A step with every switch off, once the first test that needs it has put it here."""
+    return {}
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_each_switch_alone_changes_nothing(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, switch: str):
+def test_each_switch_alone_changes_nothing(
+    formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, stock_step: dict[str, Any], switch: str
+):
     options = {"max_steps": 1, "scale_rewards": "none"}
     trainer, ours = train(formed_judge, grpo_config(**(options | ALL_OFF | {switch: True})), tiny_pairs)
-    _, stock = train(formed_judge, grpo_config(**(options | ALL_OFF)), tiny_pairs)
+    stock = stock_step or train(formed_judge, grpo_config(**(options | ALL_OFF)), tiny_pairs)[1]
+    stock_step.update(stock)
     part = switch.removeprefix("share_")
     assert trainer.sharing == (frozenset() if part == "listener" else {part})
     assert_same(ours, stock, in_order=part != "groups")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from listener_reward.tiny.diffusion import (
     build_pipeline,
     draw_pictures,
     load_pipeline,
+    main,
     measure,
     set_encoder,
 )
@@ -142,16 +143,27 @@ def test_the_encoder_keeps_what_it_must(pipeline):
     assert np.mean([a == b for a, b in zip(*pairs, strict=True)]) > 0.75
 
 
-def test_the_script_runs_resumes_and_ends_with_the_same_weights(tmp_path: Path):
-    def run(out: str, scratch: str, *more: str) -> str:
-        command = [sys.executable, "-m", "listener_reward.tiny.diffusion", "--steps", "2", "--pictures", "40"]
-        command += ["--samples", "4", "--out", str(tmp_path / out), "--scratch", str(tmp_path / scratch), *more]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test choose how many threads torch has."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
-    assert "| utility |" in run("once", "kept")
-    run("again", "kept")  # both stages are done: it only saves and measures
+
+@pytest.mark.usefixtures("threads")
+def test_the_script_runs_resumes_and_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def arguments(out: str) -> list[str]:
+        folders = ["--out", str(tmp_path / out), "--scratch", str(tmp_path / "kept")]
+        return ["--steps", "2", "--pictures", "40", "--samples", "4", *folders]
+
+    monkeypatch.setattr(sys, "argv", ["diffusion.py", *arguments("once")])
+    main()
+    assert "| utility |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["diffusion.py", *arguments("again")])
+    main()  # both stages are done: it only saves and measures
     before, after = (
         (tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
         for folder in ("once", "again")
