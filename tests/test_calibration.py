@@ -381,7 +381,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_judging(random_judg
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_judging(monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "listener_reward.plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "listener_reward.evaluate.plotting", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = ["calibrate", "--judge", "tiny", "--data", "nowhere", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "x.svg")])

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from listener_reward.evaluate.confidence import reliability
-from listener_reward.plotting import LINE, label_ends, reliability_figure, save_svg
+from listener_reward.evaluate.plotting import LINE, label_ends, reliability_figure, save_svg
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from listener_reward import Judge
 from listener_reward.calibration.maps import Calibration
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
-from listener_reward.plotting import reliability_figure, save_svg
+from listener_reward.evaluate.plotting import reliability_figure, save_svg
 from listener_reward.tiny.world import p_prefers_first, split_pairs
 
 

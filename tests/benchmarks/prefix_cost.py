@@ -19,7 +19,7 @@ from rich.console import Console
 
 from listener_reward.bench import run
 from listener_reward.bench.shapes import Size, build_checkpoint
-from listener_reward.plotting import BLUE, ORANGE, label_ends, save_svg, styled
+from listener_reward.evaluate.plotting import BLUE, ORANGE, label_ends, save_svg, styled
 
 SIZES = (2, 4, 8, 16, 32)
 KEPT = ("median_seconds", "tokens", "patches", "peak_mb", "weight_flops")

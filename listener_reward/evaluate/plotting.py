@@ -2,7 +2,7 @@
 
 Equal data give equal files: no date, no random names, and no setting of the user's own matplotlibrc.
 
-The page of `eval --html` draws for itself (`report_plots`): that page loads nothing.
+The page of `eval --html` draws for itself (`report.plots`): that page loads nothing.
 
 Raises:
     MissingExtraError: on import, where the extra `plot` is not installed.
