@@ -170,9 +170,10 @@ class ListenerReward:
 
     def compare(self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip) -> Verdict:
         """Judges one pair; see `Judge.compare`."""
-        visuals = to_visual(first, field="first"), to_visual(second, field="second")
         with self._lock:
-            return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]])[0]
+            judge = self._get_judge()
+            visuals = to_visual(first, field="first"), to_visual(second, field="second")
+            return judge.compare_many([prompt], [visuals[0]], [visuals[1]])[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What scores of later calls rest on beside the arguments: each prompt's kept first image, as a PNG's bytes.

@@ -142,7 +142,10 @@ class FakeJudge:
         thoughts = [Thought("The first is redder.", "as given", preferred, p_first, heard, contradicted)]
         if self.malformed:
             thoughts.append(Thought("Well", "swapped", None, 0.5, heard, None))
-        return Verdict(p_first, preferred, tuple(thoughts), heard, contradicted, self.bias, int(self.malformed))
+        by_order = p_first, 0.5 if self.malformed else None
+        return Verdict(
+            p_first, preferred, tuple(thoughts), heard, contradicted, self.bias, int(self.malformed), by_order
+        )
 
     def _noise(self, first: int, second: int) -> float:
         low, high = sorted((first, second))

@@ -126,7 +126,7 @@ class HashVLM:
         return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
 
     def _hash(self, chat: Chat, word: str) -> int:
-        shown = b"".join(image.tobytes() for image in chat.images)
+        shown = b"".join(picture.digest for picture in chat.images)
         key = f"{self.salt}/{chat.prompt}/{word}/".encode("utf-8", "replace") + shown
         return int.from_bytes(hashlib.blake2b(key, digest_size=6).digest())
 

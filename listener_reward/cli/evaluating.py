@@ -241,7 +241,10 @@ def calibrate(
             check_writable(name, out)
             if plot is not None:
                 check_page("plot", plot)
-                from listener_reward.evaluate.plotting import reliability_figure, save_svg  # its extra is missed before the work
+                from listener_reward.evaluate.plotting import (
+                    reliability_figure,
+                    save_svg,
+                )  # its extra is missed before the work
             pairs = load_pairs(data, limit=limit, seed=seed)
             loaded = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
             result = fit(
