@@ -179,6 +179,16 @@ def test_rows_that_are_no_pairs_are_counted_by_their_reason(tmp_path):
     assert found.sizes is None and found.usable
 
 
+def test_a_duplicate_has_the_same_prompt_and_the_same_dimension(tmp_path):
+    """Also where a prompt is the name of its dimension, or the two change places."""
+    lines = ["path_A,path_B,prompt,VQ,MQ", "a.mp4,b.mp4,VQ,A,B", "b.mp4,a.mp4,MQ,A,B", "a.mp4,b.mp4,VQ,B,"]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"....ftypisom")
+    found = check_data(f"videogen:{tmp_path / 'train.csv'}#all")
+    assert (found.pairs, found.duplicate_pairs, found.contradicting_duplicates) == (5, 1, 1)
+
+
 @pytest.mark.skipif(not (SHARED / "imagereward").is_dir(), reason="ImageReward's labels are not on this machine")
 def test_imagereward_leaks_its_labels_by_their_order():
     found = check_data(f"imagereward:{SHARED / 'imagereward'}")

@@ -53,7 +53,7 @@ class DataCheck:
     sizes: dict[str, list[int]] | None
     """Width and height of the smallest, median and largest image by area, as a judge gets them; None for videos."""
     duplicate_pairs: int
-    """Pairs whose prompt and images have been there before, in either order."""
+    """Pairs whose prompt, dimension and images have been there before, in either order."""
     contradicting_duplicates: int
     """Those of them that prefer another image than the first such pair."""
     repeated_ids: int
@@ -158,6 +158,8 @@ class _Tally:
         self.looked: dict[int, tuple[str | None, tuple[int, int] | None]] = {}
         self.broken_pairs = 0
         self.before: dict[tuple[int, int, int], float] = {}
+        """Pairs by their question and their two images, the lower key first, to the share that prefers that image. The
+        question is the prompt and, where a format labels several, the dimension: visual quality, motion quality."""
         self.duplicates = self.contradicting = 0
         self.ids: set[int] = set()
         self.prompts: set[int] = set()
@@ -182,14 +184,13 @@ class _Tally:
         self.ids.add(_hash(pair.id.encode()))
         first, second = _image_key(pair.first), _image_key(pair.second)
         self.broken_pairs += any(self.looked[key][0] is not None for key in (first, second))
-        prompt = _hash(pair.prompt.encode())
-        dimension = _hash(str(one.columns.get("dimension")).encode())
+        question = _hash(repr((pair.prompt, one.columns.get("dimension"))).encode())
         p_low = pair.p_first if first <= second else 1 - pair.p_first
-        known = self.before.setdefault((prompt ^ dimension, min(first, second), max(first, second)), p_low)
+        known = self.before.setdefault((question, min(first, second), max(first, second)), p_low)
         if len(self.before) + self.duplicates < len(self.first):
             self.duplicates += 1
             self.contradicting += np.sign(known - 0.5) != np.sign(p_low - 0.5)
-        self.prompts.add(prompt)
+        self.prompts.add(_hash(pair.prompt.encode()))
         self.lengths.append(len(pair.prompt))
         self.empty += not pair.prompt.strip()
         tokens = [token for token in QWEN_RESERVED if token in pair.prompt]
