@@ -25,8 +25,8 @@ from listener_reward import Judge
 from listener_reward.conclude import Answer
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.confidence import expected_calibration_error
-from listener_reward.evaluate.run import side
 from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, ORANGE, save_svg, styled
+from listener_reward.evaluate.run import side
 from listener_reward.verdict import Verdict
 
 THOUGHTS = 8
