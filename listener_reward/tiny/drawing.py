@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 
 from listener_reward.tiny.world import Scene, TinyPair
 
-_HUE = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
+HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
+"""Degrees on the colour circle at the middle of each colour; a drawing differs from it by up to `_JITTER`."""
+
 _JITTER = {"red": 7.0, "orange": 5.0, "yellow": 5.0, "green": 22.0, "blue": 16.0, "purple": 14.0}
 _CANVASES = (64, 96, 96, 128, 160)
 _ASPECTS = ((1, 1),) * 14 + ((4, 3), (3, 4))
@@ -65,7 +67,7 @@ def draw_pair(pair: TinyPair) -> tuple[Image.Image, Image.Image]:
 
 
 def _color(name: str, rng: random.Random) -> tuple[int, int, int]:
-    hue = (_HUE[name] + rng.uniform(-1, 1) * _JITTER[name]) % 360 / 360
+    hue = (HUES[name] + rng.uniform(-1, 1) * _JITTER[name]) % 360 / 360
     value = rng.uniform(0.5, 1.0) if name in ("green", "blue", "purple", "red") else rng.uniform(0.85, 1.0)
     return _rgb(hue, rng.uniform(0.72, 1.0), value)
 

@@ -19,12 +19,12 @@ from PIL import Image
 from scipy import ndimage
 
 from listener_reward.errors import InputError
+from listener_reward.tiny.drawing import HUES
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, utility
 
 SIDE = 96
 """Pixels of the shorter side at which a picture is read."""
 
-HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
 UNSATURATED = 0.69
 """Fills have a saturation of 0.72 or more, faded ones of at most 0.67."""
 
