@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat
-from listener_reward.datasets.format import Labelled, Skipped, is_video
+from listener_reward.datasets.format import Labelled, Skipped, stored_as_video
 from listener_reward.datasets.load import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
@@ -276,7 +276,7 @@ def _three(values: list[Any]) -> dict[str, Any] | None:
 
 def _look(pair_id: str, image: Any) -> tuple[str | None, tuple[int, int] | None]:
     """Why an image cannot be used, or its size."""
-    if is_video(image):
+    if stored_as_video(image):
         return fault(pair_id, image), None
     try:
         return None, to_pil(image, field=f"an image of pair {pair_id}").size

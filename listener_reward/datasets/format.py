@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from listener_reward.errors import InputError
+from listener_reward.media.videos import HEAD_BYTES, container
 from listener_reward.pairs import PreferencePair
 
 Row: TypeAlias = "Mapping[str, Any]"
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-_VIDEO_STARTS = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "))
 
 PUBLISHED = {"group": "string", "item_first": "string", "item_second": "string"}
 """Columns of every published format beside those of all data, and their Arrow types."""
@@ -164,16 +164,14 @@ def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
     return {"bytes": None, "path": os.path.normpath(found)}
 
 
-def is_video(media: Any) -> bool:
-    """Whether an undecoded image is a video in truth, by its path's suffix or its first bytes."""
-    if media.get("bytes") is not None:
-        return starts_as_video(media["bytes"][:12])
-    return Path(media.get("path") or "").suffix.lower() in _VIDEO_SUFFIXES
+def stored_as_video(image: Mapping[str, Any]) -> bool:
+    """Whether an undecoded image is a video instead: by its first bytes, or by its path's suffix.
 
-
-def starts_as_video(head: bytes) -> bool:
-    """Whether these first bytes of a file are those of an mp4, mov, webm, mkv or avi."""
-    return any(head[at:].startswith(magic) for at, magic in _VIDEO_STARTS)
+    No file is opened, for a path may name one that is not on this machine.
+    """
+    if image.get("bytes") is not None:
+        return container(image["bytes"][:HEAD_BYTES]) is not None
+    return Path(image.get("path") or "").suffix.lower() in _VIDEO_SUFFIXES
 
 
 def names(row: Row) -> str:

@@ -61,9 +61,8 @@ from listener_reward.datasets.format import (
     Place,
     Row,
     Skipped,
-    is_video,
     read_pairs,
-    starts_as_video,
+    stored_as_video,
 )
 from listener_reward.datasets.genai_bench import GENAI_BENCH
 from listener_reward.datasets.generic import generic_format
@@ -77,6 +76,7 @@ from listener_reward.datasets.tiny import TINY_PAIRS, tiny_pairs
 from listener_reward.datasets.videogen import VIDEOGEN
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
+from listener_reward.media.videos import HEAD_BYTES, container
 
 __all__ = ["FEATURES", "FORMATS", "MAX_BROKEN", "TINY_PAIRS", "is_swapped", "load_pairs"]
 
@@ -388,7 +388,7 @@ def _report_broken(spec: str, broken: int, n: int, messages: Sequence[str], max_
 
 def fault(pair_id: str, image: Any) -> str | None:
     """Why an image cannot be used, None if it can. A video only has to be there and to start as one."""
-    if is_video(image):
+    if stored_as_video(image):
         return None if image["bytes"] is not None else _video_fault(f"a video of pair {pair_id}", image["path"])
     try:
         to_pil(image, field=f"an image of pair {pair_id}")
@@ -403,8 +403,8 @@ def _video_fault(what: str, path: str) -> str | None:
     if not Path(path).is_file():
         return f"{what} is {path!r}, where there is no file; check the path"
     with open(path, "rb") as file:
-        head = file.read(12)
-    return None if starts_as_video(head) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
+        head = file.read(HEAD_BYTES)
+    return None if container(head) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
 
 
 def _key(image: Any) -> str | int:

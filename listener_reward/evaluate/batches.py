@@ -38,12 +38,14 @@ def shown(batches: Iterable[dict[str, list[Any]]], labels: Labels) -> Iterator[d
     Raises:
         InputError: a video that cannot be read.
     """
-    from listener_reward.datasets.format import is_video
+    from listener_reward.datasets.format import stored_as_video
 
     kept: dict[str, Visual] = {}
     with ThreadPoolExecutor() as pool:
         for rows in batches:
-            filmed = any(isinstance(image, Mapping) and is_video(image) for pair in rows["images"] for image in pair)
+            filmed = any(
+                isinstance(image, Mapping) and stored_as_video(image) for pair in rows["images"] for image in pair
+            )
             size = _FILMED if filmed else len(rows["images"])
             for start in range(0, len(rows["images"]), size):
                 part = {name: values[start : start + size] for name, values in rows.items()}
@@ -53,14 +55,14 @@ def shown(batches: Iterable[dict[str, list[Any]]], labels: Labels) -> Iterator[d
 
 def _decoded(pairs: list[list[Any]], kept: dict[str, Visual], pool: ThreadPoolExecutor) -> list[list[Any]]:
     """The pairs' pictures, those of files from `kept` and into it, the latest used at its end."""
-    from listener_reward.datasets.format import is_video
+    from listener_reward.datasets.format import stored_as_video
 
     wanted = {_key(image): image for pair in pairs for image in pair if isinstance(image, Mapping)}
     found = {key: kept.pop(key) for key in wanted if key in kept}
     room = BUDGET - sum(visual.nbytes for visual in found.values())
     missing = [key for key in wanted if key not in found]
     for start in range(0, len(missing), _AHEAD):
-        keys = [key for key in missing[start : start + _AHEAD] if room > 0 or is_video(wanted[key])]
+        keys = [key for key in missing[start : start + _AHEAD] if room > 0 or stored_as_video(wanted[key])]
         for key, picture in zip(keys, pool.map(_picture, (wanted[key] for key in keys)), strict=True):
             if picture is not None:
                 found[key] = picture
@@ -82,9 +84,9 @@ def _key(image: Mapping[str, Any]) -> str:
 
 
 def _picture(image: Mapping[str, Any]) -> Picture | Clip | None:
-    from listener_reward.datasets.format import is_video
+    from listener_reward.datasets.format import stored_as_video
 
-    if is_video(image):
+    if stored_as_video(image):
         from listener_reward.media.videos import read_clip  # pyright: ignore[reportMissingImports]
 
         return read_clip(image.get("bytes") or image["path"], field="a video of the data")

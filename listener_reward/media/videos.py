@@ -25,6 +25,9 @@ MAX_FRAMES = 64
 
 _ANIMATED = ("GIF", "WEBP", "PNG")
 
+HEAD_BYTES = 16
+"""First bytes of a file that tell its container."""
+
 _DEMUXERS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
 """Where a container says what it is, and FFmpeg's name for it. No other is opened: some, such as playlists, make FFmpeg
 read further files, or the network."""
@@ -91,12 +94,20 @@ def check_frames(frames: Any) -> None:
 
 
 def is_video(media: Any) -> bool:
-    """A clip, an array of rank 4, a list of frames or a video file; an animation that Pillow reads is not."""
+    """A clip, an array of rank 4, a list of frames or a video file; an animation that Pillow reads is not.
+
+    A file is opened for its first bytes.
+    """
     if isinstance(media, (Clip, list, tuple)):
         return True
     if isinstance(media, (str, os.PathLike, bytes)):
         return _demuxer(media) is not None
     return getattr(media, "ndim", 0) == 4
+
+
+def container(head: bytes) -> str | None:
+    """FFmpeg's name of the container (mov for mp4 too, matroska for webm too, avi) whose file starts with `head`."""
+    return next((name for at, magic, name in _DEMUXERS if head[at:].startswith(magic)), None)
 
 
 def _open(video: Any, field: str) -> _Source:
@@ -130,14 +141,12 @@ def _open_file(video: str | os.PathLike[str] | bytes, field: str) -> _Source:
 def _demuxer(video: str | os.PathLike[str] | bytes) -> str | None:
     """FFmpeg's name of the file's format, None where it is not one of ours."""
     if isinstance(video, bytes):
-        head = video[:16]
-    else:
-        try:
-            with open(video, "rb") as file:
-                head = file.read(16)
-        except (OSError, ValueError):  # a ValueError for a name with a null byte
-            return None
-    return next((name for at, magic, name in _DEMUXERS if head[at:].startswith(magic)), None)
+        return container(video[:HEAD_BYTES])
+    try:
+        with open(video, "rb") as file:
+            return container(file.read(HEAD_BYTES))
+    except (OSError, ValueError):  # a ValueError for a name with a null byte
+        return None
 
 
 def _open_animation(video: str | os.PathLike[str] | bytes, field: str) -> _Source:
