@@ -43,7 +43,7 @@ small one's head has a quarter of its language model's weights, as in Qwen2.5-0.
 as much for each visual token as its language model: 2.4 in InternVL3-1B, 1.7 in Qwen2-VL-2B, 0.9 in Qwen2.5-VL-3B."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """One benchmark's sizes."""
 

@@ -162,7 +162,15 @@ def evaluate_pairs(
                     shown += scored_gallery(scored, pairs, mistakes=mistakes)
             for name in names:
                 try:
-                    loaded = load_rater(name, listener, no_think, thoughts, aggregate, orders, early_stop)
+                    loaded = load_rater(
+                        name,
+                        listener=listener,
+                        no_think=no_think,
+                        thoughts=thoughts,
+                        aggregate=aggregate,
+                        orders=orders,
+                        early_stop=early_stop,
+                    )
                     gallery = Gallery(loaded.name, mistakes)
                     watch = None if html is None else gallery.add
                     progress = sys.stderr.isatty()
@@ -246,7 +254,15 @@ def calibrate(
                     save_svg,
                 )  # its extra is missed before the work
             pairs = load_pairs(data, limit=limit, seed=seed)
-            loaded = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
+            loaded = load_judge(
+                judge,
+                listener=listener,
+                no_think=no_think,
+                thoughts=thoughts,
+                aggregate=aggregate,
+                orders=orders,
+                early_stop=early_stop,
+            )
             result = fit(
                 loaded,
                 pairs,

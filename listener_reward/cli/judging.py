@@ -43,9 +43,16 @@ def compare(
     """
     with errors_in_one_line(debug):
         with working("judging"):
-            verdict = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop).compare(
-                prompt, first, second
+            loaded = load_judge(
+                judge,
+                listener=listener,
+                no_think=no_think,
+                thoughts=thoughts,
+                aggregate=aggregate,
+                orders=orders,
+                early_stop=early_stop,
             )
+            verdict = loaded.compare(prompt, first, second)
         if as_json:
             print_json(verdict.to_dict())
         else:
@@ -84,7 +91,15 @@ def rank(
     """
     with errors_in_one_line(debug):
         with working("judging"):
-            loaded = load_judge(judge, listener, no_think, thoughts, aggregate, orders, early_stop)
+            loaded = load_judge(
+                judge,
+                listener=listener,
+                no_think=no_think,
+                thoughts=thoughts,
+                aggregate=aggregate,
+                orders=orders,
+                early_stop=early_stop,
+            )
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
@@ -132,7 +147,7 @@ def rank_videos(
         with working("judging"):
             from listener_reward.integrations.video import rank_videos  # pyright: ignore[reportMissingImports]
 
-            loaded = load_judge(judge, listener, no_think, thoughts)
+            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
             chosen: Any = strategy
             ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
         if as_json:

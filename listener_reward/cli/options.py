@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
 import typer
 
@@ -47,31 +47,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def load_rater(name: str | None, *options: Any) -> Any:
-    """A judge of ours, with the options that `load_judge` takes, or a peer, which knows of none of them."""
+class JudgeOptions(TypedDict, total=False):
+    """The options that say how a judge judges, as the commands have them; None leaves it to the judge's card."""
+
+    listener: str | None
+    no_think: bool
+    thoughts: int | None
+    aggregate: str | None
+    orders: str | None
+    early_stop: float | None
+
+
+def load_rater(name: str | None, **options: Unpack[JudgeOptions]) -> Any:
+    """A judge of ours, or a peer, which knows of none of the options."""
     from listener_reward.peers import is_peer, load_peer
 
-    return load_peer(name) if name and is_peer(name) else load_judge(name, *options)
+    return load_peer(name) if name and is_peer(name) else load_judge(name, **options)
 
 
-def load_judge(
-    name: str | None,
-    listener: str | None,
-    no_think: bool,
-    thoughts: int | None,
-    aggregate: str | None = None,
-    orders: str | None = None,
-    early_stop: float | None = None,
-) -> Judge:
+def load_judge(name: str | None, **options: Unpack[JudgeOptions]) -> Judge:
+    """The judge of that name, the paper's released checkpoint without one."""
     from listener_reward.judge import Judge
     from listener_reward.reward import PAPER_CHECKPOINT
 
-    given = {
-        "listener": listener,
-        "thoughts": thoughts,
-        "aggregate": aggregate,
-        "orders": orders,
-        "early_stop": early_stop,
-    }
-    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-    return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=not no_think, **options)
+    no_think = options.pop("no_think", False)
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=not no_think, **given)

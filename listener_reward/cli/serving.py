@@ -47,7 +47,7 @@ def serve(
             from listener_reward.integrations.serving.collector import GroupCollector  # pyright: ignore[reportMissingImports]
             from listener_reward.reward import ListenerReward
 
-            loaded = load_judge(judge, listener, no_think, thoughts)
+            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
             chosen: Any = "group" if group_size else scheme
             reward: Any = ListenerReward(loaded, scheme=chosen, on_failure="nan")
             server = make_server(

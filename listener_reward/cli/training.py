@@ -90,9 +90,22 @@ def bench(
         from listener_reward.bench.run import report, run_bench
         from listener_reward.bench.shapes import Size
 
-        times = repeats if repeats is not None else 1 if what == "grpo" else 5
-        shape = (model, pixels, group, groups, tokens, images, prompt_words, dtype, attention, times)
-        size = Size(*shape, lora, gradient_checkpointing)
+        if repeats is None:
+            repeats = 1 if what == "grpo" else 5
+        size = Size(
+            model=model,
+            pixels=pixels,
+            group=group,
+            groups=groups,
+            tokens=tokens,
+            images=images,
+            prompt_words=prompt_words,
+            dtype=dtype,
+            attention=attention,
+            repeats=repeats,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         with redirect_stdout(sys.stderr):
             results = run_bench(what, size, stderr())
         if as_json:
