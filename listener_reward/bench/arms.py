@@ -31,7 +31,6 @@ from listener_reward.chat import Chat, ChatFormat, reserved_tokens
 from listener_reward.judge import Judge
 from listener_reward.listener import load_listener
 from listener_reward.models.transformers_vlm import TransformersVLM
-from listener_reward.trace import Trace
 
 Computed = dict[str, torch.Tensor]
 
@@ -262,17 +261,35 @@ def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None
         if "lora_" in name:
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
     trainer.heard_by = reward.listener
-    reward.read_completion = _read_anything
+    trainer.reward_funcs = _as_thoughts(trainer.reward_funcs, card.format)
     return trainer
 
 
-def _read_anything(text: str, _: ChatFormat) -> Trace:
-    """Random weights write no well-formed answer, and the listener reads only such: here it reads all.
+def _as_thoughts(parts: list[Callable[..., Any]], chat_format: ChatFormat) -> list[Callable[..., Any]]:
+    """The reward functions, each completion handed to them as a thought with an answer after it.
 
-    The answers differ as a reasoner's do. Were they equal, the advantages would be a random listener's small
-    differences, and those mostly rounding.
+    Random weights write nothing well-formed, and the listener reads nothing else. The answers differ as a reasoner's
+    do. Were they equal, the advantages would be a random listener's small differences, and those mostly rounding.
     """
-    return Trace(text, 1 if zlib.crc32(text.encode()) % 2 else 2)
+    from listener_reward.train.rewards import text_of
+
+    last: tuple[Any, list[str]] = None, []  # the parts know a batch by its list, and read it once
+
+    def answered(completion: Any) -> str:
+        thought = text_of(completion)
+        label = chat_format.labels[1 - zlib.crc32(thought.encode()) % 2]
+        return chat_format.answer_slot(thought) + label + chat_format.answer[1]
+
+    def formed(completions: list[Any]) -> list[str]:
+        nonlocal last
+        if last[0] is not completions:
+            last = completions, [answered(completion) for completion in completions]
+        return last[1]
+
+    def reading(part: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda completions, **columns: part(completions=formed(completions), **columns)
+
+    return [reading(part) for part in parts]
 
 
 def _not_words(folder: Path, tokenizer: Any) -> list[int]:

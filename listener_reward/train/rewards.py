@@ -41,8 +41,6 @@ class ShapedReward:
         self.chat_format = chat_format
         self.listener = listener
         self.on_failure = on_failure
-        self.read_completion: Callable[[str, ChatFormat], Trace] = parse
-        """Reads a completion; a benchmark of random weights, which write nothing well-formed, puts in its own."""
         self._last: tuple[Any, Scored] | None = None
         self.functions: list[Callable[..., list[float | None]]] = [
             _Part("format", self, lambda trace, p_first, heard: format_reward(trace)),
@@ -59,7 +57,7 @@ class ShapedReward:
         return self._last[1]
 
     def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
-        traces = [self.read_completion(text_of(completion), self.chat_format) for completion in completions]
+        traces = [parse(text_of(completion), self.chat_format) for completion in completions]
         heard: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]
