@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
-from listener_reward.bench.meter import Reading, matrix_rate, metered
+from listener_reward.bench.meter import Reading, fused_head, matrix_rate, metered
 from listener_reward.bench.run import BENCHMARKS, report, run_bench
 from listener_reward.bench.shapes import SHAPES_BY_NAME, Size
 from listener_reward.cli import app
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, MissingExtraError
 
 TINY = (
     {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
@@ -162,6 +164,9 @@ def test_the_meter_counts_products_with_weights():
         checkpoint(model, torch.zeros(1, 8, requires_grad=True), use_reentrant=False).sum().backward()
     assert reading.weight_flops == 2 * ((2 + 1) * 8 * 4 + 3 * 4 * 2), "the first once more, for the last's input"
     assert len(reading.seconds) == len(reading.cpu_seconds) == 4
+    with metered([model], reading, backward=True):
+        checkpoint(model, torch.zeros(1, 8, requires_grad=True), use_reentrant=True).sum().backward()
+    assert reading.weight_flops == 2 * ((2 + 1) * 8 * 4 + (3 + 1) * 4 * 2), "computes all of it again"
     assert not model[0]._forward_hooks
 
 
@@ -169,14 +174,63 @@ def test_the_meter_counts_trls_fused_head():
     """Which multiplies by the head's weight without calling its layer, and in the backward pass once more."""
     from trl.trainer import utils
 
+    assert utils._ChunkedLogProbFunction is fused_head(), "what trl's models call"
     weight, hidden = torch.randn(16, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    targets, stock = torch.arange(5), utils._ChunkedLogProbFunction
-    for grad, times in ((False, 1), (True, 4)):
+    targets, stock = torch.arange(5), (fused_head().forward, fused_head().backward)
+    gradients = []
+    for backward, grad, times in ((True, False, 1), (True, True, 4), (False, True, 1)):
         reading = Reading()
-        with metered([], reading, backward=True), torch.set_grad_enabled(grad):
-            utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)
+        with metered([], reading, backward=backward), torch.set_grad_enabled(grad):
+            logprobs, *_ = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)
+            if grad:
+                gradients.append(torch.autograd.grad(logprobs.sum(), [hidden, weight]))
         assert reading.weight_flops == 2 * times * 16 * 8 * 5
-    assert utils._ChunkedLogProbFunction is stock
+    frozen = weight.detach()
+    with metered([], reading := Reading(), backward=True):
+        utils._ChunkedLogProbFunction.apply(hidden, frozen, None, targets, 1.0, 32768)[0].sum().backward()
+    assert reading.weight_flops == 2 * 3 * 16 * 8 * 5, "its weight gets no gradient"
+    assert (fused_head().forward, fused_head().backward) == stock
+    expected = torch.autograd.grad((hidden @ weight.T).log_softmax(-1)[range(5), targets].sum(), [hidden, weight])
+    for found in gradients:
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("renamed", "has no trl.kernels.ChunkedLogProbFunction"),
+        ("gone", "has no trl.kernels.ChunkedLogProbFunction"),
+        ("forward", "has ChunkedLogProbFunction.forward(ctx, weight, hidden), and listener-reward expects (ctx, hid"),
+        ("backward", "has ChunkedLogProbFunction.backward(ctx, grad_outputs), and listener-reward expects (ctx, gra"),
+    ],
+)
+def test_a_fused_head_that_is_another_is_refused_before_the_work(monkeypatch, change, said):
+    """Uncounted, it would make the share of the machine's rate and the limit too low, and nobody would know."""
+    from trl import kernels
+
+    if change == "renamed":
+        monkeypatch.delattr(kernels, "ChunkedLogProbFunction")
+    elif change == "gone":
+        monkeypatch.setitem(sys.modules, "trl.kernels", None)
+    else:
+        forward = fused_head().forward if change == "backward" else lambda ctx, weight, hidden: None
+        other = type("ChunkedLogProbFunction", (torch.autograd.Function,), {"forward": staticmethod(forward)})
+        monkeypatch.setattr(kernels, "ChunkedLogProbFunction", other)
+    with pytest.raises(MissingExtraError) as error:
+        run_bench("grpo", Size(), Console(stderr=True))
+    assert f"trl {version('trl')} {said}" in str(error.value)
+    assert str(error.value).endswith('It is tested with trl 1.16: pip install "trl==1.16"')
+    with pytest.raises(MissingExtraError), metered([], Reading()):
+        raise AssertionError("nothing runs that is not counted")
+
+
+def test_a_loss_that_is_called_otherwise_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr("trl.GRPOTrainer._compute_loss", lambda self, inputs: None)
+    with pytest.raises(
+        MissingExtraError, match=r"GRPOTrainer._compute_loss\(self, inputs\), .* expects \(self, model, in"
+    ):
+        run_bench("grpo", Size(), Console(stderr=True))
 
 
 def test_the_machine_has_a_rate():

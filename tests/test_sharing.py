@@ -587,7 +587,7 @@ def test_a_trl_that_nothing_can_fall_back_to_is_refused_on_import():
     code = "from trl import GRPOTrainer\nGRPOTrainer._save_checkpoint = lambda self, model: None\n"
     code += "import listener_reward.train.trainer"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    said = "has GRPOTrainer._save_checkpoint(self, model), and listener-reward overrides (self, model, trial)"
+    said = "has GRPOTrainer._save_checkpoint(self, model), and listener-reward expects (self, model, trial)"
     assert f"trl {trl.__version__} {said}" in result.stderr
     assert 'pip install "trl==1.16"' in result.stderr
 

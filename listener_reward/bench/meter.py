@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import resource
 import sys
 import time
@@ -14,6 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_FUSED_HEAD = {
+    "forward": [
+        *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"),
+        *("logit_scale", "outputs"),
+    ],
+    "backward": ["ctx", "grad_logprobs", "grad_entropy", "_"],
+}
+"""The parameters of what trl's fused head does, the weight's product among them."""
 
 
 @dataclass
@@ -42,21 +52,26 @@ class Reading:
 def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) -> Iterator[None]:
     """Adds one repeat to `reading`: what all `models` do together. `backward` counts the products of gradients too.
 
-    The counting is a hook on every linear layer, some microseconds each. trl's fused head multiplies by the head's
-    weight without calling its layer, and is counted where it does.
+    The counting is a hook on every linear layer, some microseconds each. The backward pass's products are counted as
+    it comes by, so those of a forward pass that is computed again (gradient checkpointing) are counted once. trl's
+    fused head multiplies by the head's weight without calling its layer, and is counted where it does.
+
+    Raises:
+        MissingExtraError: trl is loaded, and its fused head is another than the one that can be counted.
     """
     reading.tokens = reading.patches = 0
     reading.weight_flops = 0.0
     hooks = []
 
-    def linear(module: nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        times = 1 + _gradients(args[0], module.weight, backward)
-        reading.weight_flops += 2 * times * module.weight.numel() * (output.numel() // output.shape[-1])
+    def count(flops: float) -> None:
+        reading.weight_flops += flops
 
-    def head(hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        gradients = _gradients(hidden, weight, backward)
-        times = 1 + gradients + bool(gradients)  # its backward pass multiplies once more, not to keep logits
-        reading.weight_flops += 2 * times * weight.numel() * len(hidden)
+    def linear(module: nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        once = 2 * module.weight.numel() * (output.numel() // output.shape[-1])
+        count(once)
+        if backward and output.requires_grad:
+            gradients = int(args[0].requires_grad) + int(module.weight.requires_grad)
+            output.register_hook(lambda _: count(gradients * once))
 
     def tokens(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         shown = kwargs.get("inputs_embeds")
@@ -74,51 +89,68 @@ def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) 
         elif "VisionTransformer" in name or name.endswith("VLVisionModel"):
             hooks.append(module.register_forward_pre_hook(patches, with_kwargs=True))
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = in_use() if reading.before is None else reading.before
-    start, processor = time.perf_counter(), time.process_time()
-    try:
-        with _fused_heads(head):
-            yield
-    finally:
+    with _fused_head_counted(count, backward):
         if cuda:
             torch.cuda.synchronize()
-        reading.seconds.append(time.perf_counter() - start)
-        reading.cpu_seconds.append(time.process_time() - processor)
-        peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
-        reading.peak_mb = max(reading.peak_mb, (peak - before) / 1e6)
-        for hook in hooks:
-            hook.remove()
-
-
-def _gradients(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> int:
-    """How many products the backward pass of `x @ weight` has; a forward pass computed again has had them counted."""
-    again = torch._C._current_graph_task_id() != -1  # inside a backward pass
-    if not backward or again or not torch.is_grad_enabled():
-        return 0
-    return int(x.requires_grad) + int(weight.requires_grad)
+            torch.cuda.reset_peak_memory_stats()
+        before = in_use() if reading.before is None else reading.before
+        start, processor = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.synchronize()
+            reading.seconds.append(time.perf_counter() - start)
+            reading.cpu_seconds.append(time.process_time() - processor)
+            peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
+            reading.peak_mb = max(reading.peak_mb, (peak - before) / 1e6)
+            for hook in hooks:
+                hook.remove()
 
 
 @contextlib.contextmanager
-def _fused_heads(count: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """Inside, `count` is told of each `(hidden, weight)` that trl's fused head multiplies."""
-    utils: Any = sys.modules.get("trl.trainer.utils")
-    if utils is None:  # nothing has loaded trl, so nothing has such a head
+def _fused_head_counted(count: Callable[[float], None], backward: bool) -> Iterator[None]:
+    """Inside, `count` is told the operations of trl's fused head. Where trl is not loaded, nothing has such a head."""
+    if "trl" not in sys.modules:
         yield
         return
-    stock = utils._ChunkedLogProbFunction
+    head: Any = fused_head()
+    forward, backward_of = head.forward, head.backward
 
-    def apply(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
-        count(hidden, weight)
-        return stock.apply(hidden, weight, *rest)
+    def counted_forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
+        ctx.flops_of_a_product = 2 * weight.numel() * len(hidden)
+        count(ctx.flops_of_a_product)
+        return forward(ctx, hidden, weight, *rest)
 
-    utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+    def counted_backward(ctx: Any, *gradients: Any) -> Any:
+        if backward:  # one product more than gradients: the logits are not kept, and so computed again
+            count((1 + sum(ctx.needs_input_grad[:2])) * ctx.flops_of_a_product)
+        return backward_of(ctx, *gradients)
+
+    head.forward, head.backward = staticmethod(counted_forward), staticmethod(counted_backward)
     try:
         yield
     finally:
-        utils._ChunkedLogProbFunction = stock
+        head.forward, head.backward = staticmethod(forward), staticmethod(backward_of)
+
+
+def fused_head() -> Any:
+    """trl's autograd function for log-probabilities of `hidden @ weight.T`, which keeps no logits.
+
+    Raises:
+        MissingExtraError: this trl has another.
+    """
+    from listener_reward.train.guard import require
+
+    try:
+        kernels: Any = importlib.import_module("trl.kernels")
+    except ImportError:
+        kernels = SimpleNamespace(__name__="trl.kernels")  # nothing in it is as expected
+    require(kernels, "ChunkedLogProbFunction", ["args", "kwargs"])
+    head = kernels.ChunkedLogProbFunction
+    for name, expected in _FUSED_HEAD.items():
+        require(head, name, expected)
+    return head
 
 
 def in_use() -> int:

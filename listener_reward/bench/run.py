@@ -51,12 +51,15 @@ def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
 
     Raises:
         InputError: an unknown model or dtype, or a size that is not positive.
+        MissingExtraError: `grpo`, and a part of trl that is timed or counted has changed.
         RuntimeError: an arm failed; its traceback is in the message.
     """
     _check(name, size)
     from listener_reward.bench.meter import matrix_rate
     from listener_reward.bench.shapes import build_checkpoint
 
+    if name == "grpo":
+        _check_trl()
     results: dict[str, Any] = {"benchmark": name, "size": asdict(size), "arms": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -211,3 +214,14 @@ def _check(name: str, size: Size) -> None:
     for field, least in (("pixels", 56), ("group", 2), ("groups", 1), ("tokens", 2), ("images", 2), ("repeats", 1)):
         if getattr(size, field) < least:
             raise InputError(f"{field} is {getattr(size, field)}; it must be at least {least}")
+
+
+def _check_trl() -> None:
+    """Raises MissingExtraError where trl has changed what an arm calls or counts: before the work, not in its midst."""
+    from trl import GRPOTrainer
+
+    from listener_reward.bench.meter import fused_head
+    from listener_reward.train.guard import require
+
+    require(GRPOTrainer, "_compute_loss", ["self", "model", "inputs"])
+    fused_head()

@@ -1,12 +1,13 @@
-"""Which private parts of trl training overrides or replaces, and what each switch is left with where one has changed.
+"""Which parts of trl training overrides or replaces, and what each switch is left with where one has changed.
 
 trl promises nothing of them. A part that is not as expected costs the switches that rest on it: trl's own code runs
-there. Only where nothing can take its place is the import refused.
+there. Only where nothing can take its place is the work refused: `require`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -49,7 +50,13 @@ _TESTED = "which trl 1.16 has"
 
 def changes() -> dict[str, str]:
     """The switches that this trl does not allow, each with the reason, in words that can follow "because"."""
-    found = {name: reason for name in (*_METHODS, *_FUNCTIONS) if (reason := _change(name))}
+    parts = [(GRPOTrainer, _METHODS), (grpo_trainer, _FUNCTIONS)]
+    found = {
+        name: reason
+        for owner, expected in parts
+        for name, parameters in expected.items()
+        if (reason := _change(owner, name, parameters))
+    }
     return {
         switch: f"{found[name]}, {_TESTED}"
         for switch, names in SWITCHES.items()
@@ -70,20 +77,24 @@ def lacks_fused_head(model: Any) -> str | None:
     return None
 
 
-def _change(name: str) -> str | None:
-    """How trl's part differs from the one that is expected here; None if it does not."""
-    owner, where, expected = (
-        (GRPOTrainer, "GRPOTrainer", _METHODS[name])
-        if name in _METHODS
-        else (grpo_trainer, "trl.trainer.grpo_trainer", _FUNCTIONS[name])
-    )
+def require(owner: Any, name: str, expected: Sequence[str]) -> None:
+    """Raises MissingExtraError where a part of trl that nothing can take the place of is not as expected."""
+    if reason := _change(owner, name, expected):
+        raise MissingExtraError(f'{reason}. It is tested with trl 1.16: pip install "trl==1.16"')
+
+
+def _change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
+    """How the callable `name` of a class or module of trl differs from one with the `expected` parameters.
+
+    None if it does not.
+    """
     stock = getattr(owner, name, None)
     found = None if stock is None else list(inspect.signature(stock).parameters)
-    if found == expected:
+    if found == list(expected):
         return None
-    shown = f"no {where}.{name}" if found is None else f"{where}.{name}({', '.join(found)})"
-    return f"trl {trl.__version__} has {shown}, and listener-reward overrides ({', '.join(expected)})"
+    where = f"{owner.__name__}.{name}"
+    shown = f"no {where}" if found is None else f"{where}({', '.join(found)})"
+    return f"trl {trl.__version__} has {shown}, and listener-reward expects ({', '.join(expected)})"
 
 
-if _reason := _change("_save_checkpoint"):  # it marks a whole checkpoint, and no switch turns that off
-    raise MissingExtraError(f'{_reason}. It is tested with trl 1.16: pip install "trl==1.16"')
+require(GRPOTrainer, "_save_checkpoint", _METHODS["_save_checkpoint"])  # no switch turns the override off
