@@ -28,7 +28,7 @@ TINY = (
 
 
 def in_this_process(monkeypatch):
-    """Runs arms here: spawned processes would each import torch, and not know the small shape."""
+    """Runs workloads here: spawned processes would each import torch, and not know the small shape."""
     from listener_reward.bench import run
 
     class Pipe:
@@ -71,10 +71,10 @@ def test_both_ways_compute_the_same_and_one_computes_less(name, monkeypatch, cap
     in_this_process(monkeypatch)
     results = run_bench(name, SIZE, Console(stderr=True))
     assert json.loads(json.dumps(results)) == results
-    for arm in BENCHMARKS[name]:
-        found = results["arms"][arm]
+    for workload in BENCHMARKS[name]:
+        found = results["workloads"][workload]
         for quantity, difference in found["largest_difference"].items():
-            assert difference < 1e-5, (arm, quantity)
+            assert difference < 1e-5, (workload, quantity)
         assert found["plain"]["patches"] > found["shared"]["patches"] > 0
         assert found["plain"]["tokens"] >= found["shared"]["tokens"] > 0
         assert found["plain"]["weight_flops"] > found["shared"]["weight_flops"]
@@ -86,27 +86,27 @@ def test_both_ways_compute_the_same_and_one_computes_less(name, monkeypatch, cap
                 assert found[way][key] >= 0
             assert any(label in line for line in lines), label
         assert any(f"{found['ratio']:.2f}" in line for line in lines if "seconds" in line)
-        ways = ("", "_last_logit") if arm == "listener" else ("",)
+        ways = ("", "_last_logit") if workload == "listener" else ("",)
         for suffix in ways:
-            assert set(found["largest_difference" + suffix]) == COMPARED[arm]
+            assert set(found["largest_difference" + suffix]) == COMPARED[workload]
             assert max(found["largest_difference" + suffix].values()) < 1e-5
         expected = len(ways) * sum(len(COMPARED[each]) for each in BENCHMARKS[name])
         assert sum("largest difference, " in line for line in lines) == expected
     if name == "listener":
-        arm = results["arms"]["listener"]
-        assert arm["plain"]["tokens"] == arm["last_logit"]["tokens"]
+        workload = results["workloads"]["listener"]
+        assert workload["plain"]["tokens"] == workload["last_logit"]["tokens"]
         head = TINY[0]["hidden_size"] * TINY[0]["vocab_size"]
-        positions = arm["plain"]["tokens"] - SIZE.group  # of which plain code computes the logits in vain
-        assert arm["plain"]["weight_flops"] - arm["last_logit"]["weight_flops"] == 2 * head * positions
-        assert arm["limit_last_logit"] < arm["limit"]
+        positions = workload["plain"]["tokens"] - SIZE.group  # of which plain code computes the logits in vain
+        assert workload["plain"]["weight_flops"] - workload["last_logit"]["weight_flops"] == 2 * head * positions
+        assert workload["limit_last_logit"] < workload["limit"]
     if name == "rank":
-        assert results["arms"]["rank"]["shared"]["patches"] == 3 * 36, "three images, encoded once each"
-        assert results["arms"]["rank"]["plain"]["patches"] == 2 * 3 * 2 * 36
+        assert results["workloads"]["rank"]["shared"]["patches"] == 3 * 36, "three images, encoded once each"
+        assert results["workloads"]["rank"]["plain"]["patches"] == 2 * 3 * 2 * 36
     if name == "grpo":
-        found = results["arms"]["step"]
+        found = results["workloads"]["step"]
         images = 3 * 2 * 2 * 36, 3 * 2 * 2 * 36 * 3  # rollout, loss and listener each see two groups of two images
         assert (found["shared"]["patches"], found["plain"]["patches"]) == images, "the listener's count too"
-        assert results["arms"]["loss"]["plain"]["patches"] == 3 * results["arms"]["loss"]["shared"]["patches"]
+        assert results["workloads"]["loss"]["plain"]["patches"] == 3 * results["workloads"]["loss"]["shared"]["patches"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -114,31 +114,31 @@ def test_adapters_checkpointing_and_a_warm_up(monkeypatch):
     in_this_process(monkeypatch)
     size = replace(SIZE, groups=1, repeats=2, lora=True, gradient_checkpointing=True)
     results = run_bench("grpo", size, Console(stderr=True))
-    for found in results["arms"].values():
+    for found in results["workloads"].values():
         assert len(found["shared"]["seconds"]) == 2, "the warm-up does not count"
         assert max(found["largest_difference"].values()) < 1e-5
         assert found["largest_difference"]["gradient, relative"] > 0
     monkeypatch.setitem(BENCHMARKS, "loss", ("loss",))
     kept = run_bench("loss", replace(size, repeats=1, gradient_checkpointing=False), Console(stderr=True))
-    again, once = (r["arms"]["loss"]["shared"]["weight_flops"] for r in (results, kept))
+    again, once = (r["workloads"]["loss"]["shared"]["weight_flops"] for r in (results, kept))
     assert again > once
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_does_not_fit_is_said_and_the_rest_is_kept(monkeypatch):
-    from listener_reward.bench import arms
+    from listener_reward.bench import workloads
 
     in_this_process(monkeypatch)
-    stock = arms.ARMS["listener"]
+    stock = workloads.WORKLOADS["listener"]
 
     def full(folder, size, way):
         if way == "plain":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return stock(folder, size, way)
 
-    monkeypatch.setitem(arms.ARMS, "listener", full)
+    monkeypatch.setitem(workloads.WORKLOADS, "listener", full)
     results = run_bench("listener", SIZE, Console(stderr=True))
-    found = results["arms"]["listener"]
+    found = results["workloads"]["listener"]
     assert found["plain"] is found["ratio"] is found["limit"] is None
     assert found["shared"]["tokens"] > 0 and found["ratio_last_logit"] > 0
     printed = Console(record=True, width=140, file=io.StringIO())
@@ -252,7 +252,7 @@ def test_a_size_that_cannot_be_is_refused(options, message):
     assert message in " ".join(result.stderr.split())
 
 
-def test_a_failed_arm_says_why(tmp_path):
+def test_a_failed_workload_says_why(tmp_path):
     from listener_reward.bench.run import NoRoom, _in_a_process
 
     with pytest.raises(RuntimeError, match=r"rank \(plain\)") as error:

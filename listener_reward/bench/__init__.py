@@ -1,1 +1,1 @@
-"""`listener-reward bench`: the shared prefix against plain transformers and stock trl, side by side in one run."""
+"""`listener-reward bench`: what the shared prefix costs beside plain transformers and stock trl; random weights."""

@@ -28,7 +28,7 @@ _FUSED_HEAD = {
 
 @dataclass
 class Reading:
-    """What one arm of a benchmark took."""
+    """What one way of doing a workload took."""
 
     seconds: list[float] = field(default_factory=list)
     """Wall time of each repeat."""

@@ -1,4 +1,4 @@
-"""Runs the arms of a benchmark one after the other and says how they compare."""
+"""Runs the workloads of a benchmark one after the other, each in every way, and says how the ways compare."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 """What each benchmark times."""
 
 ALTERNATIVES = {"plain": "plain", "last_logit": "last logit"}
-"""What an arm is compared with, as the table calls it; `arms` says what each does."""
+"""What a workload is compared with, as the table calls it; `workloads` says what each does."""
 
 
 class NoRoom(RuntimeError):
-    """An arm did not fit into memory."""
+    """A workload did not fit into memory."""
 
 
 TITLES = {
@@ -47,12 +47,12 @@ TITLES = {
 def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
     """Times `name` at `size`, both ways, and returns what `report` prints and `--json` gives.
 
-    An arm that does not fit into memory is None there, and so is what would compare it.
+    A workload that does not fit into memory is None there, and so is what would compare it.
 
     Raises:
         InputError: an unknown model or dtype, or a size that is not positive.
         MissingExtraError: `grpo`, and a part of trl that is timed or counted has changed.
-        RuntimeError: an arm failed; its traceback is in the message.
+        RuntimeError: a workload failed; its traceback is in the message.
     """
     _check(name, size)
     from listener_reward.bench.meter import matrix_rate
@@ -60,28 +60,28 @@ def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
 
     if name == "grpo":
         _check_trl()
-    results: dict[str, Any] = {"benchmark": name, "size": asdict(size), "arms": {}}
+    results: dict[str, Any] = {"benchmark": name, "size": asdict(size), "workloads": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with console.status("making a model with random weights"):
             build_checkpoint(folder / "model", size)
             results["matrix_rate_gflops"] = matrix_rate(size.dtype) / 1e9
-        for arm in BENCHMARKS[name]:
+        for workload in BENCHMARKS[name]:
             readings: dict[str, dict[str, Any] | None] = {}
-            for way in ("shared", "plain", *(["last_logit"] if arm == "listener" else [])):
-                with console.status(f"{arm}, {way}"):
+            for way in ("shared", "plain", *(["last_logit"] if workload == "listener" else [])):
+                with console.status(f"{workload}, {way}"):
                     try:
-                        readings[way] = _in_a_process(arm, folder / "model", size, way, folder / f"{way}.pt")
+                        readings[way] = _in_a_process(workload, folder / "model", size, way, folder / f"{way}.pt")
                     except NoRoom:
                         readings[way] = None
-            results["arms"][arm] = _compare(readings, results["matrix_rate_gflops"] * 1e9, folder)
+            results["workloads"][workload] = _compare(readings, results["matrix_rate_gflops"] * 1e9, folder)
     return results
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """One table for each arm."""
-    for arm, found in results["arms"].items():
-        table = Table(title=TITLES[arm], title_justify="left")
+    """One table for each workload."""
+    for workload, found in results["workloads"].items():
+        table = Table(title=TITLES[workload], title_justify="left")
         others = {way: title for way, title in ALTERNATIVES.items() if way in found}
         for column in ("", "shared", *(name for title in others.values() for name in (title, f"{title} / shared"))):
             table.add_column(column, justify="right" if column else "left", no_wrap=not column)
@@ -120,8 +120,8 @@ def _suffix(way: str) -> str:
     return "" if way == "plain" else f"_{way}"
 
 
-def _in_a_process(arm: str, folder: Path, size: Size, way: str, out: Path) -> dict[str, Any]:
-    """What `way` of doing `arm` took; what it computed is in `out`.
+def _in_a_process(workload: str, folder: Path, size: Size, way: str, out: Path) -> dict[str, Any]:
+    """What `way` of doing `workload` took; what it computed is in `out`.
 
     Raises:
         NoRoom: it did not fit into memory.
@@ -131,7 +131,7 @@ def _in_a_process(arm: str, folder: Path, size: Size, way: str, out: Path) -> di
     receiver, sender = context.Pipe(duplex=False)
     kind: str
     content: Any
-    process = context.Process(target=_work, args=(sender, arm, folder, size, way, out))
+    process = context.Process(target=_work, args=(sender, workload, folder, size, way, out))
     process.start()
     sender.close()
     try:
@@ -142,18 +142,18 @@ def _in_a_process(arm: str, folder: Path, size: Size, way: str, out: Path) -> di
         content = f"the process ended with exit code {process.exitcode}"
     process.join()
     if kind != "done":
-        raise (NoRoom if kind == "no room" else RuntimeError)(f"{arm} ({way}): {content}")
+        raise (NoRoom if kind == "no room" else RuntimeError)(f"{workload} ({way}): {content}")
     return content
 
 
-def _work(sender: Any, arm: str, folder: Path, size: Size, way: str, out: Path) -> None:
+def _work(sender: Any, workload: str, folder: Path, size: Size, way: str, out: Path) -> None:
     import torch
 
-    from listener_reward.bench.arms import ARMS
+    from listener_reward.bench.workloads import WORKLOADS
 
     try:
         with redirect_stdout(sys.stderr):  # trl prints its logs, and stdout is for the results
-            reading, computed = ARMS[arm](folder, size, way)
+            reading, computed = WORKLOADS[workload](folder, size, way)
         torch.save(computed, out)
         sender.send(("done", asdict(reading)))
     except BaseException as error:
@@ -217,7 +217,7 @@ def _check(name: str, size: Size) -> None:
 
 
 def _check_trl() -> None:
-    """Raises MissingExtraError where trl has changed what an arm calls or counts: before the work, not in its midst."""
+    """Raises MissingExtraError where trl has changed what a workload calls or counts, before the work begins."""
     from trl import GRPOTrainer
 
     from listener_reward.bench.meter import fused_head

@@ -1,1 +1,1 @@
-"""Whole runs, from data to a page or to weights: the demo, and the making of the embedded checkpoints."""
+"""Whole runs of training, from data to a page or to weights: the demo, and the making of the embedded checkpoints."""

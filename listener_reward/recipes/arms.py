@@ -1,4 +1,7 @@
-"""What the demo compares in the tiny world: the arms, how each is trained, and how each is measured."""
+"""What the demo compares in the tiny world: the arms, each a way to train a judge, and how each is measured.
+
+How fast training and judging are is measured elsewhere, by the workloads of `bench`.
+"""
 
 from __future__ import annotations
 

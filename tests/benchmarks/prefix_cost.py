@@ -26,17 +26,17 @@ KEPT = ("median_seconds", "tokens", "patches", "peak_mb", "weight_flops")
 COLORS = {"listener": BLUE, "loss": ORANGE}
 
 
-def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
+def measure(workloads: list[str], repeats: int, largest_loss: int) -> list[dict]:
     run.BENCHMARKS["loss"] = ("loss",)
     rows: list[dict] = []
-    for arm in arms:
+    for workload in workloads:
         for group in SIZES:
             size = Size(group=group, repeats=repeats)
-            if arm == "loss" and group > largest_loss:
-                row = shared_alone(arm, size, rows[-1])
+            if workload == "loss" and group > largest_loss:
+                row = shared_alone(workload, size, rows[-1])
             else:
-                found = run.run_bench(arm, size, Console(stderr=True))["arms"][arm]
-                row = {"what": arm, "group": group, "ratio": found["ratio"], "limit": found["limit"]}
+                found = run.run_bench(workload, size, Console(stderr=True))["workloads"][workload]
+                row = {"what": workload, "group": group, "ratio": found["ratio"], "limit": found["limit"]}
                 row |= {"ratio_last_logit": found.get("ratio_last_logit")}
                 row |= {way: found[way] and {key: found[way][key] for key in KEPT} for way in ("shared", "plain")}
             rows.append(row)
@@ -44,14 +44,14 @@ def measure(arms: list[str], repeats: int, largest_loss: int) -> list[dict]:
     return rows
 
 
-def shared_alone(arm: str, size: Size, smaller: dict) -> dict:
+def shared_alone(workload: str, size: Size, smaller: dict) -> dict:
     """A row without copies, which would not fit; their operations are those of a `smaller` row's, times the sizes."""
     with tempfile.TemporaryDirectory() as folder:
         build_checkpoint(Path(folder, "model"), size)
-        shared = run._in_a_process(arm, Path(folder, "model"), size, "shared", Path(folder, "shared.pt"))
+        shared = run._in_a_process(workload, Path(folder, "model"), size, "shared", Path(folder, "shared.pt"))
     shared["median_seconds"] = statistics.median(shared["seconds"])
     flops = smaller["plain"]["weight_flops"] * size.group / smaller["group"]
-    row = {"what": arm, "group": size.group, "ratio": None, "limit": flops / shared["weight_flops"], "plain": None}
+    row = {"what": workload, "group": size.group, "ratio": None, "limit": flops / shared["weight_flops"], "plain": None}
     return row | {"shared": {key: shared[key] for key in KEPT}}
 
 

@@ -1,10 +1,12 @@
-"""The work that is timed, each as the user's alternative does it ("plain") and as this package does ("shared").
+"""The workloads of `listener-reward bench`, each done as the user's alternative does it ("plain") and as this package
+does ("shared").
 
 The listener has two alternatives: `model(**inputs).logits[:, -1]` ("plain"), which computes all logits to read the
 last, and the last alone, by `logits_to_keep=1` ("last_logit").
 
-Every arm runs in a process of its own, so that its peak of memory is its own, and leaves what it computed in a file, so
-that the two can be compared number by number.
+Each way of each workload runs in a process of its own, so that its peak of memory is its own, and leaves what it
+computed in a file, so that the ways can be compared number by number. Weights are random: cost is measured here, and
+what training is worth by the arms of `recipes`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from listener_reward.models.transformers_vlm import TransformersVLM
 Computed = dict[str, torch.Tensor]
 
 
-def listener_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
+def time_listener(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """The listener's answers after the thoughts of a group. The first run warms up and does not count."""
     vlm = TransformersVLM.from_pretrained(
         folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20, attention=size.attention
@@ -68,7 +70,7 @@ def _plain_answers(
     return logits.float().log_softmax(-1)[:, ids].cpu()
 
 
-def rank_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
+def time_rank(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """Ranks images by a judge that compares every pair in both orders. The first run warms up and does not count."""
     vlm = TransformersVLM.from_pretrained(
         folder, dtype=size.dtype, batch_size=16, shared_prefix=way == "shared", attention=size.attention
@@ -85,7 +87,7 @@ def rank_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     return reading, {"score": scores}
 
 
-def loss_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
+def time_loss(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """The GRPO loss of fixed completions, forward and backward."""
     trainer = _trainer(folder, size, way == "shared")
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -132,7 +134,7 @@ def loss_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     return reading, {"log-probability": seen[-1], "loss": loss.detach().cpu()[None], **_gradients(model)}
 
 
-def step_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
+def time_step(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """One optimizer step: rollout, listener, loss, update."""
     from transformers import TrainerCallback
 
@@ -178,11 +180,11 @@ def step_arm(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     }
 
 
-ARMS: dict[str, Callable[[Path, Size, str], tuple[Reading, Computed]]] = {
-    "listener": listener_arm,
-    "rank": rank_arm,
-    "loss": loss_arm,
-    "step": step_arm,
+WORKLOADS: dict[str, Callable[[Path, Size, str], tuple[Reading, Computed]]] = {
+    "listener": time_listener,
+    "rank": time_rank,
+    "loss": time_loss,
+    "step": time_step,
 }
 
 
