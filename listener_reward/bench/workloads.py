@@ -12,26 +12,19 @@ what training is worth by the arms of `recipes`.
 from __future__ import annotations
 
 import contextlib
-import io
 import random
-import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, List
-from PIL import Image as PIL_Image
-from transformers import AutoConfig
 
 from listener_reward.bench.meter import Reading, in_use, metered
 from listener_reward.bench.shapes import Size, group_chats, pictures, words
 from listener_reward.card import Card
-from listener_reward.chat import Chat, ChatFormat, reserved_tokens
+from listener_reward.chat import Chat, ChatFormat
 from listener_reward.judge import Judge
-from listener_reward.listener import load_listener
 from listener_reward.models.transformers_vlm import TransformersVLM
 
 Computed = dict[str, torch.Tensor]
@@ -89,7 +82,9 @@ def time_rank(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
 
 def time_loss(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """The GRPO loss of fixed completions, forward and backward."""
-    trainer = _trainer(folder, size, way == "shared")
+    from listener_reward.bench.trainers import make_trainer
+
+    trainer, _ = make_trainer(folder, size, way == "shared")
     model = trainer.accelerator.unwrap_model(trainer.model)
     chats, _ = group_chats(size, frozenset())
     rng = random.Random(size.seed)
@@ -138,6 +133,8 @@ def time_step(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     """One optimizer step: rollout, listener, loss, update."""
     from transformers import TrainerCallback
 
+    from listener_reward.bench.trainers import make_trainer
+
     computed: Computed = {}
     reading = Reading()
 
@@ -158,9 +155,9 @@ def time_step(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.meter.__exit__(None, None, None)
 
-    trainer = _trainer(folder, size, way == "shared", callbacks=[Watch()])
+    trainer, listener = make_trainer(folder, size, way == "shared", callbacks=[Watch()])
     model = trainer.accelerator.unwrap_model(trainer.model)
-    models = [model, trainer.heard_by.vlm.model]
+    models = [model, listener.vlm.model]
     rollout = trainer._generate_single_turn
     tokens: list[torch.Tensor] = []
 
@@ -199,121 +196,3 @@ def _gradients(model: Any) -> Computed:
     """In the weights' own dtype: those of a real model are gigabytes."""
     named = model.named_parameters()
     return {f"grad {name}": p.grad.detach().to("cpu", copy=True) for name, p in named if p.grad is not None}
-
-
-def _trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None = None) -> Any:
-    """Our trainer, or stock trl's with the same rewards and a listener that is called naively: its `heard_by`."""
-    import trl
-    from peft import LoraConfig
-
-    from listener_reward.models.processing import load_processor
-    from listener_reward.train.config import ListenerGRPOConfig
-    from listener_reward.train.rewards import ShapedReward
-    from listener_reward.train.run import LORA_TARGETS
-    from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
-
-    warnings.simplefilter("ignore")
-    processor = load_processor(folder)
-    card = Card.load(folder)
-    args = ListenerGRPOConfig(
-        output_dir=str(folder / ("shared" if shared else "plain")),
-        listener=str(folder),
-        listener_batch_size=size.group,
-        per_device_train_batch_size=size.group,
-        gradient_accumulation_steps=size.groups,
-        num_generations=size.group,
-        max_completion_length=size.tokens,
-        max_steps=size.warm_up + size.repeats,
-        learning_rate=1e-6,
-        generation_kwargs={"suppress_tokens": _not_words(folder, processor.tokenizer)},
-        model_init_kwargs={"dtype": size.dtype},
-        listener_dtype=size.dtype,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=size.gradient_checkpointing,
-        logging_steps=1,
-        log_completions=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=size.seed,
-        share_attention=size.attention,
-        token_budget=2**20,
-    )
-    pairs = _pairs(size)
-    adapters = LoraConfig(target_modules=LORA_TARGETS, r=16) if size.lora else None
-    if shared:
-        trainer: Any = ListenerGRPOTrainer(folder, args, pairs, peft_config=adapters, callbacks=callbacks)
-        reward = trainer.reward
-    else:
-        listener = load_listener(folder, card, dtype=size.dtype, batch_size=size.group, shared_prefix=False)
-        reward = ShapedReward(card.format, listener)
-        chats = as_chats(pairs, card, reserved_tokens(processor.tokenizer)).cast_column("images", List(Image()))
-        trainer = trl.GRPOTrainer(
-            str(folder),
-            reward.functions,  # pyright: ignore[reportArgumentType]
-            args,
-            chats,
-            processing_class=processor,
-            peft_config=adapters,
-            callbacks=callbacks,
-        )
-    generator = torch.Generator().manual_seed(size.seed)  # equal adapters, and none that is zero
-    for name, weight in sorted(trainer.model.named_parameters()):
-        if "lora_" in name:
-            weight.data.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-    trainer.heard_by = reward.listener
-    trainer.reward_funcs = _as_thoughts(trainer.reward_funcs, card.format)
-    return trainer
-
-
-def _as_thoughts(parts: list[Callable[..., Any]], chat_format: ChatFormat) -> list[Callable[..., Any]]:
-    """The reward functions, each completion handed to them as a thought with an answer after it.
-
-    Random weights write nothing well-formed, and the listener reads nothing else. The answers differ as a reasoner's
-    do. Were they equal, the advantages would be a random listener's small differences, and those mostly rounding.
-    """
-    from listener_reward.train.rewards import text_of
-
-    last: tuple[Any, list[str]] = None, []  # the parts know a batch by its list, and read it once
-
-    def answered(completion: Any) -> str:
-        thought = text_of(completion)
-        label = chat_format.labels[1 - zlib.crc32(thought.encode()) % 2]
-        return chat_format.answer_slot(thought) + label + chat_format.answer[1]
-
-    def formed(completions: list[Any]) -> list[str]:
-        nonlocal last
-        if last[0] is not completions:
-            last = completions, [answered(completion) for completion in completions]
-        return last[1]
-
-    def reading(part: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda completions, **columns: part(completions=formed(completions), **columns)
-
-    return [reading(part) for part in parts]
-
-
-def _not_words(folder: Path, tokenizer: Any) -> list[int]:
-    """Tokens that the reasoner may not sample: those that end a completion or that no thought would be read with."""
-    size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    return sorted({*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)})
-
-
-def _pairs(size: Size) -> Dataset:
-    number = size.groups * (size.warm_up + size.repeats)
-    shown = pictures(2 * number, size)
-    rng = random.Random(size.seed)
-    rows = {
-        "prompt": [words(size.prompt_words, rng) for _ in range(number)],
-        "images": [[_png(image) for image in shown[2 * i : 2 * i + 2]] for i in range(number)],
-        "p_first": [1.0] * number,
-        "id": [str(i) for i in range(number)],
-    }
-    return Dataset.from_dict(rows)
-
-
-def _png(image: PIL_Image.Image) -> dict[str, Any]:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
