@@ -7,6 +7,7 @@ only its loop over tokens is replaced, through its public argument `custom_gener
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,60 +98,70 @@ def sample(
     padded = [pad(prompt.ids, (width - len(prompt.ids), 0), value=pad_token_id) for prompt in prompts]
     seen = [pad(torch.ones_like(prompt.ids), (width - len(prompt.ids), 0)) for prompt in prompts]
     last = torch.stack([prompt.positions[0, -1] for prompt in prompts])[owner]
-    cache = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, owner, device)
-
-    def loop(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **_: Any,
-    ) -> Tensor:
-        going = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # of all rows
-        rows = torch.arange(len(input_ids), device=device)  # those that are still computed
-        position = last.to(device)
-        scores = torch.empty(0)
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        while _any_going(going, synced):
-            step = {
-                "input_ids": input_ids[rows, -1][None],
-                "position_ids": (position[rows] + cache.step)[None, None].expand(3, 1, -1),
-            }
-            logits = model(**step, **attention_inputs(cache, step["input_ids"]), use_cache=False).logits[0].float()
-            if cache.step == 0:
-                check_used(cache, model)
-            cache.step += 1
-            if scores.numel() == 0:
-                scores = logits.new_zeros(len(input_ids), logits.shape[-1])
-            # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
-            # that it gets in `generate`.
-            scores[rows] = logits
-            warped = logits_processor(input_ids, scores.clone())
-            if generation_config.do_sample:
-                token = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]
-            else:
-                token = warped.argmax(-1)
-            if ends:
-                token = token.where(going, pad_token_id)
-            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-            going = going & ~stopping_criteria(input_ids, None)
-            alive = going[rows]
-            count = int(alive.sum())
-            if 0 < count <= COMPACT_BELOW * len(rows):
-                rows = rows[alive]
-                cache.keep(alive)
-        return input_ids
-
+    decoding = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, owner, device)
     base = base_model(model)
     return type(base).generate(  # the class's own, for an instance may have been given another
         base,
         input_ids=torch.stack(padded)[owner],
         attention_mask=torch.stack(seen)[owner],
-        custom_generate=loop,
+        custom_generate=partial(
+            _draw, decoding=decoding, positions=last.to(device), filler=pad_token_id, synced=synced
+        ),
         **({} if "generation_config" in options else {"pad_token_id": pad_token_id}),
         **options,
     )
+
+
+def _draw(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    decoding: Decoding,
+    positions: Tensor,
+    filler: int,
+    synced: bool,
+    **_: Any,
+) -> Tensor:
+    """`generate`'s loop over tokens, for all rows (N, longest prompt) at once; returns them with their completions.
+
+    `positions` (N,) are those of the prompts' last tokens, and `filler` is the token after the end of a completion.
+    """
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)  # of all rows
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # those that are still computed
+    scores = torch.empty(0)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    while _any_going(going, synced):
+        step = {
+            "input_ids": input_ids[rows, -1][None],
+            "position_ids": (positions[rows] + decoding.step)[None, None].expand(3, 1, -1),
+        }
+        logits = model(**step, **attention_inputs(decoding, step["input_ids"]), use_cache=False).logits[0].float()
+        if decoding.step == 0:
+            check_used(decoding, model)
+        decoding.step += 1
+        if scores.numel() == 0:
+            scores = logits.new_zeros(len(input_ids), logits.shape[-1])
+        # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
+        # that it gets in `generate`.
+        scores[rows] = logits
+        warped = logits_processor(input_ids, scores.clone())
+        if generation_config.do_sample:
+            token = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]
+        else:
+            token = warped.argmax(-1)
+        if ends:
+            token = token.where(going, filler)
+        input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+        going = going & ~stopping_criteria(input_ids, None)
+        alive = going[rows]
+        count = int(alive.sum())
+        if 0 < count <= COMPACT_BELOW * len(rows):
+            rows = rows[alive]
+            decoding.keep(alive)
+    return input_ids
 
 
 def _any_going(going: Tensor, synced: bool) -> bool:
