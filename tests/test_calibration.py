@@ -24,7 +24,7 @@ from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.evaluate.calibrate import calibrate, choose_tie_band
-from listener_reward.evaluate.confidence import expected_calibration_error, reliability
+from listener_reward.evaluate.confidence import binned, expected_calibration_error, reliability
 from listener_reward.verdict import Mode
 
 RNG = np.random.default_rng(0)
@@ -180,6 +180,14 @@ def test_a_wanted_accuracy_is_had_on_pairs_that_did_not_choose_the_band():
 
 
 # ---------------------------------------------------------------- reliability
+
+
+def test_bins_of_pairs_by_hand():
+    """Neither image preferred is the first bin and half of the people; a certainty is in the last bin."""
+    found = binned(np.array([1.0, 0.5, 0.6, 0.9]), np.array([0.9, 1.0, 0.38, 0.5]), bins=5)
+    assert found.number.tolist() == [4, 4, 1, 0]
+    assert found.confidence.tolist() == [0.9, 1.0, 0.62, 0.5]
+    assert found.agreement.tolist() == [1.0, 0.5, 0.4, 0.5]
 
 
 def test_reliability_by_hand():

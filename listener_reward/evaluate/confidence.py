@@ -6,9 +6,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import xlogy
+
+
+class Binned(NamedTuple):
+    """How sure a judge was of each of n pairs, and how many people agree with it."""
+
+    confidence: np.ndarray
+    """(n,) probability of the preferred image, in [0.5, 1]."""
+    agreement: np.ndarray
+    """(n,) share of people who prefer that image too; half of them where the judge prefers neither."""
+    number: np.ndarray
+    """(n,) int64, the bin of the confidence: 0 for the unsure, up to one less than there are bins."""
+
+
+def binned(labels: np.ndarray, p_first: np.ndarray, bins: int) -> Binned:
+    """Each pair's confidence and agreement, and its bin: `bins` of equal width in [0.5, 1], the last one closed."""
+    confidence = np.maximum(p_first, 1 - p_first)
+    agreement = np.select([p_first > 0.5, p_first < 0.5], [labels, 1 - labels], 0.5)
+    return Binned(confidence, agreement, np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +45,27 @@ class Bin:
 
 
 def reliability(labels: np.ndarray, p_first: np.ndarray, bins: int = 10) -> list[Bin]:
-    """The bins of a reliability diagram that hold a pair, from unsure to sure; `bins` of equal width in [0.5, 1]."""
-    confidence = np.maximum(p_first, 1 - p_first)
-    agreement = np.select([p_first > 0.5, p_first < 0.5], [labels, 1 - labels], 0.5)
-    which = bin_of(p_first, bins)
+    """The bins of a reliability diagram that hold a pair, from unsure to sure: those of `binned`."""
+    confidence, agreement, number = binned(labels, p_first, bins)
     return [
         Bin(
-            0.5 + number / (2 * bins),
-            0.5 + (number + 1) / (2 * bins),
-            int(inside.sum()),
+            0.5 + one / (2 * bins),
+            0.5 + (one + 1) / (2 * bins),
+            int((inside := number == one).sum()),
             float(confidence[inside].mean()),
             float(agreement[inside].mean()),
         )
-        for number in range(bins)
-        if (inside := which == number).any()
+        for one in np.unique(number).tolist()
     ]
-
-
-def bin_of(p_first: np.ndarray, bins: int = 10) -> np.ndarray:
-    """The number of each answer's bin of confidence, from 0 for the unsure to `bins` - 1."""
-    return np.minimum(((np.maximum(p_first, 1 - p_first) - 0.5) * 2 * bins).astype(int), bins - 1)
 
 
 def expected_calibration_error(labels: np.ndarray, p_first: np.ndarray, bins: int = 15) -> float:
     """How far the judge's confidence is from the share of people who agree with it, on average.
 
-    Confidence is the probability of the preferred image, in [0.5, 1], cut into `bins` bins of equal width; each bin's
-    gap between mean confidence and mean agreement counts by its number of pairs.
+    Each bin's gap between mean confidence and mean agreement counts by its number of pairs; see `binned`.
     """
-    confidence = np.maximum(p_first, 1 - p_first)
-    # A judge that prefers neither image is agreed with by half of the people, whichever half it is.
-    agreement = np.select([p_first > 0.5, p_first < 0.5], [labels, 1 - labels], 0.5)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, weights=confidence - agreement, minlength=bins)
+    confidence, agreement, number = binned(labels, p_first, bins)
+    gaps = np.bincount(number, weights=confidence - agreement, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
 
 

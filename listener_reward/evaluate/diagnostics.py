@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from listener_reward.errors import InputError
-from listener_reward.evaluate.confidence import bin_of, reliability
+from listener_reward.evaluate.confidence import binned, reliability
 from listener_reward.evaluate.intervals import clustered_interval
 from listener_reward.evaluate.run import side
 
@@ -84,11 +84,12 @@ def _share(answers: Answers, right: np.ndarray, among: np.ndarray) -> dict[str, 
 def _bins(answers: Answers, right: np.ndarray, decided: np.ndarray) -> list[dict[str, Any]] | None:
     known = ~np.isnan(answers.judge)
     labels, p_first = answers.people[known] + 0.5, answers.judge[known] / 2 + 0.5
-    which = np.full(len(answers), -1)
-    which[known] = bin_of(p_first, BINS)
+    number = np.full(len(answers), -1)
+    number[known] = binned(labels, p_first, BINS).number
     bins = []
-    for one in reliability(labels, p_first, BINS):
-        found = _share(answers, right, decided & (which == round((one.low - 0.5) * 2 * BINS)))
+    # Both go through the bins that hold a pair, from unsure to sure.
+    for one, place in zip(reliability(labels, p_first, BINS), np.unique(number[known]), strict=True):
+        found = _share(answers, right, decided & (number == place))
         bins.append(asdict(one) | {"accuracy": found["accuracy"], "interval": found["interval"]})
     return bins or None
 
