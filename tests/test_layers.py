@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    # what a user gives, and the words for it
-    ("errors",),
+    # what a user gives and is told, and the words for it
+    ("errors", "progress"),
     ("media",),
     ("pairs", "verdict"),
     ("chat",),

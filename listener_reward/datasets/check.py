@@ -22,6 +22,7 @@ from listener_reward.datasets.format import Labelled, Skipped, stored_as_video
 from listener_reward.datasets.load import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
+from listener_reward.progress import progress_bars
 
 NAMED = 5
 """Broken images that are named; the rest are counted."""
@@ -125,26 +126,12 @@ def check_data(
         raise InputError(f"limit is {limit}; give at least 1, or None for all pairs")
     opened = open_pairs(spec, limit=limit, seed=seed, columns=None, stream=True)
     tally = _Tally(seed, opened)
-    with ThreadPoolExecutor() as pool:
-        pairs = _tracked(islice(opened.pairs(), limit), progress)
+    with ThreadPoolExecutor() as pool, progress_bars(shown=progress, transient=True) as bars:
+        pairs = iter(bars.track(islice(opened.pairs(), limit), description="checking pairs"))
         while some := list(islice(pairs, 64)):
             tally.add([one for one in some if isinstance(one, Labelled)], pool)
             tally.left_out.update(one.reason for one in some if isinstance(one, Skipped))
     return tally.found(spec, max_broken)
-
-
-def _tracked(pairs: Iterator[Labelled | Skipped], progress: bool) -> Iterator[Labelled | Skipped]:
-    if not progress:
-        return pairs
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    def shown() -> Iterator[Labelled | Skipped]:
-        columns = (SpinnerColumn(), TextColumn("checking pair"), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield from bar.track(pairs, total=None)
-
-    return shown()
 
 
 class _Tally:

@@ -14,6 +14,7 @@ from listener_reward.calibration.fit import Method, fit_curve, fit_platt
 from listener_reward.calibration.maps import CURVE_OF, Calibration
 from listener_reward.errors import InputError
 from listener_reward.evaluate.confidence import reliability
+from listener_reward.progress import progress_bars
 from listener_reward.verdict import LISTENING, Aggregate
 
 if TYPE_CHECKING:
@@ -130,15 +131,14 @@ def calibrate(
         raise InputError(f"pairs has too few prompts to divide its {len(pairs)} rows by prompt; give more prompts")
     fit, validation, test = (parts == part for part in range(3))
 
-    from rich.console import Console
-    from rich.progress import track
-
     answers: list[Any] = []
-    starts = range(0, len(pairs), batch_size)
-    for start in track(starts, "judging", console=Console(stderr=True), disable=not progress):
-        rows: dict[str, list[Any]] = pairs[start : start + batch_size]
-        firsts, seconds = map(list, zip(*rows["images"], strict=True))
-        answers += judge.answers(rows["prompt"], firsts, seconds)
+    with progress_bars(shown=progress) as bars:
+        task = bars.add_task("judging", total=len(pairs))
+        for start in range(0, len(pairs), batch_size):
+            rows: dict[str, list[Any]] = pairs[start : start + batch_size]
+            firsts, seconds = map(list, zip(*rows["images"], strict=True))
+            answers += judge.answers(rows["prompt"], firsts, seconds)
+            bars.update(task, completed=len(answers))
 
     def verdicts(calibration: Calibration, aggregate: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """p_first, the listener's (NaN without one), and the preferred side (1, -1, 0 for none) of every pair."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,11 @@ from listener_reward.evaluate.measure import (
     default_protocols,
     measure,
 )
+from listener_reward.progress import progress_bars
 from listener_reward.verdict import PairJudge, Verdict
 
 if TYPE_CHECKING:
     import datasets
-    from rich.progress import Progress
 
     from listener_reward.evaluate.scores import Scores
 
@@ -154,8 +153,8 @@ def evaluate(
     mirrored = checked = right = decided = 0
     started = time.perf_counter()
 
-    with _bar(progress) as bar:
-        task = bar.add_task("judging", total=None if n is None else n + min(swap_check, n)) if bar else None
+    with progress_bars(shown=progress) as bars:
+        task = bars.add_task("judging", total=None if n is None else n + min(swap_check, n))
         for rows in shown(_batches(pairs, batch_size), labels):
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
@@ -168,12 +167,10 @@ def evaluate(
                 swapped = _judge(judge, prompts[:again], seconds[:again], firsts[:again], think)
                 mirrored += sum(map(is_mirrored, verdicts, swapped))  # stops at the shorter one
                 checked += again
-            if bar and task is not None:
-                new = len(verdicts)
-                more = count_right(np.array(labels.p_first[-new:]), np.array(tally.preferred[-new:]))
-                right, decided = right + more[0], decided + more[1]
-                words = f"judging, {right / decided:.1%} right" if decided else "judging"
-                bar.update(task, advance=len(verdicts) + again, description=words)
+            new = len(verdicts)
+            more = count_right(np.array(labels.p_first[-new:]), np.array(tally.preferred[-new:]))
+            right, decided = right + more[0], decided + more[1]
+            bars.update(task, advance=new + again, note=f"{right / decided:.1%} right" if decided else "")
 
     preferred, gaps = np.array(tally.preferred), np.array(tally.position_gap)
     answers = labels.answers(
@@ -418,13 +415,3 @@ def _batches(pairs: datasets.Dataset | datasets.IterableDataset, size: int) -> I
 def _column_names(pairs: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     """A stream may know its columns only once it has been looked at."""
     return list(pairs.column_names or next(iter(pairs), {}))
-
-
-def _bar(shown: bool) -> AbstractContextManager[Progress | None]:
-    if not shown:
-        return nullcontext()
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

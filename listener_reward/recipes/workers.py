@@ -16,7 +16,8 @@ from queue import Empty
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from listener_reward.progress import progress_bars
 
 Report = Callable[[int, int, str], None]
 """What a job calls as it goes: steps done, steps in all, and a few words on how it stands."""
@@ -37,16 +38,8 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
     running: dict[str, Any] = {}
     results: dict[str, Any] = {}
     told: dict[str, int] = {}
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console or Console(stderr=True)) as progress:
-        bars = {name: progress.add_task(name, total=None, start=False, note="") for name in jobs}
+    with progress_bars(console=console) as progress:
+        bars = {name: progress.add_task(name, total=None, start=False) for name in jobs}
         try:
             while len(results) < len(jobs):
                 while waiting and len(running) < at_once:
