@@ -14,10 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from listener_reward.cli import app
+from listener_reward.cli.printing import leaderboard_tables, protocols_table
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import Evaluation, evaluate
-from listener_reward.evaluate.leaderboard import leaderboard, leaderboard_tables, plain, protocols_table
+from listener_reward.evaluate.leaderboard import leaderboard
 from listener_reward.evaluate.measure import PROTOCOLS
 from listener_reward.judge import Judge
 
@@ -119,8 +120,11 @@ def test_the_baseline_is_below_every_protocol(FakeJudge: Any, data: Path):
         assert len(re.findall(r"^ *good +1\.000", text, re.M)) == 1
 
 
-def test_a_file_s_name_drives_neither_the_table_nor_the_terminal():
-    assert plain("[red]x\x1b[31m") == r"\[red]x" + "\N{REPLACEMENT CHARACTER}" + r"\[31m"
+def test_a_file_s_name_drives_neither_the_table_nor_the_terminal(evaluations):
+    """Markup is shown as it stands, and what a terminal would obey, or a line break, is replaced."""
+    board = leaderboard([replace(evaluations[0], judge="[red]x\x1b[31m\ny")])
+    for table in leaderboard_tables(board):
+        assert "[red]x\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}y" in printed([table])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from listener_reward.evaluate import Evaluation
     from listener_reward.evaluate.calibrate import Calibrated
     from listener_reward.evaluate.leaderboard import Leaderboard
+    from listener_reward.evaluate.measure import ProtocolResult
     from listener_reward.ranking import Ranking
     from listener_reward.verdict import Verdict
 
@@ -86,8 +89,6 @@ def print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> N
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    from listener_reward.evaluate.leaderboard import protocols_table
-
     table = Table("measure", "value")
     for name, value in evaluation.to_dict().items():
         if name != "protocols":
@@ -98,8 +99,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def print_leaderboard(board: Leaderboard) -> None:
-    from listener_reward.evaluate.leaderboard import leaderboard_tables
-
     console, result = Console(highlight=False), board.evaluations[0].protocols[0]
     for table in leaderboard_tables(board):
         console.print(table)
@@ -108,6 +107,88 @@ def print_leaderboard(board: Leaderboard) -> None:
         "same pairs; intervals and p draw prompts, not pairs.",
         markup=False,
     )
+
+
+def protocols_table(results: Sequence[ProtocolResult]) -> Table:
+    """One judge: a row for each protocol."""
+    table = _table("protocol", "value", "95 % interval", "always first", "in file order", "pairs")
+    for result in results:
+        baselines = _number(result.always_first), _number(result.always_first_in_file)
+        table.add_row(result.protocol, _number(result.value), _interval(result.interval), *baselines, str(result.pairs))
+    return table
+
+
+def leaderboard_tables(board: Leaderboard) -> list[Table]:
+    """Several judges: who is best by the protocol that decides, all other protocols, and the judges' habits.
+
+    Below every share stands what always answering the first would have. No table is wider than a terminal of 80 columns
+    where the judges' names are of 20 letters.
+    """
+    tables = [_ranked(board)]
+    others = range(1, len(board.evaluations[0].protocols))
+    for start in range(0, len(others), _ACROSS):
+        columns = others[start : start + _ACROSS]
+        table = _table("judge", *(board.evaluations[0].protocols[column].protocol for column in columns))
+        for evaluation in board.evaluations:
+            values = (_number(evaluation.protocols[column].value) for column in columns)
+            table.add_row(_name(evaluation.judge), *values)
+        _add_baselines(table, board, columns)
+        tables.append(table)
+    habits = _table("judge", "ece", "position gap", "malformed", "missing")
+    for evaluation in board.evaluations:
+        found = evaluation.ece, evaluation.position_gap, evaluation.malformed_rate
+        habits.add_row(_name(evaluation.judge), *map(_number, found), str(evaluation.missing))
+    return [*tables, habits]
+
+
+_ACROSS = 4
+"""Protocols side by side in one table."""
+
+
+def _ranked(board: Leaderboard) -> Table:
+    table = _table("judge", "value", "95 % interval", "differ- ence", "its interval", "p")
+    table.title = f"by {board.protocol}"
+    for evaluation, test in zip(board.evaluations, board.tests, strict=True):
+        first = evaluation.protocols[0]
+        tested = (f"{test.difference:+.3f}", _interval(test.interval), f"{test.p_value:.2g}") if test else ()
+        table.add_row(_name(evaluation.judge), _number(first.value), _interval(first.interval), *tested)
+    _add_baselines(table, board, range(1))
+    return table
+
+
+def _add_baselines(table: Table, board: Leaderboard, columns: range) -> None:
+    results = [board.evaluations[0].protocols[column] for column in columns]
+    table.add_section()
+    table.add_row("always first", *(_number(result.always_first) for result in results))
+    if any(result.always_first_in_file is not None for result in results):
+        table.add_row("in file order", *(_number(result.always_first_in_file) for result in results))
+
+
+def _table(*names: str) -> Table:
+    """Columns of numbers are never cut: what is too long for the terminal is the first column, which is folded."""
+    from listener_reward.evaluate.measure import PROTOCOLS
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, name in enumerate(names):
+        # A header stands on as many lines as it has words, so that it is no wider than its numbers.
+        words = name.replace("-", "-\n") if name in PROTOCOLS else name if "%" in name else name.replace(" ", "\n")
+        table.add_column(words, no_wrap=column > 0, overflow="fold", justify="left" if column == 0 else "right")
+    return table
+
+
+def _name(judge: str) -> Text:
+    """A judge's name, which may be a file's or a model's, in one line and without markup."""
+    return Text(plain(judge).replace("\n", "\N{REPLACEMENT CHARACTER}"))
+
+
+def _number(value: float | None) -> str:
+    """Three decimals: no set of this size tells more."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(value: tuple[float, float] | None) -> str:
+    """Both ends of an interval."""
+    return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
 
 
 def print_check(check: DataCheck) -> None:
