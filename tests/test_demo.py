@@ -61,4 +61,5 @@ def test_the_demo_writes_results_and_a_report(tmp_path: Path, monkeypatch: pytes
     assert len(results["pairs"]) == 12
     assert sorted(results["ranking"]["order"]) == list(range(6))
     page = (tmp_path / "report.html").read_text()
+    assert "In distribution" in page and "Out of distribution" in page and "falls below 50 %" in page
     assert "listener-shaped GRPO" in page and "http://" not in page.replace("http://www.w3.org", "")

@@ -16,6 +16,7 @@ import pytest
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from PIL import Image
 
+from listener_reward.recipes.demo import CAPTIONS
 from listener_reward.report import write_report
 from listener_reward.report.pairs import picture
 from listener_reward.report.plots import MAX_BANDS, METRICS, _bands, _path, _smooth, _tick_digits, _ticks
@@ -146,6 +147,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "versions": {"torch": "2.13.0", "trl": "1.16.0"},
         "settings": {"steps": 30, "learning_rate": 1e-4, "verdict_masking": None, "splits": ["id", "ood"]},
         "curves": {"accuracy-only": curve, "listener-shaped": curve},
+        "splits": CAPTIONS,
         "table": [
             row("base", "wrong", 0.551),
             row("base", "id", 0.621),
@@ -218,6 +220,7 @@ def everywhere(text: str) -> dict[str, Any]:
         "versions": {text: text},
         "settings": {text: text, "nested": {"key": [text]}},
         "curves": {text: curve},
+        "splits": {text: {"title": text, "meaning": text}},
         "table": [row(text, text, 0.5), row(text + "2", text, 0.6)],
         "pairs": [
             pair(prompt=text, split=text, model=text, verdict=verdict(thoughts=said)),
@@ -295,6 +298,16 @@ def test_table_shows_values_intervals_and_splits_in_order(tmp_path: Path) -> Non
     assert "Out of distribution" not in page.text, "a split without rows must not be claimed"
     # Alone in its split: nothing to be better than.
     assert "<td>55.1<small>" in html
+
+
+def test_only_the_results_say_what_a_split_is(tmp_path: Path) -> None:
+    table = [row("base", "id", 0.6), row("base", "mine", 0.7), row("base", "other", 0.8)]
+    splits = {"other": {"title": "The others", "meaning": "Pairs of others."}, "mine": {"title": None}, "gone": {}}
+    _, page = written(tmp_path, table=table, splits=splits, pairs=[pair(split="other"), pair(split="id")])
+    titles = [page.text.index(title) for title in ("The others", "Pairs of others.", "mine", "id 400 pairs")]
+    assert titles == sorted(titles), "those with a caption first, in its order"
+    assert "In distribution" not in page.text and "gone" not in page.text
+    assert page.texts.count("The others") >= 3, "the table, the further numbers and the card of a pair"
 
 
 def test_best_is_by_what_is_printed() -> None:

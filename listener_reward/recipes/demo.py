@@ -27,6 +27,20 @@ from listener_reward.recipes.arms import ARMS, SPLITS, Recipe, measure, train_ar
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.report import write_report
 
+CAPTIONS = {
+    "id": {"title": "In distribution", "meaning": "New pairs of the same kind as in training."},
+    "ood": {
+        "title": "Out of distribution",
+        "meaning": "Prompts and a drawing style that training never showed; the frame says nothing about quality.",
+    },
+    "wrong": {
+        "title": "Wrong-way",
+        "meaning": "In training a framed picture was usually the better one; here it is usually the worse one, so a "
+        "judge that learnt to look for the frame falls below 50 %.",
+    },
+}
+"""What the page calls each split of the tiny world, and says of it."""
+
 VERSIONS = ("torch", "transformers", "trl")
 
 
@@ -85,6 +99,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         "versions": versions,
         "settings": {**asdict(recipe), "seed": seed, "arms": {name: list(weights) for name, weights in ARMS.items()}},
         "curves": {arm: trained[arm] for arm in ARMS},
+        "splits": CAPTIONS,
         "table": table,
         **shown,
     }

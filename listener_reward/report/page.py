@@ -20,7 +20,16 @@ import jinja2
 
 from listener_reward.report.pairs import filters, pair_card, ranked
 from listener_reward.report.plots import METRICS, arm_color, coverage_panel, curve_panel, gap_panel, reliability_panel
-from listener_reward.report.tables import COLUMNS, MORE_COLUMNS, accuracy_axis, by_split, protocols, splits, title_of
+from listener_reward.report.tables import (
+    COLUMNS,
+    MORE_COLUMNS,
+    Caption,
+    accuracy_axis,
+    by_split,
+    captions_of,
+    protocols,
+    splits,
+)
 from listener_reward.report.values import (
     DASH,
     to_decimals,
@@ -43,6 +52,8 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
     - `title`, `created`, `command`, `summary`: text; `notes`: list of text; `versions`, `settings`: name to value.
     - `table`: one mapping per model and split, `Evaluation.to_dict()` with `model` and `split` added, and optionally
       `diagnostics` (`diagnostics.diagnose`), `paired` (`PairedTest.to_dict()`) and `against`, the model it is to.
+    - `splits`: split to `title` and `meaning`, how the page calls it and what it says of it, in the order of the page. A
+      split that is not there has its own name for a title.
     - `curves`: arm to `{"step": [...], "reward": [...], "accuracy": [...], "listener": [...], "contradiction": [...],
       "malformed": [...]}`, lists of equal length; rates in [0, 1]; None where nothing was measured.
     - `ranking`: `Ranking.to_dict()` with `prompt` and `images` (base64 of PNG, JPEG or WebP) added.
@@ -56,7 +67,8 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
     table = [to_mapping(row) for row in to_list(results.get("table"))]
     colors = _colors([*curves, *(str(row.get("model")) for row in table)])
     scale = accuracy_axis(table)
-    pairs = [pair_card(to_mapping(pair)) for pair in to_list(results.get("pairs"))]
+    captions = captions_of(results.get("splits"))
+    pairs = [pair_card(to_mapping(pair), captions) for pair in to_list(results.get("pairs"))]
     page = template.render(
         has=set(results),
         title=results.get("title") or "Listener reward: report",
@@ -67,9 +79,9 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
         columns=COLUMNS,
         more_columns=MORE_COLUMNS,
         scale=scale,
-        splits=splits(table, scale),
-        protocols=protocols(table),
-        breakdown=_breakdown(table, colors),
+        splits=splits(table, captions, scale),
+        protocols=protocols(table, captions),
+        breakdown=_breakdown(table, captions, colors),
         arms=[{"name": name, "color": colors[name]["color"]} for name in curves],
         panels=[curve_panel(metric, curves) for metric in METRICS],
         ranking=ranked(to_mapping(results.get("ranking"))),
@@ -105,12 +117,14 @@ def _colors(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"color": arm_color(index), "dashed": index >= 4} for index, name in enumerate(distinct)}
 
 
-def _breakdown(table: Sequence[Mapping[str, Any]], colors: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _breakdown(
+    table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption], colors: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The splits whose rows have `diagnostics`."""
     parts = []
-    for split, rows in by_split([row for row in table if "diagnostics" in row]).items():
+    for caption, rows in by_split([row for row in table if "diagnostics" in row], captions):
         models = [_model(row) | colors[str(row.get("model"))] for row in rows]
-        parts.append({"title": title_of(split), "models": models, "coverage": coverage_panel(models)})
+        parts.append({"title": caption.title, "models": models, "coverage": coverage_panel(models)})
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from listener_reward.report.tables import title_of
+from listener_reward.report.tables import Caption
 from listener_reward.report.values import (
     to_decimals,
     to_list,
@@ -70,7 +70,7 @@ def ranked(ranking: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pair_card(pair: Mapping[str, Any]) -> dict[str, Any]:
+def pair_card(pair: Mapping[str, Any], captions: Mapping[str, Caption]) -> dict[str, Any]:
     verdict = to_mapping(pair.get("verdict"))
     thoughts = [_thought(to_mapping(thought)) for thought in to_list(verdict.get("thoughts"))]
     # The first thought of each order is shown; the rest folds away.
@@ -83,7 +83,7 @@ def pair_card(pair: Mapping[str, Any]) -> dict[str, Any]:
     contradicted = bool(verdict.get("contradicted"))
     return {
         "prompt": pair.get("prompt"),
-        "split": title_of(split) if isinstance(split, str) else split,
+        "split": captions[split].title if isinstance(split, str) and split in captions else split,
         "id": pair.get("id"),
         "model": pair.get("model"),
         "pictures": [picture(pair.get("first_png")), picture(pair.get("second_png"))],

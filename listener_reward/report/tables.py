@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from listener_reward.report.values import DASH, MINUS, to_decimals, to_ends, to_interval, to_mapping, to_share
 
-SPLITS = {
-    "id": ("In distribution", "New pairs of the same kind as in training."),
-    "ood": (
-        "Out of distribution",
-        "Prompts and a drawing style that training never showed; the frame says nothing about quality.",
-    ),
-    "wrong": (
-        "Wrong-way",
-        "In training a framed picture was usually the better one; here it is usually the worse one, so a judge that "
-        "learnt to look for the frame falls below 50 %.",
-    ),
-}
-"""Title and explanation of the tiny world's splits; another split is shown under its own name."""
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """How the page calls a split, and what it says of it."""
+
+    title: str
+    meaning: str = ""
+
+
+def captions_of(given: object) -> dict[str, Caption]:
+    """`results["splits"]` as captions; a title that is no text is the split's name."""
+    found = {}
+    for name, words in to_mapping(given).items():
+        told = {key: text for key, text in to_mapping(words).items() if isinstance(text, str)}
+        found[str(name)] = Caption(told.get("title") or str(name), told.get("meaning", ""))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +84,30 @@ def accuracy_axis(table: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     return 10 * math.floor(10 * min(known) - 1e-9), 10 * math.ceil(10 * max(known) + 1e-9)
 
 
-def by_split(table: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of the table by split, the known splits first, models in the order of the results."""
+def by_split(
+    table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption]
+) -> list[tuple[Caption, list[Mapping[str, Any]]]]:
+    """The rows of the table by split, those with a caption first and in its order, models in the order of the results.
+
+    A split without a caption has its name for a title.
+    """
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in table:
         rows.setdefault(str(row.get("split") or "all pairs"), []).append(row)
-    names = [name for name in SPLITS if name in rows] + [name for name in rows if name not in SPLITS]
-    return {name: rows[name] for name in names}
+    names = [name for name in captions if name in rows] + [name for name in rows if name not in captions]
+    return [(captions.get(name, Caption(name)), rows[name]) for name in names]
 
 
-def title_of(split: str) -> str:
-    return SPLITS[split][0] if split in SPLITS else split
+def splits(
+    table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption], scale: tuple[int, int]
+) -> list[dict[str, Any]]:
+    return [_split(caption, rows, scale) for caption, rows in by_split(table, captions)]
 
 
-def splits(table: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> list[dict[str, Any]]:
-    return [_split(name, rows, scale) for name, rows in by_split(table).items()]
-
-
-def _split(name: str, rows: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> dict[str, Any]:
+def _split(caption: Caption, rows: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> dict[str, Any]:
     def place(share: float | None) -> float | None:
         return None if share is None else (100 * share - scale[0]) / (scale[1] - scale[0])
 
-    title, meaning = SPLITS.get(name, (name, ""))
     cells = {column.key: _cells(column, rows) for column in COLUMNS + MORE_COLUMNS}
     models = [
         {
@@ -119,7 +124,7 @@ def _split(name: str, rows: Sequence[Mapping[str, Any]], scale: tuple[int, int])
     baselines = {to_decimals(row.get("always_first"), 1, percent=True): row.get("always_first") for row in rows}
     text, share = baselines.popitem() if len(baselines) == 1 else (None, None)
     baseline = {"text": text, "dot": place(to_share(share)), "half": place(0.5)} if text else None
-    return {"title": title, "meaning": meaning, "models": models, "baseline": baseline, "n": n, "ties": ties}
+    return asdict(caption) | {"models": models, "baseline": baseline, "n": n, "ties": ties}
 
 
 def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -140,13 +145,13 @@ def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return cells
 
 
-def protocols(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def protocols(table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption]) -> list[dict[str, Any]]:
     """For each split, what each model has by each protocol, the baselines and the tests; without what `splits` shows.
 
     A split is left out where there is one protocol, whose values are those of the accuracy, and no test.
     """
     parts = []
-    for split, rows in by_split(table).items():
+    for caption, rows in by_split(table, captions):
         names = list(dict.fromkeys(name for row in rows for name in to_mapping(row.get("protocols"))))
         results = [[to_mapping(to_mapping(row.get("protocols")).get(name)) for name in names] for row in rows]
         tests = [to_mapping(row.get("paired")) for row in rows]
@@ -160,7 +165,7 @@ def protocols(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         parts.append(
             {
-                "title": title_of(split),
+                "title": caption.title,
                 "names": names,
                 "against": next((row.get("against") for row in rows if row.get("against")), None)
                 if any(tests)
