@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from listener_reward.errors import InputError
-from listener_reward.media.images import MAX_ASPECT, MAX_SIDE, to_pil, to_pil_batch
+from listener_reward.media.images import MAX_ASPECT, MAX_SIDE, identity, to_picture, to_pil, to_pil_batch
 
 ORANGE = (255, 128, 0)
 
@@ -414,3 +415,19 @@ def test_the_broken_entry_of_a_batch_is_named():
     spoilt[2, 0, 0, 0] = np.nan
     with pytest.raises(InputError, match=r"^images\[2\] holds NaN"):
         to_pil_batch(spoilt)
+
+
+# ---------------------------------------------------------------- what it is told from others by
+
+
+def test_an_undecoded_image_is_told_by_its_bytes_or_its_path_and_not_decoded():
+    assert identity({"bytes": None, "path": "no such file.png"}) == "no such file.png"
+    digest = hashlib.sha256(b"no picture").hexdigest()
+    assert (
+        identity({"bytes": b"no picture", "path": "0.png"}) == identity({"bytes": bytearray(b"no picture")}) == digest
+    )
+
+
+def test_a_decoded_image_is_told_by_the_digest_of_its_picture():
+    assert identity(scene()) == identity(HWC) == identity(to_picture(encoded(scene()))) == to_picture(HWC).digest.hex()
+    assert identity(scene("L")) != identity(scene())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from listener_reward.datasets import load_pairs
 from listener_reward.evaluate import batches as module
+from listener_reward.evaluate import evaluate
 from listener_reward.evaluate.batches import shown
+from listener_reward.evaluate.gallery import Gallery
 from listener_reward.evaluate.measure import Labels
+from listener_reward.media import images
 from listener_reward.media.images import Picture, to_picture, to_pil
 
 SIDE = 10
@@ -71,19 +76,25 @@ def test_what_is_kept_stays_within_the_budget_and_is_the_latest(files, decoded, 
     assert [int(Path(image["path"]).stem) for image in decoded] in ([0, 1, 2, 3, 4, 1], [1, 0, 2, 3, 4, 1])
 
 
-def test_what_a_batch_has_beyond_the_budget_is_left_to_the_judge(files, decoded, monkeypatch):
-    monkeypatch.setattr(module, "BUDGET", 3 * 4 * SIDE * SIDE)
-    monkeypatch.setattr(module, "_AHEAD", 2)
-    (part,) = shown([batch([files[0], files[1]], [files[2], files[3]], [files[4], files[5]])], Labels())
-    assert [isinstance(image, Picture) for pair in part["images"] for image in pair] == [True] * 4 + [False] * 2
-    assert part["images"][2] == [files[4], files[5]] and len(decoded) == 4
+def test_a_large_batch_is_shown_in_parts_and_each_picture_decoded_once(files, decoded, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 3 * 4 * SIDE * SIDE)
+    monkeypatch.setattr(module, "_AHEAD", 1)
+    rows = batch([files[0], files[1]], [files[2], files[3]], [files[4], files[5]]) | {"id": ["a", "b", "c"]}
+    labels = Labels()
+    parts = list(shown([rows], labels))
+    assert [part["id"] for part in parts] == [["a", "b"], ["c"]] and labels.columns["id"] == ["a", "b", "c"]
+    assert [reds(part) for part in parts] == [[[0, 1], [2, 3]], [[4, 5]]] and len(decoded) == 6
+    assert all(isinstance(image, Picture) for part in parts for pair in part["images"] for image in pair)
 
 
-def test_embedded_bytes_are_decoded_and_not_kept(files, decoded):
+def test_equal_embedded_bytes_are_decoded_once(files, decoded):
     rows = [
-        batch([{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in files[k : k + 2]]) for k in (0, 2)
+        batch([{"bytes": Path(image["path"]).read_bytes(), "path": "0.png"} for image in files[k : k + 2]])
+        for k in (0, 2, 1)
     ]
-    assert [reds(part)[0] for part in shown(rows, Labels())] == [[0, 1], [2, 3]]
+    labels = Labels()
+    assert [reds(part)[0] for part in shown(rows, labels)] == [[0, 1], [2, 3], [1, 2]]
+    assert len(decoded) == 4 and labels.columns["item_second"][0] == labels.columns["item_first"][2]
 
 
 def test_what_cannot_be_decoded_is_the_judge_s_to_tell(files):
@@ -92,4 +103,24 @@ def test_what_cannot_be_decoded_is_the_judge_s_to_tell(files):
     assert part["images"][0][1] == pictures[1]
     drawn = [Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2))]
     rows = {"prompt": ["x"], "p_first": [1.0], "images": [drawn], "item_first": ["a"], "item_second": ["b"]}
-    assert next(shown([rows], Labels()))["images"][0] == drawn, "what is a picture already stays the same"
+    ((first, second),) = next(shown([rows], Labels()))["images"]
+    assert [first.image, second.image] == drawn, "what is decoded already stays the same"
+    assert any(first.image is one for one in drawn), "and is not copied"
+
+
+def test_an_evaluation_decodes_and_hashes_each_picture_once(files, FakeJudge, tmp_path, monkeypatch):
+    """The pair, the swapped pair, the gallery and the labels have one picture."""
+    rows = [
+        {"prompt": "x", "p_first": 1.0, "image_first": f"{k + 1}.png", "image_second": f"{k}.png"} for k in range(8)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, seen, hashed = load_pairs(str(data)), [], []
+    decode, crop = images._decoded, Image.Image.crop
+    monkeypatch.setattr(images, "_decoded", lambda image, field: seen.append(image) or decode(image, field))
+    monkeypatch.setattr(Image.Image, "crop", lambda image, box: hashed.append(box) or crop(image, box))
+    gallery = Gallery("fake")
+    record = evaluate(FakeJudge(), pairs, batch_size=4, progress=False, watch=gallery.add)
+    assert (record.accuracy, record.swap_checked, len(gallery.pairs)) == (1.0, 8, 6)
+    assert sorted(image["path"] for image in seen) == [file["path"] for file in files]
+    assert len(hashed) == 9, "to_picture hashes ten rows of pixels in one piece"

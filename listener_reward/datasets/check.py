@@ -21,7 +21,7 @@ from listener_reward.chat import QWEN_RESERVED, ChatFormat
 from listener_reward.datasets.format import Labelled, Skipped, stored_as_video
 from listener_reward.datasets.load import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
 from listener_reward.errors import InputError
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import identity, to_pil
 from listener_reward.progress import progress_bars
 
 NAMED = 5
@@ -272,7 +272,7 @@ def _look(pair_id: str, image: Any) -> tuple[str | None, tuple[int, int] | None]
 
 
 def _image_key(image: Any) -> int:
-    return _hash(image["path"].encode() if image["path"] else image["bytes"] or b"")
+    return _hash(identity(image).encode())
 
 
 def _hash(data: bytes) -> int:

@@ -12,81 +12,98 @@ from typing import TYPE_CHECKING, Any
 
 from listener_reward.errors import InputError
 from listener_reward.media.clips import Clip, Visual
-from listener_reward.media.images import Picture, to_picture
+from listener_reward.media.images import Picture, identity, to_picture
 
 if TYPE_CHECKING:
+    import datasets
+
     from listener_reward.evaluate.measure import Labels
 
 BUDGET = 2**27
-"""Bytes of decoded pictures that are kept; a batch that has more is left to the judge to decode."""
+"""Bytes of decoded pictures that are kept for the next batches."""
+
+AT_ONCE = 2**29
+"""Bytes of decoded pictures that a judge is shown at once: 64 pairs of 1024 x 1024. A larger batch comes in parts."""
 
 _FILMED = 8
 """Pairs of videos for each call of the judge, at most: their frames are many."""
 
-_AHEAD = 32
-"""Pictures that are decoded at a time, before their bytes are counted again."""
+_AHEAD = 16
+"""Pairs that are decoded at a time, before their bytes are counted again."""
 
-_EMBEDDED = "\0"
-"""How the key of a picture begins that is no file; no path can."""
+Batch = dict[str, list[Any]]
+"""Column to list."""
 
 
-def shown(batches: Iterable[dict[str, list[Any]]], labels: Labels) -> Iterator[dict[str, list[Any]]]:
-    """The batches with their pictures decoded; `labels` gets each as it was.
+def batches_of(pairs: datasets.Dataset | datasets.IterableDataset, size: int) -> Iterator[Batch]:
+    """The rows of a data set, `size` at a time, nothing decoded."""
+    return iter(pairs.iter(batch_size=size))  # pyright: ignore[reportReturnType] - without a format it gives dicts
+
+
+def shown(batches: Iterable[Batch], labels: Labels | None = None) -> Iterator[Batch]:
+    """The batches, or parts of them, with their pictures decoded; `labels` gets each as it was, its images named.
 
     A picture that cannot be decoded is left as it is, so that the judge which asks for it says so.
 
     Raises:
-        InputError: a video that cannot be read.
+        InputError: a video that cannot be read, or an image that is neither undecoded nor one of PIL's.
     """
-    from listener_reward.datasets.format import stored_as_video
-
     kept: dict[str, Visual] = {}
     with ThreadPoolExecutor() as pool:
         for rows in batches:
-            filmed = any(
-                isinstance(image, Mapping) and stored_as_video(image) for pair in rows["images"] for image in pair
-            )
-            size = _FILMED if filmed else len(rows["images"])
-            for start in range(0, len(rows["images"]), size):
-                part = {name: values[start : start + size] for name, values in rows.items()}
-                labels.add(part)
-                yield part | {"images": _decoded(part["images"], kept, pool)}
+            filmed = any(_is_film(image) for pair in rows["images"] for image in pair)
+            start, size = 0, _FILMED if filmed else len(rows["images"])
+            while start < len(rows["images"]):
+                seen = _decoded(rows["images"][start : start + size], kept, pool)
+                part = {name: values[start : start + len(seen)] for name, values in rows.items()}
+                if labels is not None:
+                    first, second = ([pair[side][0] for pair in seen] for side in (0, 1))
+                    labels.add({"item_first": first, "item_second": second} | part)
+                yield part | {"images": [[visual for _, visual in pair] for pair in seen]}
+                start += len(seen)
 
 
-def _decoded(pairs: list[list[Any]], kept: dict[str, Visual], pool: ThreadPoolExecutor) -> list[list[Any]]:
-    """The pairs' pictures, those of files from `kept` and into it, the latest used at its end."""
-    from listener_reward.datasets.format import stored_as_video
+def _decoded(pairs: list[list[Any]], kept: dict[str, Visual], pool: ThreadPoolExecutor) -> list[list[tuple[str, Any]]]:
+    """Identity and picture of both images, for as many of the pairs as fit into `AT_ONCE`, but at least `_AHEAD`.
 
-    wanted = {_key(image): image for pair in pairs for image in pair if isinstance(image, Mapping)}
-    found = {key: kept.pop(key) for key in wanted if key in kept}
-    room = BUDGET - sum(visual.nbytes for visual in found.values())
-    missing = [key for key in wanted if key not in found]
-    for start in range(0, len(missing), _AHEAD):
-        keys = [key for key in missing[start : start + _AHEAD] if room > 0 or stored_as_video(wanted[key])]
-        for key, picture in zip(keys, pool.map(_picture, (wanted[key] for key in keys)), strict=True):
-            if picture is not None:
-                found[key] = picture
-                room -= picture.nbytes
-    decoded = [
-        [found.get(_key(image), image) if isinstance(image, Mapping) else image for image in pair] for pair in pairs
-    ]
-    kept |= {key: picture for key, picture in found.items() if not key.startswith(_EMBEDDED)}
+    Pictures come from `kept` and go into it, the latest used at its end.
+    """
+    found: dict[str, Visual] = {}
+    seen: list[list[tuple[str, Any]]] = []
+    while len(seen) < len(pairs) and sum(visual.nbytes for visual in found.values()) < AT_ONCE:
+        some = [
+            [image if isinstance(image, Mapping) else to_picture(image) for image in pair]
+            for pair in pairs[len(seen) : len(seen) + _AHEAD]
+        ]
+        named = [[(identity(image), image) for image in pair] for pair in some]
+        wanted = {name: image for pair in named for name, image in pair if name not in found}
+        found |= {name: kept.pop(name) for name in wanted if name in kept}
+        missing = [name for name in wanted if name not in found]
+        for name, visual in zip(missing, pool.map(_visual, (wanted[name] for name in missing)), strict=True):
+            if visual is not None:
+                found[name] = visual
+        _shrink(kept, BUDGET - sum(visual.nbytes for visual in found.values()))
+        seen += [[(name, found.get(name, image)) for name, image in pair] for pair in named]
+    kept |= found
+    _shrink(kept, BUDGET)
+    return seen
+
+
+def _shrink(kept: dict[str, Visual], size: int) -> None:
+    """Lets go what was not used for longest, until `kept` has at most `size` bytes."""
     held = sum(visual.nbytes for visual in kept.values())
-    while held > BUDGET:
+    while kept and held > size:
         held -= kept.pop(next(iter(kept))).nbytes
-    return decoded
 
 
-def _key(image: Mapping[str, Any]) -> str:
-    """A file is known by its path, embedded bytes by their place in memory, which says nothing once they are gone."""
-    embedded = image.get("bytes") is not None or not image.get("path")
-    return f"{_EMBEDDED}{id(image)}" if embedded else str(image["path"])
-
-
-def _picture(image: Mapping[str, Any]) -> Picture | Clip | None:
+def _is_film(image: Any) -> bool:
     from listener_reward.datasets.format import stored_as_video
 
-    if stored_as_video(image):
+    return isinstance(image, Mapping) and stored_as_video(image)
+
+
+def _visual(image: Any) -> Picture | Clip | None:
+    if _is_film(image):
         from listener_reward.media.videos import read_clip  # pyright: ignore[reportMissingImports]
 
         return read_clip(image.get("bytes") or image["path"], field="a video of the data")

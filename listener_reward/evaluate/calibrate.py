@@ -13,6 +13,7 @@ from scipy.special import betaincinv, logit
 from listener_reward.calibration.fit import Method, fit_curve, fit_platt
 from listener_reward.calibration.maps import CURVE_OF, Calibration
 from listener_reward.errors import InputError
+from listener_reward.evaluate.batches import batches_of, shown
 from listener_reward.evaluate.confidence import reliability
 from listener_reward.progress import progress_bars
 from listener_reward.verdict import LISTENING, Aggregate
@@ -134,8 +135,7 @@ def calibrate(
     answers: list[Any] = []
     with progress_bars(shown=progress) as bars:
         task = bars.add_task("judging", total=len(pairs))
-        for start in range(0, len(pairs), batch_size):
-            rows: dict[str, list[Any]] = pairs[start : start + batch_size]
+        for rows in shown(batches_of(pairs, batch_size)):
             firsts, seconds = map(list, zip(*rows["images"], strict=True))
             answers += judge.answers(rows["prompt"], firsts, seconds)
             bars.update(task, completed=len(answers))
@@ -148,13 +148,13 @@ def calibrate(
         return np.array([one.p_first for one in made]), np.array(heard), np.array(sides)
 
     views = [(y, view) for y, pair, chosen in zip(labels, answers, fit, strict=True) if chosen for view in pair]
-    shown = np.array([1 - y if view.flipped else y for y, view in views])
+    agreed = np.array([1 - y if view.flipped else y for y, view in views])
     mode = judge.card.mode(judge.think)
-    answer = fit_platt(logit(np.array([view.p_own for _, view in views])), shown)
+    answer = fit_platt(logit(np.array([view.p_own for _, view in views])), agreed)
     calibration = Calibration(answer=answer, mode=mode)
     listens = all(view.p_heard is not None for _, view in views)
     if listens:
-        heard = fit_platt(logit(np.array([view.p_heard for _, view in views])), shown)
+        heard = fit_platt(logit(np.array([view.p_heard for _, view in views])), agreed)
         calibration = replace(calibration, heard=heard)
 
     fitted_on: list[Aggregate] = ["majority" if mode.aggregate == "majority" else "mean"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from listener_reward.errors import InputError
 from listener_reward.evaluate import protocols
 from listener_reward.evaluate.intervals import PairedTest, clustered_interval, paired_test
 from listener_reward.evaluate.protocols import Credits
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import identity
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -295,7 +294,7 @@ class Labels:
                 self.columns.setdefault(name, []).extend(rows[name])
         if "images" in rows and "item_first" not in rows:
             for place, name in enumerate(("item_first", "item_second")):
-                self.columns.setdefault(name, []).extend(_identity(pair[place]) for pair in rows["images"])
+                self.columns.setdefault(name, []).extend(identity(pair[place]) for pair in rows["images"])
 
     def answers(self, judge: np.ndarray, **more: Any) -> Answers:
         """The labels beside a judge's margins."""
@@ -332,11 +331,3 @@ def check_shares(shares: np.ndarray, first_row: int = 0) -> None:
     if (wrong := ~((shares >= 0) & (shares <= 1))).any():
         row = int(wrong.argmax())
         raise InputError(f"p_first of row {first_row + row} is {shares[row]}; a label is a share of people in [0, 1]")
-
-
-def _identity(image: Any) -> str:
-    """A name for an image of a data set: its path, or a digest of its bytes."""
-    if isinstance(image, Mapping) and image.get("bytes") is None:
-        return str(image.get("path"))
-    content = image["bytes"] if isinstance(image, Mapping) else to_pil(image).tobytes()
-    return blake2b(content, digest_size=8).hexdigest()

@@ -8,14 +8,14 @@ published protocols of the data set (`measure`), for a judge that is run here as
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.evaluate.batches import shown
+from listener_reward.evaluate.batches import batches_of, shown
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
 from listener_reward.evaluate.intervals import clustered_interval
 from listener_reward.evaluate.measure import (
@@ -155,7 +155,7 @@ def evaluate(
 
     with progress_bars(shown=progress) as bars:
         task = bars.add_task("judging", total=None if n is None else n + min(swap_check, n))
-        for rows in shown(_batches(pairs, batch_size), labels):
+        for rows in shown(batches_of(pairs, batch_size), labels):
             prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
@@ -238,7 +238,7 @@ def evaluate_scores(
 def _scored(scores: Scores, pairs: datasets.Dataset | datasets.IterableDataset) -> tuple[Labels, dict[str, Any]]:
     """The labels, and what the file says of the pairs as arguments of `Answers`."""
     labels, asked = Labels(), []
-    for rows in _batches(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
+    for rows in batches_of(pairs.select_columns(Labels.read(_column_names(pairs))), 1000):
         labels.add(rows)
         if scores.images:
             asked += zip(*(rows[name] for name in ("group", "prompt") if name in rows), strict=True)
@@ -255,7 +255,7 @@ def _judged_threshold(
     """The judge's tie threshold, from its verdicts on a validation set."""
     _check(validation)
     labels, p_first = Labels(), []
-    for rows in shown(_batches(validation, batch_size), labels):
+    for rows in shown(batches_of(validation, batch_size), labels):
         if not p_first:
             _threshold(labels, protocols, None)
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
@@ -406,10 +406,6 @@ def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:
         raise InputError("pairs has 0 rows; there is nothing to evaluate")
     check_shares(np.asarray(pairs["p_first"][:], dtype=np.float64))
     return len(pairs)
-
-
-def _batches(pairs: datasets.Dataset | datasets.IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
-    return iter(pairs.iter(batch_size=size))  # pyright: ignore[reportReturnType] - without a format it gives dicts
 
 
 def _column_names(pairs: datasets.Dataset | datasets.IterableDataset) -> list[str]:

@@ -79,6 +79,21 @@ def to_picture(image: ImageLike, *, field: str = "image") -> Picture:
 _HASHED_ROWS = 64
 
 
+def identity(image: ImageLike) -> str:
+    """What an image is told from others by: as the `datasets` library gives it, undecoded, its path, or SHA-256 of its
+    bytes where it has those; anything else its digest as a `Picture`. Hexadecimal, but for the path. Nothing of a file
+    is read.
+
+    Raises:
+        InputError: as `to_picture`, which only what is not undecoded needs.
+    """
+    if isinstance(image, Mapping):
+        content = _content(image)
+        embedded = isinstance(content, bytes | bytearray | memoryview)
+        return hashlib.sha256(content).hexdigest() if embedded else str(content)
+    return to_picture(image).digest.hex()
+
+
 def to_pil(image: ImageLike, *, field: str = "image") -> Image.Image:
     """`image` as an RGB PIL image, its longest side at most `MAX_SIDE`, its aspect at most 1:`MAX_ASPECT`.
 

@@ -52,8 +52,8 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
     - `title`, `created`, `command`, `summary`: text; `notes`: list of text; `versions`, `settings`: name to value.
     - `table`: one mapping per model and split, `Evaluation.to_dict()` with `model` and `split` added, and optionally
       `diagnostics` (`diagnostics.diagnose`), `paired` (`PairedTest.to_dict()`) and `against`, the model it is to.
-    - `splits`: split to `title` and `meaning`, how the page calls it and what it says of it, in the order of the page. A
-      split that is not there has its own name for a title.
+    - `splits`: split to `title` and `meaning`, how the page calls it and what it says of it, in the order of the page.
+      A split that is not there has its own name for a title.
     - `curves`: arm to `{"step": [...], "reward": [...], "accuracy": [...], "listener": [...], "contradiction": [...],
       "malformed": [...]}`, lists of equal length; rates in [0, 1]; None where nothing was measured.
     - `ranking`: `Ranking.to_dict()` with `prompt` and `images` (base64 of PNG, JPEG or WebP) added.
