@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from listener_reward.cli.options import (
     AggregateName,
@@ -15,6 +15,7 @@ from listener_reward.cli.options import (
     Debug,
     EarlyStop,
     JudgeName,
+    JudgeOptions,
     ListenerName,
     NoThink,
     OrdersName,
@@ -22,93 +23,103 @@ from listener_reward.cli.options import (
     load_judge,
     load_rater,
 )
-from listener_reward.cli.printing import print_calibrated, print_check, print_evaluation, print_json, print_leaderboard
-from listener_reward.cli.terminal import errors_in_one_line, plain, stderr, working
+from listener_reward.cli.printing import print_calibrated, print_check, print_json, print_measured
+from listener_reward.cli.terminal import errors_in_one_line, print_error, working
 from listener_reward.cli.writing import check_page, check_writable, write_calibration, write_html
-from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.errors import InputError
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help='Labelled pairs: "tiny:id", "tiny:ood", "tiny:wrong", "hpdv2:FOLDER", a JSONL, JSON, CSV or Parquet '
+        'file, or a Hub data set "org/name:split".',
+    ),
+]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help='As for the other commands, or a peer: "pickscore", "clip", "clip:FOLDER", "imscore:ImageReward", '
+        '"openai:MODEL@http://localhost:8000/v1". Give it several times for one table of all.',
+        show_default="the paper's released checkpoint",
+    ),
+]
+ScoreFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--scores",
+        metavar="FILE",
+        help="What a model that was run elsewhere says of these pairs: id and p_first, margin, or score_first and "
+        "score_second; or image and score. JSONL, JSON, CSV or Parquet. Several times for several models.",
+    ),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option("--against", metavar="FILE", help="A file of scores to test every judge against, on the same pairs."),
+]
+Protocols = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--protocol",
+        metavar="NAME",
+        help="A published protocol: imagereward, hpsv2, hpsv2-inversion, hpsv3-pair, pickscore, genai-bench, "
+        "videogen-with-ties, mmrb2, tau-b, spearman ... (docs/evaluation.md). Several times for several.",
+        show_default="those of the data set",
+    ),
+]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        "--validation",
+        metavar="SPEC",
+        help="Other pairs, on which the protocol pickscore chooses its tie threshold, as published: "
+        '"pickapic:yuvalkirstain/pickapic_v1:validation_unique".',
+        show_default="cross-fitted on the pairs themselves",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        min=1,
+        help="Judge at most N pairs: all those of prompts drawn at random. Of a stream, the first N pairs.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE.html",
+        help="Also write one page with all of it: reliability, order, contradictions, the worst mistakes.",
+    ),
+]
+Mistakes = Annotated[
+    int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
+]
 
 
 def evaluate_pairs(
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help='Labelled pairs: "tiny:id", "tiny:ood", "tiny:wrong", "hpdv2:FOLDER", a JSONL, JSON, CSV or Parquet '
-            'file, or a Hub data set "org/name:split".',
-        ),
-    ],
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--judge",
-            help='As for the other commands, or a peer: "pickscore", "clip", "clip:FOLDER", "imscore:ImageReward", '
-            '"openai:MODEL@http://localhost:8000/v1". Give it several times for one table of all.',
-            show_default="the paper's released checkpoint",
-        ),
-    ] = None,
-    scores: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--scores",
-            metavar="FILE",
-            help="What a model that was run elsewhere says of these pairs: id and p_first, margin, or score_first and "
-            "score_second; or image and score. JSONL, JSON, CSV or Parquet. Several times for several models.",
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against", metavar="FILE", help="A file of scores to test every judge against, on the same pairs."
-        ),
-    ] = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--protocol",
-            metavar="NAME",
-            help="A published protocol: imagereward, hpsv2, hpsv2-inversion, hpsv3-pair, pickscore, genai-bench, "
-            "videogen-with-ties, mmrb2, tau-b, spearman ... (docs/evaluation.md). Several times for several.",
-            show_default="those of the data set",
-        ),
-    ] = None,
-    validation: Annotated[
-        str | None,
-        typer.Option(
-            "--validation",
-            metavar="SPEC",
-            help="Other pairs, on which the protocol pickscore chooses its tie threshold, as published: "
-            '"pickapic:yuvalkirstain/pickapic_v1:validation_unique".',
-            show_default="cross-fitted on the pairs themselves",
-        ),
-    ] = None,
+    data: Data,
+    judge: Judges = None,
+    scores: ScoreFiles = None,
+    against: Against = None,
+    protocol: Protocols = None,
+    validation: Validation = None,
     listener: ListenerName = None,
     no_think: NoThink = False,
     thoughts: Thoughts = None,
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=1,
-            help="Judge at most N pairs: all those of prompts drawn at random. Of a stream, the first N pairs.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seeds the order in which a pair's images are shown.")] = 0,
-    stream: Annotated[bool, typer.Option("--stream", help="Read data larger than memory as it comes.")] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            "--html",
-            metavar="FILE.html",
-            help="Also write one page with all of it: reliability, order, contradictions, the worst mistakes.",
-        ),
-    ] = None,
-    mistakes: Annotated[
-        int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
-    ] = 24,
+    limit: Limit = None,
+    seed: Seed = 0,
+    stream: Stream = False,
+    html: Html = None,
+    mistakes: Mistakes = 24,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -128,72 +139,54 @@ def evaluate_pairs(
 
     `listener-reward eval --judge tiny --data tiny:ood --html tiny-ood.html`
     """
+    how: JudgeOptions = {
+        "listener": listener,
+        "no_think": no_think,
+        "thoughts": thoughts,
+        "aggregate": aggregate,
+        "orders": orders,
+        "early_stop": early_stop,
+    }
     with errors_in_one_line(debug):
-        broken: list[Exception] = []
-        shown: list[dict[str, Any]] = []
         if html is not None:
             check_page("html", html)
         with working("judging", spinner=False):  # the evaluation has its own progress bar
-            from listener_reward.datasets import load_pairs
-            from listener_reward.evaluate import evaluate, evaluate_scores
-            from listener_reward.evaluate.gallery import Gallery, scored_gallery
-            from listener_reward.evaluate.leaderboard import leaderboard
             from listener_reward.evaluate.measure import check_protocols
             from listener_reward.evaluate.scores import read_scores
+            from listener_reward.evaluate.several import evaluate_judges
 
             check_protocols(protocol or ())
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
-            options: dict[str, Any] = {"limit": limit, "seed": seed, "check_images": bool(names)}
-            if validation == data:
-                raise InputError(
-                    f"validation is {validation!r}, the data itself; choose its tie threshold on other pairs"
-                )
-            sets = [spec for spec in (data, validation) if spec is not None]
-            pairs, *apart = [
-                load_pairs(spec, **options, stream=True) if stream else load_pairs(spec, **options) for spec in sets
-            ]
-            how: dict[str, Any] = {"protocols": protocol, "validation": apart[0] if apart else None}
-            found = [evaluate_scores(file, pairs, **how) for file in files]
-            other = evaluate_scores(rival, pairs, **how) if rival else None
-            if html is not None:
-                for scored in (*found, *([other] if other else [])):
-                    shown += scored_gallery(scored, pairs, mistakes=mistakes)
-            for name in names:
-                try:
-                    loaded = load_rater(
-                        name,
-                        listener=listener,
-                        no_think=no_think,
-                        thoughts=thoughts,
-                        aggregate=aggregate,
-                        orders=orders,
-                        early_stop=early_stop,
-                    )
-                    gallery = Gallery(loaded.name, mistakes)
-                    watch = None if html is None else gallery.add
-                    progress = sys.stderr.isatty()
-                    found.append(evaluate(loaded, pairs, progress=progress, watch=watch, **how))
-                    shown += gallery.pairs
-                except (InputError, MissingExtraError, JudgeError) as error:
-                    if len(names) + len(files) == 1:
-                        raise
-                    broken.append(error)  # the others' results are not lost for it
-            together = [*found, other] if other else found
-            board = leaderboard(together, other) if found and len(names) + len(files) + bool(other) > 1 else None
-        if board:
-            print_json(board.to_dict()) if as_json else print_leaderboard(board)
-        elif found:
-            print_json(found[0].to_dict()) if as_json else print_evaluation(found[0])
-        if html is not None and found:
-            asked = {"seed": seed, "limit": limit, "listener": listener, "no_think": no_think or None}
-            asked |= {"thoughts": thoughts, "aggregate": aggregate, "orders": orders, "early_stop": early_stop}
-            write_html(html, data, board.evaluations if board else found, board, shown, asked, broken)
-        if broken:
-            for error in broken[:-1]:
-                stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
-            raise broken[-1]
+            pairs, apart = _load(data, validation, limit=limit, seed=seed, stream=stream, check_images=bool(names))
+            measured = evaluate_judges(
+                [partial(load_rater, name, **how) for name in names],
+                pairs,
+                scores=files,
+                against=rival,
+                protocols=protocol,
+                validation=apart,
+                mistakes=None if html is None else mistakes,
+                progress=sys.stderr.isatty(),
+            )
+        print_measured(measured, as_json=as_json)
+        if html is not None and measured.evaluations:
+            write_html(html, data, measured, {"seed": seed, "limit": limit} | how | {"no_think": no_think or None})
+        for error in measured.failures[:-1]:
+            print_error(error)
+        if measured.failures:
+            raise measured.failures[-1]
+
+
+def _load(data: str, validation: str | None, *, stream: bool, **options: Any) -> tuple[Any, Any]:
+    """The pairs, and those for the tie threshold, or None."""
+    from listener_reward.datasets import load_pairs
+
+    if validation == data:
+        raise InputError(f"validation is {validation!r}, the data itself; choose its tie threshold on other pairs")
+    sets = [None if spec is None else load_pairs(spec, stream=stream, **options) for spec in (data, validation)]
+    return sets[0], sets[1]
 
 
 def calibrate(
@@ -249,10 +242,8 @@ def calibrate(
             check_writable(name, out)
             if plot is not None:
                 check_page("plot", plot)
-                from listener_reward.evaluate.plotting import (
-                    reliability_figure,
-                    save_svg,
-                )  # its extra is missed before the work
+                # Here, so that its extra is missed before the work.
+                from listener_reward.evaluate.plotting import reliability_figure, save_svg
             pairs = load_pairs(data, limit=limit, seed=seed)
             loaded = load_judge(
                 judge,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from listener_reward.evaluate.calibrate import Calibrated
     from listener_reward.evaluate.leaderboard import Leaderboard
     from listener_reward.evaluate.measure import ProtocolResult
+    from listener_reward.evaluate.several import Measured
     from listener_reward.ranking import Ranking
     from listener_reward.verdict import Verdict
 
@@ -86,6 +87,16 @@ def print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> N
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{ranking.comparisons} comparisons; scores are log-odds with mean zero")
+
+
+def print_measured(measured: Measured, *, as_json: bool) -> None:
+    """Several judges as a leaderboard, one as its record; nothing where none could be measured."""
+    if as_json and measured.evaluations:
+        print_json(measured.to_dict())
+    elif measured.leaderboard:
+        print_leaderboard(measured.leaderboard)
+    elif measured.evaluations:
+        print_evaluation(measured.evaluations[0])
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -24,7 +24,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except (InputError, MissingExtraError, JudgeError) as error:
         if debug:
             raise
-        stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
+        print_error(error)
         raise typer.Exit(3 if isinstance(error, JudgeError) else 2) from None
 
 
@@ -58,6 +58,10 @@ def quieten() -> None:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def print_error(error: Exception) -> None:
+    stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
 
 
 def plain(text: str) -> str:

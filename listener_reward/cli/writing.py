@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,8 @@ from listener_reward.cli.terminal import stderr
 from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
-    from listener_reward.evaluate import Evaluation
     from listener_reward.evaluate.calibrate import Calibrated
-    from listener_reward.evaluate.leaderboard import Leaderboard
+    from listener_reward.evaluate.several import Measured
     from listener_reward.judge import Judge
 
 
@@ -67,21 +66,14 @@ def check_page(option: str, path: Path) -> None:
         raise InputError(f"{option} is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
 
 
-def write_html(
-    path: Path,
-    data: str,
-    evaluations: Sequence[Evaluation],
-    board: Leaderboard | None,
-    pairs: list[dict[str, Any]],
-    asked: dict[str, Any],
-    broken: list[Exception],
-) -> None:
+def write_html(path: Path, data: str, measured: Measured, asked: Mapping[str, Any]) -> None:
     """The page of `eval`. It names the data and the judges as they were asked for."""
     from datetime import UTC, datetime
 
     from listener_reward.evaluate.diagnostics import diagnose
     from listener_reward.report import write_report
 
+    evaluations, board = measured.evaluations, measured.leaderboard
     rows = board.to_dict()["judges"] if board else [evaluations[0].to_dict()]
     seen = {"split": evaluations[0].data, "against": board.against if board else None}
     order = {evaluation.judge: place for place, evaluation in enumerate(evaluations)}
@@ -93,12 +85,12 @@ def write_html(
         "command": shlex.join(["listener-reward", *sys.argv[1:]]),
         "summary": f"{first.n} labelled pairs{ties}. "
         f"By {protocol.protocol}, {protocol.pairs} pairs of {protocol.prompts} prompts count.",
-        "notes": [f"Not measured: {error}" for error in broken],
+        "notes": [f"Not measured: {error}" for error in measured.failures],
         "table": [
             row | seen | {"model": evaluation.judge, "diagnostics": diagnose(evaluation)}
             for row, evaluation in zip(rows, evaluations, strict=True)
         ],
-        "pairs": sorted(pairs, key=lambda pair: order[pair["model"]]),
+        "pairs": sorted(measured.pairs, key=lambda pair: order[pair["model"]]),
         "pairs_title": "The worst mistakes",
         "pairs_note": "For each judge the wrong verdicts that are farthest from the people's votes, the worst first; "
         "then a few right ones, drawn at random, for contrast.",
