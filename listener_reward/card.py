@@ -14,7 +14,7 @@ from typing import Any, get_args
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
-from listener_reward.models.hub import cannot_load, hub_options
+from listener_reward.models.hub import hub_options, loading
 from listener_reward.trace import Masking
 from listener_reward.verdict import Aggregate, Mode, Orders
 
@@ -139,7 +139,7 @@ def _card_path(name: str | Path) -> Path | None:
         return folder / CARD if (folder / CARD).exists() else None
     from transformers.utils import cached_file  # only a Hub name needs it
 
-    try:
+    with loading(name):
         found = cached_file(
             str(name),
             CARD,
@@ -147,6 +147,4 @@ def _card_path(name: str | Path) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
             **hub_options(name),
         )
-    except (OSError, ValueError) as error:
-        raise InputError(cannot_load(name, error)) from error
     return Path(found) if found else None

@@ -17,6 +17,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.models.hub import EMBEDDED, resolve
+from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import PAPER_CHECKPOINT
 
 
@@ -106,8 +107,14 @@ def resize_a_tensor(folder: Path) -> None:
     rewrite(folder, narrow)
 
 
-def other_architecture(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+def other_architecture(folder: Path, kind: str = "bert") -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+
+
+def respell(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 BREAK = {
@@ -126,6 +133,17 @@ BREAK = {
     "tokenizer missing": lambda folder: (folder / "tokenizer.json").unlink(),
     "tokenizer is no JSON": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "processor is no JSON": lambda folder: (folder / "processor_config.json").write_text("{"),
+    "config of another type": lambda folder: respell(
+        folder / "config.json", '"vocab_size": 59', '"vocab_size": "many"'
+    ),
+    "tokenizer without words": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
+    "tokenizer without a model": lambda folder: (folder / "tokenizer.json").write_text(
+        '{"version": "1.0", "added_tokens": []}'
+    ),
+    "tokenizer is a list": lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    "tokenizer's settings are a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "processor is a list": lambda folder: (folder / "processor_config.json").write_text("[]"),
+    "decoding is a list": lambda folder: (folder / "generation_config.json").write_text("[]"),
     "all missing": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
 
@@ -147,10 +165,72 @@ def test_a_broken_listener_is_named(folder, tmp_path):
         Judge.from_pretrained(folder, listener=tmp_path / "nowhere")
 
 
-def test_another_architecture_names_those_that_are_read(folder):
-    other_architecture(folder)
-    with pytest.raises(InputError, match="'bert' model; listener-reward reads 'qwen2_5_vl' and 'qwen3_vl'"):
+def test_weights_that_do_not_fit_are_named(folder):
+    resize_a_tensor(folder)
+    with pytest.raises(InputError, match="1 of its weights have another shape than its config, among them model"):
+        Judge.from_pretrained(folder, listener="none")
+
+
+@pytest.mark.parametrize("kind", ["bert", "gemma3"])
+def test_another_architecture_names_those_that_are_read(folder, kind):
+    other_architecture(folder, kind)
+    with pytest.raises(InputError, match=f"{kind!r} model; listener-reward reads 'qwen2_5_vl' and 'qwen3_vl'"):
         Judge.from_pretrained(folder)
+
+
+def cache(folder: Path, files: Path) -> None:
+    """Makes `folder` a cache of the Hub that holds `files` as org/model."""
+    there = folder / "models--org--model"
+    shutil.copytree(files, there / "snapshots" / "0123")
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("0123")
+
+
+def test_another_architecture_on_the_hub_is_not_a_bad_connection(folder, tmp_path):
+    other_architecture(folder, "gemma3")
+    cache(tmp_path / "hub", folder)
+    with pytest.raises(InputError) as caught:
+        TransformersVLM.from_pretrained("org/model", cache_dir=str(tmp_path / "hub"), local_files_only=True)
+    assert "'org/model' cannot be loaded (it is a 'gemma3' model; listener-reward reads 'qwen2_5_vl'" in str(
+        caught.value
+    )
+    assert "connection" not in str(caught.value)
+
+
+def test_a_name_that_is_not_in_the_cache_could_not_be_fetched(tmp_path):
+    with pytest.raises(InputError, match=r"'org/model' is not a local folder and could not be fetched.*the connection"):
+        TransformersVLM.from_pretrained("org/model", cache_dir=str(tmp_path), local_files_only=True)
+
+
+@pytest.mark.parametrize("bug", [TypeError("ours"), AttributeError("ours"), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "listener_reward.models.processing._name_special_tokens",
+        "listener_reward.models.processing.ClipProcessor.from_pretrained",
+        "listener_reward.models.transformers_vlm.load_processor",
+        "listener_reward.models.transformers_vlm.AutoModelForImageTextToText.from_pretrained",
+        "transformers.utils.cached_file",
+    ],
+)
+def test_a_bug_is_not_told_as_a_broken_checkpoint(folder, tmp_path, monkeypatch, bug, place):
+    def fail(*_, **__):
+        raise bug
+
+    monkeypatch.setattr(place, fail)
+    if place.endswith("cached_file"):
+        monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+        with pytest.raises(type(bug), match=str(bug)):
+            Card.load("org/model")
+        return
+    with pytest.raises(type(bug), match=str(bug)):
+        TransformersVLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat99", "Tensor"])
+def test_a_dtype_that_is_none_is_named(folder, dtype):
+    with pytest.raises(InputError, match=f"dtype is {dtype!r}"):
+        Judge.from_pretrained(folder, listener="none", dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "not a name!", "org/", ""])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from listener_reward.errors import InputError
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError)
-"""What transformers raises of a checkpoint that is missing, cut short, of another architecture or not one at all."""
+_JSON = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+_JSON += ("video_preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def resolve(name: str | Path) -> str:
@@ -49,15 +51,64 @@ def hub_options(name: str | Path) -> dict[str, Any]:
     return {"local_files_only": True}
 
 
+@contextlib.contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Around a library's call that reads the checkpoint `name`: its complaint becomes one `InputError`.
+
+    Only what libraries raise of files is taken for a fault of the files. A `TypeError` or an `AttributeError` is a bug,
+    and a `RuntimeError` is one too, or a full GPU; they come out as they are.
+
+    Raises:
+        InputError: the checkpoint cannot be fetched, or what is there cannot be read.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    _check_json(name)
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:  # a missing or damaged file, or no answer from the Hub
+        raise InputError((cannot_load if Path(name).exists() else _cannot_fetch)(name, error)) from error
+    except (ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(cannot_load(name, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # the bare class is what tokenizers, which is written in Rust, raises
+            raise
+        raise InputError(cannot_load(name, error)) from error
+
+
+def _check_json(name: str | Path) -> None:
+    """Raises `InputError` for a file of a folder that has to hold a JSON object and holds other JSON.
+
+    transformers asks a list for its keys, which would look like a bug.
+    """
+    for path in (Path(name, file) for file in _JSON):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:  # no JSON, or no text at all, which transformers says itself
+            continue
+        if not isinstance(saved, dict):
+            reason = f"{path.name} holds a {type(saved).__name__}; it has to be a JSON object"
+            raise InputError(cannot_load(name, reason))
+
+
 def cannot_load(name: str | Path, error: Exception | str) -> str:
-    """The message for a checkpoint that cannot be had: what was tried, why it failed, what to do."""
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if Path(name).exists():
-        return (
-            f"the checkpoint at {str(name)!r} cannot be loaded ({reason}). Give the folder of a whole Qwen2.5-VL or "
-            'Qwen3-VL checkpoint, or use the embedded judge: "tiny"'
-        )
+    """The message for a checkpoint that is there and cannot be used: why, and what to do."""
+    where = f"at {str(name)!r}" if Path(name).exists() else repr(str(name))
+    return (
+        f"the checkpoint {where} cannot be loaded ({_in_one_line(error)}). Give the folder of a whole Qwen2.5-VL or "
+        'Qwen3-VL checkpoint, or use the embedded judge: "tiny"'
+    )
+
+
+def _cannot_fetch(name: str | Path, error: Exception) -> str:
     return (
         f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
-        f'({reason}). Check the name and the connection, give a local folder, or use the embedded judge: "tiny"'
+        f"({_in_one_line(error)}). Check the name and the connection, give a local folder, or use the embedded judge: "
+        '"tiny"'
     )
+
+
+def _in_one_line(error: Exception | str) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

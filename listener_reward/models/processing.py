@@ -18,6 +18,8 @@ import torch
 from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 
+from listener_reward.errors import InputError
+from listener_reward.models.hub import cannot_load, loading
 from listener_reward.models.video_processing import ClipProcessor
 
 
@@ -101,13 +103,16 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
     Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
 
     Raises:
-        ValueError: the checkpoint is of another architecture.
+        InputError: the checkpoint cannot be found, reached or read, or is of another architecture.
     """
-    kind = AutoConfig.from_pretrained(model, **kwargs).model_type
+    with loading(model):
+        kind = AutoConfig.from_pretrained(model, **kwargs).model_type
     if kind not in _PROCESSORS:
-        raise ValueError(f"{model} is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}")
-    processor: Any = _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
-    processor.video_processor = ClipProcessor.from_pretrained(
-        processor.stock_video_processor, processor.image_processor, model, **kwargs
-    )
+        reason = f"it is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}"
+        raise InputError(cannot_load(model, reason))
+    with loading(model):
+        processor: Any = _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
+        processor.video_processor = ClipProcessor.from_pretrained(
+            processor.stock_video_processor, processor.image_processor, model, **kwargs
+        )
     return processor

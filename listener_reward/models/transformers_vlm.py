@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip
-from listener_reward.models.hub import UNREADABLE, cannot_load, hub_options
+from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.processing import load_processor
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
@@ -111,23 +111,26 @@ class TransformersVLM:
         `device` None and "cuda" are this process's own GPU (`default_device`).
 
         Raises:
-            InputError: the checkpoint cannot be found, reached or read.
+            InputError: the checkpoint cannot be found, reached or read; a dtype that is none.
         """
         device = torch.device(device) if device and str(device) != "cuda" else default_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InputError(f"dtype is {dtype!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
         kwargs = hub_options(name) | kwargs
-        try:
-            processor = load_processor(name, **kwargs)
+        processor = load_processor(name, **kwargs)
+        with loading(name):
+            # Weights of another shape are in the report, where they can be told from any other RuntimeError.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, **kwargs
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        except UNREADABLE as error:
-            raise InputError(cannot_load(name, error)) from error
         model, report = loaded
-        if report["missing_keys"]:  # transformers would give them random values, and the judge would judge
-            some = ", ".join(sorted(report["missing_keys"])[:3])
-            reason = f"{len(report['missing_keys'])} of its weights are missing, among them {some}"
-            raise InputError(cannot_load(name, reason))
+        # transformers gives what is missing and what does not fit random values, and the judge would judge.
+        misfits = {weight for weight, *_ in report["mismatched_keys"]}
+        for weights, what in ((report["missing_keys"], "are missing"), (misfits, "have another shape than its config")):
+            if weights:
+                reason = f"{len(weights)} of its weights {what}, among them {', '.join(sorted(weights)[:3])}"
+                raise InputError(cannot_load(name, reason))
         return cls(
             model.to(device).eval().requires_grad_(False),
             processor,

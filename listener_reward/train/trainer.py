@@ -31,7 +31,7 @@ from listener_reward.chat import reserved_tokens
 from listener_reward.errors import InputError
 from listener_reward.listener import Listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
-from listener_reward.models.hub import EMBEDDED, UNREADABLE, cannot_load, resolve
+from listener_reward.models.hub import EMBEDDED, resolve
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
@@ -412,10 +412,7 @@ def load_policy_processor(model: str) -> Any:
     Raises:
         InputError: the checkpoint cannot be found or reached, is of another architecture, or has no chat template.
     """
-    try:
-        processor = load_processor(model)
-    except UNREADABLE as error:
-        raise InputError(cannot_load(model, error)) from error
+    processor = load_processor(model)
     if processor.chat_template is None:
         raise InputError(f"the checkpoint {model!r} has no chat template; add its chat_template.jinja to the folder")
     return processor
