@@ -63,6 +63,11 @@ class _Voice:
         """What each answer gives the caller's first image, in [0, 1]."""
         return [1 - p if flipped else p for flipped, p in self.said]
 
+    @property
+    def lead(self) -> float:
+        """How much more than 1/2 its answers give the caller's first image, summed."""
+        return math.fsum(p - 0.5 for p in self.support)
+
     def p_first(self, margin: float) -> float:
         """Its calibrated probability, where the mean of what it says is `margin` over 1/2."""
         return _probability(margin * self.shrink, self.curve)
@@ -167,35 +172,49 @@ def _weighed(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Wei
 def settled(answers: Sequence[Answer], mode: Mode, calibration: Calibration) -> bool:
     """Whether a pair with these thoughts needs no more of them to stop as early as `mode` says.
 
-    It needs none where the thoughts still to come could not change which image is preferred, or that none is, even if
-    they all said the same. With an early stop below 1 it also needs none where `is_sure` of the log-odds of the verdict
-    as it stands, in which each thought has a linear share: at the slope from even odds to there.
+    It needs none where the thoughts still to come could not change the preference. With an early stop below 1 it also
+    needs none where they would not change it with that probability; docs/judging.md has the formula.
     """
     if not answers or mode.early_stop is None:
         return False
     voices = _voices([_calibrated(answer, calibration) for answer in answers], mode, calibration)
-    n, remaining = len(answers), max(mode.planned - len(answers), 0)
-    leads = [math.fsum(p - 0.5 for p in voice.support) for voice in voices]
-    extremes = [
-        _together(voices, [(lead + turn * remaining / 2) / (n + remaining) for lead in leads], calibration)
-        for turn in (-1, 1)
-    ]
-    band = calibration.tie_band
-    if _preferred(extremes[0], band) == _preferred(extremes[1], band):
+    remaining = max(mode.planned - len(answers), 0)
+    if _cannot_change(voices, remaining, calibration):
         return True
     if mode.early_stop >= 1:
         return False
-    margins = [lead / n or 1e-6 for lead in leads]  # at even odds there is no slope: that of very near by
-    log_odds = [float(logit(voice.p_first(margin))) for voice, margin in zip(voices, margins, strict=True)]
-    mean = math.fsum(log_odds) / len(voices)
-    last = float(calibration.both.of(np.array(mean)) / mean) if len(voices) > 1 and mean else 1.0
-    slopes = [last * x / margin / len(voices) for x, margin in zip(log_odds, margins, strict=True)]
+    slopes = _slopes(voices, calibration)
     steepness = math.fsum(slopes)
     if steepness <= 0:  # the curve says even odds of all that is near
         return False
+    edge = float(logit(0.5 + calibration.tie_band)) / steepness
+    return is_sure(_joint_support(voices, slopes), remaining, mode.early_stop, edge=edge)
+
+
+def _cannot_change(voices: Sequence[_Voice], remaining: int, calibration: Calibration) -> bool:
+    """Whether the preference stays, or that there is none, even if the thoughts still to come all said the same."""
+
+    def preferred_if_all_say(p: Literal[0, 1]) -> Literal[1, 2] | None:
+        margins = [(voice.lead + (p - 0.5) * remaining) / (len(voice.said) + remaining) for voice in voices]
+        return _preferred(_together(voices, margins, calibration), calibration.tie_band)
+
+    return preferred_if_all_say(0) == preferred_if_all_say(1)
+
+
+def _slopes(voices: Sequence[_Voice], calibration: Calibration) -> list[float]:
+    """How steeply the verdict's log-odds grow with each voice's mean, on the line from even odds to where they are."""
+    margins = [voice.lead / len(voice.said) or 1e-6 for voice in voices]  # at even odds that of very near by
+    log_odds = [float(logit(voice.p_first(margin))) for voice, margin in zip(voices, margins, strict=True)]
+    mean = math.fsum(log_odds) / len(voices)
+    last = float(calibration.both.of(np.array(mean)) / mean) if len(voices) > 1 and mean else 1.0
+    return [last * x / margin / len(voices) for x, margin in zip(log_odds, margins, strict=True)]
+
+
+def _joint_support(voices: Sequence[_Voice], slopes: Sequence[float]) -> list[float]:
+    """What each thought gives the caller's first image by all voices together, weighted by their slopes, in [0, 1]."""
+    steepness = math.fsum(slopes)
     each = zip(*(voice.support for voice in voices), strict=True)
-    support = [0.5 + math.fsum(s * (p - 0.5) for s, p in zip(slopes, ps, strict=True)) / steepness for ps in each]
-    return is_sure(support, remaining, mode.early_stop, edge=float(logit(0.5 + band)) / steepness)
+    return [0.5 + math.fsum(s * (p - 0.5) for s, p in zip(slopes, ps, strict=True)) / steepness for ps in each]
 
 
 def is_sure(support: Sequence[float], remaining: int, sureness: float, *, edge: float = 0.0) -> bool:
