@@ -28,9 +28,11 @@ class Card:
     format: ChatFormat = field(default_factory=ChatFormat)
     listener: str | None = None
     """The listener's checkpoint: an embedded name, a Hub name, a folder, or one relative to the checkpoint's own."""
-    temperature: float = 1.0
-    """Divides the log-odds of the reasoner's answer; 1 is the raw model."""
     listener_temperature: float = 1.0
+    """Divides the log-odds of the listener's answer, in training too; 1 is the paper's listener.
+
+    It is no calibration: a listener is read with it before its grounding, and rewards are made of what comes out. What
+    verdicts make of that is `calibration`, where the reasoner's only temperature stands."""
     listener_grounding: float = 0.0
     """How much the listener discounts a thought that it would not have written itself; 0 is the paper's listener."""
     masking: Masking = "answer"
@@ -58,9 +60,9 @@ class Card:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} is {value!r}; give a whole number of at least {least}")
-        for name in ("temperature", "listener_temperature", "sampling_temperature", "listener_grounding"):
+        for name in ("listener_temperature", "sampling_temperature", "listener_grounding"):
             value = getattr(self, name)
-            least = 1e-3 if name in ("temperature", "listener_temperature") else 0.0
+            least = 1e-3 if name == "listener_temperature" else 0.0
             if not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise InputError(f"{name} is {value!r}; give a finite number of at least {least}")
         for name, allowed in (("masking", Masking), ("aggregate", Aggregate), ("orders", Orders)):
@@ -104,6 +106,8 @@ class Card:
     def from_dict(cls, saved: dict[str, Any], where: str = CARD) -> Card:
         if not isinstance(saved, dict):
             raise InputError(f"{where} holds a {type(saved).__name__}; it has to be a JSON object")
+        saved = dict(saved)
+        temperature = saved.pop("temperature", 1.0)
         known = {entry.name for entry in fields(cls)}
         if unknown := set(saved) - known:
             raise InputError(f"{where} has unknown fields {sorted(unknown)}; it may have {sorted(known)}")
@@ -112,7 +116,8 @@ class Card:
             "calibration": Calibration.from_dict,
             "fast_calibration": Calibration.from_dict,
         }
-        return cls(**{name: readers[name](value) if name in readers else value for name, value in saved.items()})
+        values = {name: readers[name](value) if name in readers else value for name, value in saved.items()}
+        return cls(**values | _tempered(values, temperature))
 
     @classmethod
     def load(cls, name: str | Path) -> Card:
@@ -124,6 +129,22 @@ class Card:
         if card.listener is not None and card.listener.startswith("."):
             card = replace(card, listener=str((path.parent / card.listener).resolve()))
         return card
+
+
+def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Calibration]:
+    """The calibrations of an older card, which had the reasoner's temperature in a field of its own, with it in them.
+
+    It divided the log-odds that the maps of the answer divide once more; so their temperatures are multiplied.
+    """
+    if not isinstance(temperature, int | float) or not 1e-3 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature!r}; give a finite number of at least 0.001")
+    if temperature == 1:
+        return {}
+    calibrations = {name: values.get(name, Calibration()) for name in ("calibration", "fast_calibration")}
+    return {
+        name: replace(each, answer=replace(each.answer, temperature=each.answer.temperature * temperature))
+        for name, each in calibrations.items()
+    }
 
 
 def _read(path: Path) -> Any:

@@ -337,7 +337,6 @@ class Judge:
             self.card.format,
             chats,
             [trace.thought for trace in traces],
-            temperature=self.card.temperature,
             who="the reasoner",
         ).tolist()
         heard: list[Any] = [None] * len(chats)

@@ -36,7 +36,7 @@ class Listener:
         self.vlm = vlm
         self.chat_format = chat_format
         self.temperature = temperature
-        """Divides the log-odds; fitted on held-out votes, 1 is the raw model."""
+        """Divides the log-odds; 1 is the raw model. See `Card.listener_temperature`."""
         self.masking: Masking = masking
         self.grounding = grounding
         """How much less a thought counts that the listener, looking at the images, would not have written itself.
@@ -72,8 +72,8 @@ def read_answers(
     chats: Sequence[Chat],
     thoughts: Sequence[str],
     *,
-    temperature: float,
     who: str,
+    temperature: float = 1.0,
 ) -> Tensor:
     """p(first shown image) (B,) float32 that `vlm` gives at the answer slot after each thought."""
     prefixes = _prefixes(vlm, chat_format, thoughts)

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from listener_reward.calibration.maps import Calibration, Curve, Platt
 from listener_reward.card import CARD, Card
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
@@ -34,7 +36,7 @@ def test_round_trip(tmp_path):
     card = Card(
         format=ChatFormat(labels=("A", "B"), system="s"),
         listener="tiny-listener",
-        temperature=1.5,
+        calibration=Calibration(Platt(1.5, -0.2), heard=Platt(0.8)),
         listener_temperature=0.7,
         masking="verdict",
         thoughts=3,
@@ -47,6 +49,30 @@ def test_round_trip(tmp_path):
 
 def test_no_card_means_the_defaults(tmp_path):
     assert Card.load(tmp_path) == Card()
+
+
+def test_an_older_cards_temperature_goes_into_its_calibrations(tmp_path):
+    curve, heard = [[1.0, 1.5]], {"temperature": 3.0, "bias": 0.1}
+    older = {
+        "temperature": 2.0,
+        "listener_temperature": 0.7,
+        "calibration": {"answer": {"temperature": 1.5, "bias": 0.3}, "verdict": curve, "heard": heard},
+    }
+    (tmp_path / CARD).write_text(json.dumps(older))
+    card = Card.load(tmp_path)
+    mode = card.mode()
+    assert card.calibration == Calibration(Platt(3.0, 0.3), Curve(((1.0, 1.5),)), Platt(3.0, 0.1), mode=mode)
+    assert card.fast_calibration == Calibration(Platt(2.0), mode=card.mode(think=False))
+    assert card.listener_temperature == 0.7
+    assert Card.amend(tmp_path, thoughts=2) == replace(card, thoughts=2)
+    assert "temperature" not in json.loads((tmp_path / CARD).read_text())
+    assert Card.load(tmp_path) == replace(card, thoughts=2)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_temperature_of_one_leaves_an_embedded_card_as_it_is(name, tmp_path):
+    now = json.loads(Path(resolve(name), CARD).read_text())
+    assert Card.from_dict(now | {"temperature": 1.0}) == Card.from_dict(now)
 
 
 def test_a_relative_listener_starts_from_the_card(tmp_path):

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from listener_reward.calibration.maps import Calibration, Platt
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.datasets import load_pairs
@@ -224,8 +225,11 @@ def test_malformed_thoughts_are_counted_and_have_no_answer():
 
 
 def test_temperatures_divide_the_log_odds():
-    card = Card(temperature=2.0)
-    assert Judge(RedVLM(slope=2.0), card=card).compare("x", RED, BLACK).p_first == pytest.approx(sigmoid(1.0), abs=1e-6)
+    for card in (Card(calibration=Calibration(Platt(2.0))), Card.from_dict({"temperature": 2.0})):
+        judge = Judge(RedVLM(slope=2.0), card=card)
+        assert judge.compare("x", RED, BLACK).p_first == pytest.approx(sigmoid(1.0), abs=1e-6)
+    fast = Judge(RedVLM(slope=2.0), card=Card.from_dict({"temperature": 2.0}), think=False)
+    assert fast.compare("x", RED, BLACK).p_first == pytest.approx(sigmoid(1.0), abs=1e-6)
     listener = Listener(RedVLM(slope=2.0), ChatFormat(), temperature=4.0)
     heard = Judge(RedVLM(), listener).compare("x", RED, BLACK).listener_p_first
     assert heard == pytest.approx(sigmoid(0.5), abs=1e-6)
