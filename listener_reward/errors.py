@@ -13,3 +13,7 @@ class JudgeError(RuntimeError):
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed. The message holds the pip line that installs it."""
+
+
+class UnknownWordsWarning(UserWarning):
+    """A judge's tokenizer does not know words of a prompt, and the judge reads a placeholder in their place."""

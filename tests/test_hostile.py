@@ -30,10 +30,7 @@ from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import SPECIAL, TAGS
 
-
-@pytest.fixture(autouse=True)
-def _said_already(monkeypatch):
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
+pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,8 @@ ONLY_QWEN3 = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")
 FIRST, SECOND = Image.new("RGB", (128, 96), "red"), Image.new("RGB", (64, 160), "blue")
 PLAIN = "a red fox in the snow"
 
@@ -324,11 +326,6 @@ def test_a_chat_with_an_image_token_of_its_own_is_refused(vlm):
 
 
 # ---------------------------------------------------------------- verdicts
-
-
-@pytest.fixture(autouse=True)
-def _said_already(monkeypatch):
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
 
 
 @pytest.fixture(scope="module")

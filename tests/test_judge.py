@@ -38,14 +38,11 @@ from listener_reward.tiny.models import CHAT_TEMPLATE, QUESTION, build_tokenizer
 from listener_reward.tiny.world import split_pairs
 from listener_reward.verdict import Verdict
 
+# That words are unknown is tested with the backend.
+pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")
+
 GALLERY = Path(__file__).resolve().parents[2] / "shared" / "data" / "hpdv2"
 RED, DARK, BLACK = (Image.new("RGB", (8, 8), (level, 0, 0)) for level in (255, 100, 0))
-
-
-@pytest.fixture(autouse=True)
-def _said_already(monkeypatch):
-    """The one warning of a process about unknown words is tested with the backend."""
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
 
 
 @pytest.fixture(scope="module")

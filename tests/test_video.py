@@ -31,7 +31,6 @@ from listener_reward.media.clips import Clip
 from listener_reward.media.images import to_picture
 from listener_reward.media.storyboards import as_picture, as_pictures, storyboard
 from listener_reward.media.videos import read_clip
-from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.tiny.motion import draw_clip
 from listener_reward.tiny.world import Scene
 
@@ -505,11 +504,11 @@ def large_random_judge(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")
 @pytest.mark.skipif(not VIDEOALIGN.exists(), reason="the clips of VideoAlign are not here")
 @pytest.mark.parametrize("strategy", ["storyboard", "frames", "clip", "video"])
-def test_three_labelled_pairs_of_real_clips_go_the_whole_way(large_random_judge, strategy, monkeypatch):
+def test_three_labelled_pairs_of_real_clips_go_the_whole_way(large_random_judge, strategy):
     pytest.importorskip("av")
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
     with (VIDEOALIGN / "example.csv").open() as file:
         rows = {row["path_A"]: row for row in csv.DictReader(file)}.values()
     assert len(rows) == 3

@@ -32,6 +32,8 @@ from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.video_processing import ClipProcessor, metadata
 from listener_reward.tiny.models import CHAT_TEMPLATE, QUESTION, build_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")
+
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
@@ -79,11 +81,6 @@ def judge(request, tmp_path_factory) -> Judge:
     kind(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=6).save(folder)
     return Judge.from_pretrained(folder, device="cpu", batch_size=8)
-
-
-@pytest.fixture(autouse=True)
-def _said_already(monkeypatch):
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", True)
 
 
 def asked(judge: Judge, *pairs: tuple[Clip, Clip], prompt: str = "two red circles") -> list[Any]:

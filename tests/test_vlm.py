@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.judge import Judge
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
@@ -306,8 +306,12 @@ def ask(vlm: TransformersVLM, *prompts: str) -> torch.Tensor:
     return vlm.answer_logprobs(asked, [FORMAT.answer_slot("")] * len(asked), ("1", "2"))
 
 
-def test_unknown_words_are_named_once_in_a_process(vlm, monkeypatch):
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", False)
+def afresh(vlm: TransformersVLM) -> TransformersVLM:
+    return TransformersVLM(vlm.model, vlm.processor)
+
+
+def test_unknown_words_are_named_once(vlm):
+    vlm = afresh(vlm)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert torch.isfinite(ask(vlm, "two red circles", "a Dragon and a castle and a dragon", "🦊 d e f g")).all()
@@ -317,11 +321,21 @@ def test_unknown_words_are_named_once_in_a_process(vlm, monkeypatch):
         "the judge's tokenizer does not know 'Dragon', 'castle', 'dragon', '🦊', 'd', ... and reads <unk> instead. The "
         "tiny judge knows only its world"
     )
+    assert warning.category is UnknownWordsWarning
+
+
+def test_each_model_names_the_words_that_it_does_not_know_and_python_shows_it_once(vlm):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for each in (afresh(vlm), afresh(vlm)):  # as a reasoner and its listener
+            ask(each, "a griffin")
+        ask(afresh(vlm), "a phoenix")
+    assert [str(warning.message).split()[6] for warning in caught] == ["'griffin'", "'phoenix'"]
 
 
 @pytest.mark.parametrize("prompt", ["two red circles", "A picture of one BLUE square!", "", "(three) green stars."])
-def test_known_words_and_the_template_do_not_warn(vlm, monkeypatch, prompt):
-    monkeypatch.setattr(TransformersVLM, "told_of_unknown_words", False)
+def test_known_words_and_the_template_do_not_warn(vlm, prompt):
+    vlm = afresh(vlm)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ask(vlm, prompt)

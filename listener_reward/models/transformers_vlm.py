@@ -9,14 +9,14 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
 from listener_reward.chat import Chat, reserved_tokens
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
 from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.processing import load_processor
@@ -41,9 +41,6 @@ class TransformersVLM:
     Chats that are equal (several thoughts about one question) share their prompt's computation, and each image goes
     through the vision tower once, however many chats it is in: see `prefix` and `vision`.
     """
-
-    told_of_unknown_words: ClassVar[bool] = False
-    """Whether this process has been warned of words that a tokenizer does not know; once is enough."""
 
     def __init__(
         self,
@@ -84,6 +81,7 @@ class TransformersVLM:
         if processor.chat_template is None:
             raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
         self.reserved = reserved_tokens(self.tokenizer)
+        self._told_of_unknown_words = False
         self.shared_prefix = shared_prefix
         if shared_prefix and (reason := unsupported(model)):
             self.shared_prefix = False
@@ -339,8 +337,10 @@ class TransformersVLM:
         return ids
 
     def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
+        """Warns at the first batch that has such words. A listener with the reasoner's words says the same of it, which
+        Python's default filter shows once."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None or TransformersVLM.told_of_unknown_words or not self.tokenizer.is_fast:
+        if unknown is None or self._told_of_unknown_words or not self.tokenizer.is_fast:
             return
         found: dict[str, None] = {}
         for prompt in prompts:
@@ -350,11 +350,12 @@ class TransformersVLM:
                 if token == unknown and not (word.isascii() and set(word) <= _PUNCTUATION):
                     found.setdefault(word)
         if found:
-            TransformersVLM.told_of_unknown_words = True
+            self._told_of_unknown_words = True
             words = ", ".join(repr(word[:40]) for word in list(found)[:5]) + (", ..." if len(found) > 5 else "")
             warnings.warn(
                 f"the judge's tokenizer does not know {words} and reads {self.tokenizer.unk_token} instead. The tiny "
                 "judge knows only its world of coloured shapes; load a large judge for other prompts. Said once",
+                UnknownWordsWarning,
                 stacklevel=2,
             )
 

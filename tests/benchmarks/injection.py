@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from scipy import stats
 from listener_reward import Judge
 from listener_reward.chat import ChatFormat, neutralise
 from listener_reward.datasets import load_pairs
+from listener_reward.errors import UnknownWordsWarning
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.trace import Masking, parse
 
@@ -318,7 +320,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=7, help="neutral texts for each attack")
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     args = parser.parse_args()
-    TransformersVLM.told_of_unknown_words = True
+    warnings.simplefilter("ignore", UnknownWordsWarning)
     bench = Bench(args.pairs)
     if "prompt" in args.tables:
         show("At the end of the prompt", bench.rows(PROMPT_ATTACKS, args.texts, "prompt"))
