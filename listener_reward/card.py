@@ -116,7 +116,9 @@ class Card:
             "calibration": Calibration.from_dict,
             "fast_calibration": Calibration.from_dict,
         }
-        values = {name: readers[name](value) if name in readers else value for name, value in saved.items()}
+        values: dict[str, Any] = {
+            name: readers[name](value) if name in readers else value for name, value in saved.items()
+        }
         return cls(**values | _tempered(values, temperature))
 
     @classmethod
@@ -131,7 +133,7 @@ class Card:
         return card
 
 
-def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Calibration]:
+def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Any]:
     """The calibrations of an older card, which had the reasoner's temperature in a field of its own, with it in them.
 
     It divided the log-odds that the maps of the answer divide once more; so their temperatures are multiplied.

@@ -17,7 +17,7 @@ from listener_reward.card import Card
 from listener_reward.chat import Chat, Side
 from listener_reward.conclude import Answer, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
-from listener_reward.listener import Listener, load_listener, read_answers
+from listener_reward.listener import Listener, choose_listener, load_listener, read_answers
 from listener_reward.media.clips import Clip, ClipView
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
@@ -139,7 +139,9 @@ class Judge:
         """
         folder = resolve(name)
         card = Card.load(folder)
-        if listener == "none" and aggregate is None and card.aggregate in LISTENING:
+        chosen = choose_listener(listener, card.listener)
+        refused = chosen is None and listener is not None
+        if refused and aggregate is None and card.aggregate in LISTENING:
             card = replace(card, aggregate="mean")
         given = {
             "thoughts": thoughts,
@@ -149,7 +151,7 @@ class Judge:
             "max_new_tokens": max_new_tokens,
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
-        check_listens(card.mode(think), listener != "none" and (listener or card.listener) is not None)
+        check_listens(card.mode(think), chosen is not None)
         options: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -159,13 +161,9 @@ class Judge:
             "vision_bytes": vision_bytes,
         }
         reasoner = TransformersVLM.from_pretrained(folder, **options)
-        if not isinstance(listener, Listener):
-            chosen = card.listener if listener is None else None if listener == "none" else str(listener)
-            loaded = None if chosen is None else load_listener(chosen, card, **options)
-        else:
-            loaded = listener
+        loaded = load_listener(chosen, card, **options) if isinstance(chosen, str | Path) else chosen
         judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips)
-        if loaded is not listener or listener is None:
+        if not isinstance(listener, Listener):
             judge._origin = {"name": name, "listener": listener, **options, **given}
         return judge
 

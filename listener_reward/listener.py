@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from listener_reward.models.hub import resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.trace import Masking, Trace
+
+NO_LISTENER = "none"
+"""The name, in code, on the command line and in a configuration, by which nobody listens."""
+
+T = TypeVar("T")
 
 
 class Listener:
@@ -85,6 +90,12 @@ def _prefixes(vlm: VLM, chat_format: ChatFormat, thoughts: Sequence[str]) -> lis
     reserved = chat_format.reserved(vlm.reserved)
     before, after = chat_format.think
     return [chat_format.answer_slot(neutralise(thought, reserved, before=before, after=after)) for thought in thoughts]
+
+
+def choose_listener(given: T | None, own: str | None) -> T | str | None:
+    """Who listens: what is `given`, a name or a listener, or where nothing is the checkpoint's own; None for nobody."""
+    chosen = own if given is None else given
+    return None if chosen == NO_LISTENER else chosen
 
 
 def load_listener(name: str | Path, card: Card, **options: Any) -> Listener:

@@ -18,6 +18,7 @@ from listener_reward.card import CARD, Card
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
+from listener_reward.listener import Listener, choose_listener
 from listener_reward.models.hub import EMBEDDED, resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import PAPER_CHECKPOINT
@@ -195,6 +196,20 @@ def test_weights_that_do_not_fit_are_named(folder):
     resize_a_tensor(folder)
     with pytest.raises(InputError, match="1 of its weights have another shape than its config, among them model"):
         Judge.from_pretrained(folder, listener="none")
+
+
+def test_who_listens_is_what_is_given_or_else_the_checkpoints_own(tmp_path):
+    listener = Listener(None, ChatFormat())  # pyright: ignore[reportArgumentType]
+    for given, own, chosen in (
+        (None, None, None),
+        (None, "own", "own"),
+        ("none", "own", None),
+        ("other", "own", "other"),
+        (tmp_path, None, tmp_path),
+        (Path("none"), "own", Path("none")),  # a folder of that name
+        (listener, "own", listener),
+    ):
+        assert choose_listener(given, own) == chosen
 
 
 @pytest.mark.parametrize("kind", ["bert", "gemma3"])

@@ -31,7 +31,8 @@ def check_writable(name: str, out: Path | None) -> None:
 
 def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
     from listener_reward.card import Card
-    from listener_reward.models.hub import EMBEDDED, resolve
+    from listener_reward.listener import choose_listener
+    from listener_reward.models.hub import lasting, resolve
 
     changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
     if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
@@ -39,8 +40,7 @@ def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibra
         changes |= {field: getattr(judge.card, field) for field in kept}
     if listener is not None:
         # A folder is named from here; the card would read a relative name from where it lies itself.
-        local = listener not in EMBEDDED and Path(listener).is_dir()
-        changes["listener"] = None if listener == "none" else str(Path(listener).resolve()) if local else listener
+        changes["listener"] = None if (chosen := choose_listener(listener, None)) is None else lasting(chosen)
     if out is None:
         Card.amend(name, **changes)
         return Path(name)

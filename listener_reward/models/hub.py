@@ -35,6 +35,11 @@ def resolve(name: str | Path) -> str:
     return str(folder)
 
 
+def lasting(name: str) -> str:
+    """The name of a checkpoint as a card may keep it: a folder's path in full, any other name as it is."""
+    return str(Path(name).resolve()) if name not in EMBEDDED and Path(name).is_dir() else name
+
+
 def hub_options(name: str | Path) -> dict[str, Any]:
     """What to tell transformers of a name on the Hub: read only the cache where the Hub cannot be reached.
 

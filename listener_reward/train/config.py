@@ -17,8 +17,6 @@ from listener_reward.trace import Masking
 OWN_BASE = "base"
 """The listener that is the policy's own base with its adapters off: no extra memory, and LoRA only."""
 
-NO_LISTENER = "none"
-
 AS_COPIES = {"share_rollout": False, "share_logprobs": False, "share_listener": False, "share_groups": False}
 """Every completion pays for its own prompt and images."""
 

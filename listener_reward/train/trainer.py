@@ -29,15 +29,15 @@ from trl.trainer.utils import RepeatSampler
 from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.errors import InputError
-from listener_reward.listener import Listener, load_listener, make_listener
+from listener_reward.listener import Listener, choose_listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
-from listener_reward.models.hub import EMBEDDED, resolve
+from listener_reward.models.hub import lasting, resolve
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
 from listener_reward.prefix.attention import base_model, unsupported
 from listener_reward.trace import Trace
-from listener_reward.train.config import NO_LISTENER, OWN_BASE, ListenerGRPOConfig, without_image_token
+from listener_reward.train.config import OWN_BASE, ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
@@ -100,8 +100,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         self.kernel = self._kernel(args)
         if listener is None and not own_base:
             listener = _load_listener(args, self.card, self.kernel)
-        if args.listener not in (None, NO_LISTENER):
-            self.card = replace(self.card, listener=_lasting(str(model) if own_base else args.listener))
+        if (named := choose_listener(args.listener, None)) is not None:
+            self.card = replace(self.card, listener=lasting(str(model if own_base else named)))
         _check_size(train_dataset, args)
         self.left_to_trl = changes()
         """The switches that have no effect, each with the reason."""
@@ -420,8 +420,8 @@ def load_policy_processor(model: str) -> Any:
 
 def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listener | None:
     """The listener that the configuration or else the policy's card names; it may be missing if its weight is 0."""
-    name = args.listener or card.listener
-    if name is None or name == NO_LISTENER:
+    name = choose_listener(args.listener or None, card.listener)
+    if name is None:
         if args.reward_weights is not None and args.reward_weights[2] == 0:
             return None
         raise InputError(
@@ -444,11 +444,6 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listene
 def _forget_images(listener: Listener | None) -> None:
     if listener is not None and isinstance(listener.vlm, TransformersVLM):
         listener.vlm.features.clear()
-
-
-def _lasting(name: str) -> str:
-    """A listener's name as the trained judge's card keeps it: a folder is written out in full."""
-    return str(Path(name).resolve()) if name not in EMBEDDED and Path(name).is_dir() else name
 
 
 def _check_size(pairs: Dataset, args: ListenerGRPOConfig) -> None:
