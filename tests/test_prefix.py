@@ -13,16 +13,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from listener_reward.errors import InputError
 from listener_reward.models.vision import patches_by_product
 from listener_reward.prefix import attention
-from listener_reward.prefix.attention import Layout, attention_inputs, check_used, unsupported
+from listener_reward.prefix.attention import Layout, attention_inputs, check_used, take_layouts, unsupported
 from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
 from listener_reward.prefix.sampling import prefill, sample
 
@@ -67,6 +69,7 @@ def build(kind: str, **text_options: Any) -> Any:
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
     model.generation_config.eos_token_id = [1, *range(30, 36)]
     model.generation_config.pad_token_id = 0
+    take_layouts(model)
     return model
 
 
@@ -281,6 +284,27 @@ def test_other_models_are_turned_down_in_words():
     eager.set_attn_implementation("eager")
     assert "attn_implementation='eager'" in str(unsupported(eager))
     assert "attention_dropout=0.1" in str(unsupported(build("qwen2_5_vl", attention_dropout=0.1)))
+
+
+@torch.no_grad()
+def test_only_the_model_that_takes_layouts_attends_by_another_entry(case, tmp_path):
+    text = case.model.config.get_text_config()
+    assert all(layer.self_attn.config is text for layer in case.model.model.language_model.layers)
+    packed_logprobs(case, continuations(LENGTHS))
+    ours = case.alone(0, torch.tensor([50, 51]))
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+    case.model.save_pretrained(tmp_path)
+    assert attention.ATTENTION not in (tmp_path / "config.json").read_text()
+    stock = type(case.model).from_pretrained(tmp_path).eval()
+    assert stock.config.get_text_config()._attn_implementation == "sdpa"
+    assert torch.equal(Case(stock, case.prompts, case.pixels, case.grids).alone(0, torch.tensor([50, 51])), ours)
+
+
+def test_a_model_that_takes_no_layouts_does_not_go_unnoticed(case):
+    case.model.set_attn_implementation("sdpa")
+    row = pack(case.prompts, continuations(LENGTHS), open_end=True)
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):  # a layout's mask is none, and of integers
+        case.model(**row.inputs, **case.vision, logits_to_keep=1, use_cache=False)
 
 
 def test_a_model_that_drops_the_keyword_does_not_go_unnoticed():

@@ -20,7 +20,7 @@ from listener_reward.judge import Judge
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
 from listener_reward.models.vlm import check_finite
-from listener_reward.prefix.attention import Layout
+from listener_reward.prefix.attention import ATTENTION, Layout
 from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.models import QUESTION, build_model, build_processor
 from listener_reward.tiny.world import split_pairs
@@ -339,6 +339,26 @@ def test_known_words_and_the_template_do_not_warn(vlm, prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ask(vlm, prompt)
+
+
+# ---------------------------------------------------------------- what making one changes
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"), [({}, 1), ({"keep_memory": False}, 0), ({"shared_prefix": False}, 0)], ids=str
+)
+def test_glibc_is_asked_only_by_a_model_that_shares_prefixes_and_may(random_judge, monkeypatch, options, asked):
+    calls = []
+    monkeypatch.setattr("listener_reward.models.transformers_vlm.keep_freed_memory", lambda: calls.append(1))
+    TransformersVLM.from_pretrained(random_judge, device="cpu", **options)
+    assert len(calls) == asked
+
+
+def test_a_model_that_shares_no_prefixes_is_left_as_it_was(random_judge):
+    for shared, name in ((True, ATTENTION), (False, "sdpa")):
+        model = TransformersVLM.from_pretrained(random_judge, device="cpu", shared_prefix=shared).model
+        assert model.config.get_text_config()._attn_implementation == name
+        assert model.config.vision_config._attn_implementation == "sdpa"
 
 
 # ---------------------------------------------------------------- loading

@@ -23,7 +23,8 @@ from listener_reward.models.processing import load_processor
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
-from listener_reward.prefix.attention import base_model, check_used, unsupported
+from listener_reward.prefix.allocator import keep_freed_memory
+from listener_reward.prefix.attention import base_model, check_used, take_layouts, unsupported
 from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
 from listener_reward.prefix.sampling import prefill, sample
 
@@ -39,7 +40,8 @@ class TransformersVLM:
     """A Qwen2.5-VL or Qwen3-VL in transformers, on one device.
 
     Chats that are equal (several thoughts about one question) share their prompt's computation, and each image goes
-    through the vision tower once, however many chats it is in: see `prefix` and `vision`.
+    through the vision tower once, however many chats it is in: see `prefix` and `vision`. For that the model takes
+    layouts from now on (`take_layouts`). Without one it gives what it gave, and other models are not touched.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TransformersVLM:
         token_budget: int = 16384,
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
+        keep_memory: bool = True,
     ):
         """
         Args:
@@ -65,6 +68,8 @@ class TransformersVLM:
             token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
             attention: one of `attention.KERNELS`, for rows that are read with a shared prefix.
             vision_bytes: how much of the images' features to keep between calls, in bytes.
+            keep_memory: with a shared prefix on a CPU, ask glibc to keep memory that was freed, up to 32 MiB a block,
+                see `keep_freed_memory`. That is a setting of the whole process; False leaves it alone.
         """
         self.model = model
         self.processor = processor
@@ -86,6 +91,10 @@ class TransformersVLM:
         if shared_prefix and (reason := unsupported(model)):
             self.shared_prefix = False
             logger.warning("every chat pays for its own prompt, because %s", reason)
+        if self.shared_prefix:
+            take_layouts(model)
+            if keep_memory and base_model(model).device.type == "cpu":
+                keep_freed_memory()
         self.features = ImageFeatures(
             base_model(model).model, processor.image_processor, processor.video_processor, max_bytes=vision_bytes
         )
@@ -102,11 +111,13 @@ class TransformersVLM:
         token_budget: int = 16384,
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
+        keep_memory: bool = True,
         **kwargs: Any,
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
 
-        `device` None and "cuda" are this process's own GPU (`default_device`).
+        `device` None and "cuda" are this process's own GPU (`default_device`). The other arguments are those of the
+        class, and transformers' own.
 
         Raises:
             InputError: the checkpoint cannot be found, reached or read; a dtype that is none.
@@ -137,6 +148,7 @@ class TransformersVLM:
             token_budget=token_budget,
             attention=attention,
             vision_bytes=vision_bytes,
+            keep_memory=keep_memory,
         )
 
     @torch.inference_mode()

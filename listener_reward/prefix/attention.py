@@ -1,6 +1,7 @@
 """Attention of rows that share prompts, and of their rollouts, put into a stock transformers model.
 
-It goes in through transformers' public `AttentionInterface`: its "sdpa" entry is wrapped, and does what it always did
+It goes in through transformers' public `AttentionInterface`, under a name of its own. A model attends by it once
+`take_layouts` has been called for it; other models of the process are not touched. Such a model does what it always did
 unless a forward pass is given the keyword `shared_prefix`, a `Layout` or a `Decoding`.
 """
 
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from listener_reward.errors import InputError
-from listener_reward.prefix.allocator import keep_freed_memory
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 """Architectures whose positions and attention this engine is tested with, token by token."""
 
 KERNELS = ("sdpa", "flex")
 """How a row's attention is computed: two calls of `scaled_dot_product_attention`, or one of FlexAttention."""
+
+ATTENTION = "shared_prefix_sdpa"
+"""The name of this attention among those of transformers."""
 
 WORTH_A_CALL = 2**21
 """Scores times their heads' size from which one continuation's attention on a CPU is worth a call of its own."""
@@ -37,9 +41,9 @@ def unsupported(model: Any) -> str | None:
     text = config.get_text_config()
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type!r} is not one of the architectures {', '.join(MODEL_TYPES)}"
-    if text._attn_implementation != "sdpa":
+    if text._attn_implementation not in ("sdpa", ATTENTION):
         return f"the model was loaded with attn_implementation={text._attn_implementation!r}; it has to be 'sdpa'"
-    if (entry := AttentionInterface()["sdpa"]) not in (sdpa_attention_forward, _sdpa):
+    if (entry := AttentionInterface()["sdpa"]) is not sdpa_attention_forward:
         return f"{getattr(entry, '__qualname__', entry)} stands in for transformers' 'sdpa' attention"
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         return "the model uses sliding-window attention"
@@ -397,16 +401,17 @@ def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
 def attention_inputs(layout: Layout | Decoding, like: Tensor) -> dict[str, Any]:
     """The arguments of a forward pass that put `layout` in place of causal attention.
 
-    A mask of four dimensions is what transformers takes for finished, so it makes none of its own.
+    A mask of four dimensions is what transformers takes for finished, so it makes none of its own. The model has to
+    take layouts, see `take_layouts`.
     """
-    _install()
     return {"shared_prefix": layout, "attention_mask": like.new_zeros(1, 1, 1, 1)}
 
 
 def check_used(layout: Layout | Decoding, model: Any) -> None:
     """Raises RuntimeError unless every attention layer of `model` has used `layout`: then the result is not to be had.
 
-    It cannot happen with the architectures in `MODEL_TYPES`; a subclass that drops keywords would read nonsense.
+    It cannot happen with the architectures in `MODEL_TYPES` after `take_layouts`; a subclass that drops keywords, or a
+    model whose attention was chosen anew since, would read nonsense.
     """
     layers = base_model(model).config.get_text_config().num_hidden_layers
     if layout.seen < layers:
@@ -417,21 +422,28 @@ def check_used(layout: Layout | Decoding, model: Any) -> None:
         )
 
 
-def _install() -> None:
-    if AttentionInterface()["sdpa"] is sdpa_attention_forward:
-        AttentionInterface.register("sdpa", _sdpa)
-        keep_freed_memory()
+def take_layouts(model: Any) -> None:
+    """Has the language model of `model`, which `unsupported` has nothing against, take layouts in its forward passes.
+
+    It stays so for the model's life, because a layer whose activations are computed again in a backward pass has to
+    find what it found before. Passes without a layout give what they gave; nothing of it is saved with the model.
+    """
+    base_model(model).config.get_text_config()._attn_implementation = ATTENTION
 
 
-def _sdpa(
+def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     layout = kwargs.pop("shared_prefix", None)
-    if layout is None or getattr(module, "layer_idx", None) is None:  # the vision tower's layers have no index
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # pyright: ignore
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layout.attend(module, query, key, value, scaling), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def base_model(model: Any) -> Any:

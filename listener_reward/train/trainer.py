@@ -35,7 +35,8 @@ from listener_reward.models.hub import lasting, resolve
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
-from listener_reward.prefix.attention import base_model, unsupported
+from listener_reward.prefix.allocator import keep_freed_memory
+from listener_reward.prefix.attention import base_model, take_layouts, unsupported
 from listener_reward.trace import Trace
 from listener_reward.train.config import OWN_BASE, ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
@@ -139,6 +140,12 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self._probe(listener, train_dataset[0])
         self.listener = listener
         self.sharing = self._what_is_shared()
+        if self.sharing:
+            for shared in (self.model, self.ref_model):
+                if shared is not None:
+                    take_layouts(self.accelerator.unwrap_model(shared))
+            if self.accelerator.device.type == "cpu":
+                keep_freed_memory()
 
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
