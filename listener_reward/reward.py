@@ -12,12 +12,12 @@ Importing this module loads no model and no torch; the first call loads the judg
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -26,9 +26,10 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
-from listener_reward.media.images import ImageLike, to_picture
+from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.ranking import PRIOR_STD, Ranking, RankingJudge, first_equal, fit_bradley_terry, pairings, rank_by
+from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
 from listener_reward.verdict import PairJudge, Verdict
 
 if TYPE_CHECKING:
@@ -43,11 +44,17 @@ FailurePolicy = Literal["raise", "nan", "group-mean"]
 INFO = ("standard_error", "comparisons", "position_gap", "contradicted", "listener_p_first", "failed")
 """What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
 
+JUDGE_OPTIONS = (
+    "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
+    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips",
+)  # fmt: skip
+"""What `Judge.from_pretrained` takes, known without its module, which imports torch."""
+
 P_MARGIN = 1e-4
 """Probabilities are kept this far from 0 and 1 before their log-odds are taken, which bounds them by 9.2."""
 
 MANY_REFERENCES = 1000
-"""Keeping the first image of more prompts than this is worth a word in the log: each one stays in memory."""
+"""Keeping the first image of more prompts than this in memory is worth a word in the log; see `state`."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +73,9 @@ class ListenerReward:
         judge: str | os.PathLike[str] | Judge | PairJudge = PAPER_CHECKPOINT,
         *,
         scheme: Scheme = "auto",
-        reference: Mapping[str, ImageLike] | Callable[[str], ImageLike] | None = None,
+        reference: Mapping[str, ImageLike] | Callable[[str], ImageLike] | str | os.PathLike[str] | None = None,
         on_failure: FailurePolicy = "raise",
+        state: str | os.PathLike[str] | None = None,
         **judge_options: Any,
     ):
         """
@@ -76,24 +84,37 @@ class ListenerReward:
                 `PairJudge`. A judge given as an object pickles as that object does; a name is the lighter choice.
             scheme: "group", "reference", or "auto": group for a prompt with two images or more in a call, reference
                 for one that stands alone.
-            reference: the image that each prompt's images must beat. Left out, the first image seen for a prompt is
-                kept; it scores 0 exactly.
+            reference: the image that each prompt's images must beat, or the path of a JSON file
+                `{"prompt": "image.png", ...}`. Left out, the first image seen for a prompt is kept; it scores 0
+                exactly.
             on_failure: what an image scores when the judge broke on all its comparisons: "raise" raises `JudgeError`,
                 "nan" gives NaN, "group-mean" the mean of the prompt's other images in the call (NaN without any).
+            state: a file that keeps the first images seen, made where it is missing, so that memory does not grow with
+                the prompts and the next run has the same zeros; see `references.ReferenceFile`. Left out, they are kept
+                in memory.
             judge_options: passed on to `Judge.from_pretrained`. Without a `device`, or with "cuda", the judge goes to
                 the GPU that is current where the reward is made: the first call may come from a thread of the host's,
                 where the current GPU is another.
 
         Raises:
-            InputError: an unknown scheme or policy, or options that would have no effect.
+            InputError: an unknown scheme, policy or option, options that would have no effect, or files that cannot be
+                used.
         """
         for field, value, allowed in (("scheme", scheme, Scheme), ("on_failure", on_failure, FailurePolicy)):
             if value not in get_args(allowed):
                 raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
-        if scheme == "group" and reference is not None:
-            raise InputError("reference is given, but scheme='group' compares no reference; use 'auto' or 'reference'")
+        for field, value in (("reference", reference), ("state", state)):
+            if scheme == "group" and value is not None:
+                raise InputError(
+                    f"{field} is given, but scheme='group' compares no reference; use 'auto' or 'reference'"
+                )
+        if reference is not None and state is not None:
+            raise InputError("state is given, but with reference= there is nothing to keep; leave one of them out")
         if isinstance(judge, (str, os.PathLike)):
             judge = os.fspath(judge)
+            if unknown := [name for name in judge_options if name not in JUDGE_OPTIONS]:
+                known = ", ".join(("scheme", "reference", "on_failure", "state", *JUDGE_OPTIONS))
+                raise InputError(f"{', '.join(unknown)}: no option of a ListenerReward, which has {known}")
         elif not isinstance(judge, PairJudge):
             raise InputError(f"judge is a {type(judge).__name__}; give a checkpoint's name, its folder, or a Judge")
         elif judge_options:
@@ -103,13 +124,15 @@ class ListenerReward:
             )
         self.judge = judge
         self.scheme = scheme
-        self.reference = reference
+        self.reference = read_references(reference) if isinstance(reference, (str, os.PathLike)) else reference
         self.on_failure = on_failure
         self.judge_options = judge_options
-        self._kept: dict[str, _Kept] = {}  # the first image of each prompt, as PNG: raw pixels are ten times that
+        # The first image of each prompt, as PNG: raw pixels are ten times that.
+        self._kept: dict[str, Kept] | ReferenceFile = {} if state is None else ReferenceFile(state)
         self._loaded: PairJudge | None = None
         self._device = _current_gpu()
         self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
+        _MADE.add(self)
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Any = None
@@ -192,20 +215,23 @@ class ListenerReward:
             InputError: it is no `state_dict` of a `ListenerReward`.
         """
         kept = state.get("references") if isinstance(state, Mapping) else None
-        if not isinstance(kept, Mapping) or not all(map(_is_kept, kept.values())):
+        if not isinstance(kept, Mapping) or not all(map(is_kept, kept.values())):
             raise InputError(f"state is {state!r:.80}; give what state_dict() of a ListenerReward gave")
         with self._lock:
-            self._kept = dict(kept)
+            self._kept.clear()
+            _add(self._kept, kept)
 
     def __repr__(self) -> str:
         judge = repr(self.judge) if isinstance(self.judge, str) else self.judge.name
         return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": dict(self._kept), "_loaded": None, "_lock": None, "_device": None}
+        kept = self._kept if isinstance(self._kept, ReferenceFile) else dict(self._kept)
+        return self.__dict__ | {"_kept": kept, "_loaded": None, "_lock": None, "_device": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _device=_current_gpu())
+        _MADE.add(self)
 
     # What follows is called with the lock held.
 
@@ -235,7 +261,8 @@ class ListenerReward:
     def _reference_of(self, prompt: str) -> Visual | None:
         """The image to beat for `prompt`; None where its first image has yet to be seen."""
         if self.reference is None:
-            return _unpacked(self._kept[prompt]) if prompt in self._kept else None
+            kept = self._kept.get(prompt)
+            return None if kept is None else unpacked(kept)
         given = self.reference.get(prompt) if isinstance(self.reference, Mapping) else self.reference(prompt)
         if given is None:
             raise InputError(f"reference has no image for prompt {prompt!r}; add one, or leave reference out")
@@ -243,14 +270,13 @@ class ListenerReward:
 
     def _keep(self, firsts: Mapping[str, Visual]) -> None:
         before = len(self._kept)
-        self._kept |= {prompt: _packed(visual) for prompt, visual in firsts.items()}
-        if before <= MANY_REFERENCES < len(self._kept):
-            size = sum(map(_size, self._kept.values())) / 2**20
+        _add(self._kept, {prompt: packed(visual) for prompt, visual in firsts.items()})
+        if isinstance(self._kept, dict) and before <= MANY_REFERENCES < len(self._kept):
             logger.warning(
-                "%d prompts have their first image kept in memory (%.0f MiB); with this many prompts, give reference= "
-                "or sample several images a prompt",
+                "%d prompts have their first image kept in memory (%.0f MiB); with this many prompts, give state= to "
+                "keep them in a file, or reference=, or sample several images a prompt",
                 len(self._kept),
-                size,
+                sum(map(size, self._kept.values())) / 2**20,
             )
 
     def _ask(self, judge: PairJudge, matches: list[_Match]) -> list[Verdict | None]:
@@ -293,36 +319,25 @@ def _current_gpu() -> str | None:
 
 _Match = tuple[str, Visual, Visual]
 
-_Kept = bytes | dict[str, Any]
-"""A picture as the bytes of a PNG; a clip as `{"frames": such bytes, "seconds": times}`."""
+
+def _add(kept: dict[str, Kept] | ReferenceFile, images: Mapping[str, Kept]) -> None:
+    """A file takes all of them in one transaction, and may have got some from another process in the meantime."""
+    kept.keep(images) if isinstance(kept, ReferenceFile) else kept.update(images)
 
 
-def _packed(visual: Visual) -> _Kept:
-    if isinstance(visual, Clip):
-        seconds = None if visual.seconds is None else list(visual.seconds)
-        return {"frames": [_packed(frame) for frame in visual.frames], "seconds": seconds}
-    file = io.BytesIO()
-    visual.image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+_MADE: weakref.WeakSet[ListenerReward] = weakref.WeakSet()
+"""Every reward of this process, whose locks a fork must not inherit held: the thread that holds one is not copied."""
 
 
-def _unpacked(kept: _Kept) -> Visual:
-    if isinstance(kept, bytes):
-        return to_visual(kept)
-    seconds = None if kept["seconds"] is None else tuple(kept["seconds"])
-    return Clip(tuple(to_picture(frame) for frame in kept["frames"]), seconds)
+def _after_fork() -> None:
+    for reward in _MADE:
+        reward._lock = threading.Lock()
+        if isinstance(reward._kept, ReferenceFile):
+            reward._kept.after_fork()
 
 
-def _is_kept(kept: Any) -> bool:
-    return isinstance(kept, bytes) or (
-        isinstance(kept, dict)
-        and set(kept) == {"frames", "seconds"}
-        and all(isinstance(frame, bytes) for frame in kept["frames"])
-    )
-
-
-def _size(kept: _Kept) -> int:
-    return len(kept) if isinstance(kept, bytes) else sum(map(len, kept["frames"]))
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 REFERENCE = -1

@@ -38,6 +38,7 @@ FLOORS = (
     ("evaluate",),
     ("report",),
     # the reward, and training a judge
+    ("references",),
     ("reward",),
     ("train",),
     # the public names, and what is made of everything
