@@ -1,4 +1,4 @@
-"""The call that diffusion trainers share, and what an adapter never lets pass as a number.
+"""The call that diffusion trainers share, and what an adapter never lets pass as a number. See docs/contract.md.
 
 `reward(images, prompts, metadata) -> (scores, info)` is ddpo-pytorch's; most hosts call something close to it. The
 adapters beside this file turn each host's call into it and back, through `score`, which checks both directions: a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -21,8 +20,18 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.reward import ListenerReward, Scheme
 from listener_reward.verdict import PairJudge
 
+from .checks import check_company, check_prompts
+
 Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
+
+
+CLIENT_OPTIONS = ("scheme", "timeout", "retries")
+"""What an adapter that is given a URL takes beside it; see `RemoteReward`."""
+
+ALWAYS_FINITE = ("standard_error", "comparisons", "failed")
+"""Entries of `ListenerReward`'s info that are a number for every scored image. The others are NaN where nothing was
+compared, as for the image that becomes its prompt's reference, and NaN would be the mean in a host that takes one."""
 
 
 def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device: Any = None) -> Any:
@@ -31,19 +40,25 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
     Args:
         reward: a judge's name or folder, a loaded judge, the URL of a `listener-reward serve` (for hosts whose
             dependencies this package cannot share), or any callable of the contract, which is returned as it is.
-        options: passed on to `ListenerReward`, or to `RemoteReward` for a URL.
-        scheme: the one that suits the host, for a `ListenerReward` made here whose options name none. `reference`
-            says that the host scatters a prompt's images over calls.
+        options: passed on to `ListenerReward`, or for a URL those of `CLIENT_OPTIONS` to `RemoteReward`.
+        scheme: the one that suits the host, for a `ListenerReward` made here whose options name none. A server is told
+            with every request, and refuses one that it would answer by another. `reference` says that the host
+            scatters a prompt's images over calls.
         device: the host's, where the judge is loaded unless its options say otherwise; None for a host that names none.
 
     Raises:
-        InputError: none of these, options for a reward that is already made, or `on_failure="group-mean"` in a host
-            that scatters groups, unless the scheme is `group`.
+        InputError: none of these, options that are unknown or belong to the server, options for a reward that is
+            already made, or `on_failure="group-mean"` in a host that scatters groups, unless the scheme is `group`.
     """
     if isinstance(reward, str) and "://" in reward:
         from .serving.client import RemoteReward
 
-        return RemoteReward(reward, **options)
+        if others := [name for name in options if name not in CLIENT_OPTIONS]:
+            raise InputError(
+                f"{', '.join(others)}: no option for a URL, which takes {', '.join(CLIENT_OPTIONS)}; what concerns the "
+                "judge is an option of the server: listener-reward serve -h"
+            )
+        return RemoteReward(reward, **{"scheme": scheme, **options})
     made = reward
     if isinstance(reward, (str, os.PathLike, PairJudge)):
         chosen: dict[str, Any] = {"scheme": scheme, **options}
@@ -85,7 +100,7 @@ def score(
     """
     check_prompts(prompts, len(images))
     if isinstance(reward, ListenerReward) and reward.scheme == "group":
-        _check_company(prompts)
+        check_company(prompts)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
     given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)
@@ -104,31 +119,6 @@ def score(
     return scores, {
         name: values for name, values in arrays.items() if values is not None and len(values) == len(scores)
     }
-
-
-def check_prompts(prompts: Sequence[str], n: int) -> None:
-    """Raises `InputError` unless `prompts` are `n` texts with something in them.
-
-    An empty prompt means that it was lost on the way: the judge would answer, but not the question that was meant.
-    """
-    if isinstance(prompts, (str, bytes)):
-        raise InputError(f"prompts is one string, {prompts[:40]!r}; give one prompt for each image")
-    if len(prompts) != n:
-        raise InputError(f"prompts has {len(prompts)} entries for {n} images; give one prompt for each image")
-    for position, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
-        if not prompt.strip():
-            raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
-
-
-def _check_company(prompts: Sequence[str]) -> None:
-    alone = [prompt for prompt, times in Counter(map(str, prompts)).items() if times == 1]
-    if alone:
-        raise InputError(
-            f"{len(alone)} of the prompts have one image in this call, such as {alone[0][:80]!r}, and scheme='group' "
-            "compares the images of a prompt with one another; hand over whole groups, or take scheme='reference'"
-        )
 
 
 async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict]:

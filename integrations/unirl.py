@@ -1,18 +1,22 @@
 """UniRL: the JSON of its reward service's `POST /score`, answered by `listener-reward serve`.
 
-    listener-reward serve --judge tiny            # on the UniRL side: RemoteRewardSpec(base_url="http://127.0.0.1:8300",
-                                                  #                                     required_rewards=("listener",))
+    listener-reward serve                          # on the UniRL side:
+    RemoteRewardSpec(base_url="http://127.0.0.1:8300/reference", required_rewards=("listener",))
 
 A request holds one process's share of a batch, so the server compares with a reference image of each prompt, the same
-for all processes. With `--group-size` it collects the group, by the `group_id` that the host sends, from all of them
-first. A request that the host repeats because that took longer than its timeout is known by its `idempotency_key`.
+for all processes. With `serve --group-size` and `/group` in the URL it collects the group, by the `group_id` that the
+host sends, from all of them first. A request that the host repeats because that took longer than its timeout is known
+by its `idempotency_key`. Keep `request_batch_size` unset or at a whole number of groups: the host sends the parts of a
+batch one after another, so a group in two of them would wait for itself.
+
+The host puts a source image into the history as a turn of its own. Edits are not judged yet, so such an item fails.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,24 +24,35 @@ import numpy as np
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.storyboards import as_picture
 
-from .contract import Reward, check_prompts, score
+from .checks import check_no_source, check_prompts
+from .contract import Reward, score
 from .serving.collector import GroupCollector
+from .serving.schemes import check_scheme
 
 _IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version", "idempotency_key")
 
 
 def answer(
-    reward: Reward, body: Any, *, name: str = "listener", request: str | None = None, version: str | None = None
+    reward: Reward,
+    body: Any,
+    *,
+    name: str = "listener",
+    request: str | None = None,
+    version: str | None = None,
+    scheme: str | None = None,
+    gone: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """The response to one `ScoreRequest`.
 
-    `request` names it for a collector, where items have no `idempotency_key`; `version` is echoed as `scorer_version`.
+    `request` names it for a collector, where items have no `idempotency_key`; `version` is echoed as `scorer_version`;
+    `scheme` is the one that the client wants; `gone` says whether it has hung up.
 
     An item that cannot be scored has no entry in `results`, and its reason in `errors`: the host's notion of a failed
     sample. The one sub-metric is `score`, since the host may take a mean of several.
 
     Raises:
         InputError: the request as a whole is malformed or asks for another reward; the server answers it with 400.
+        OtherScheme: the reward answers by another scheme than the client wants.
     """
     items = body.get("requests") if isinstance(body, Mapping) else None
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
@@ -49,9 +64,10 @@ def answer(
             raise InputError(
                 f"requests[{position}].required_rewards is {item.get('required_rewards')!r}; this server has [{name!r}]"
             )
+    check_scheme(reward, scheme, [str(_last(item.get("history")).get("text")) for item in items])
     read = [_read(item.get("history"), f"requests[{position}]") for position, item in enumerate(items)]
     if isinstance(reward, GroupCollector):
-        outcomes = _collect(reward, items, read, request)
+        outcomes = _collect(reward, items, read, request, gone)
     else:
         outcomes = _score(reward, read)
     results = [{} if isinstance(outcome, Exception) else {name: {"score": outcome}} for outcome in outcomes]
@@ -78,7 +94,11 @@ def _score(reward: Reward, read: list[tuple[Any, Any]]) -> list[float | Exceptio
 
 
 def _collect(
-    collector: GroupCollector, items: list[Mapping], read: list[tuple[Any, Any]], request: str | None
+    collector: GroupCollector,
+    items: list[Mapping],
+    read: list[tuple[Any, Any]],
+    request: str | None,
+    gone: Callable[[], bool] | None,
 ) -> list[float | Exception]:
     """As `_score`. All items take their places before the first is waited for, unreadable ones, too."""
     futures: list[Any] = []
@@ -91,6 +111,7 @@ def _collect(
             futures.append(collector.submit(picture, prompt, group=group, name=key))
         except InputError as error:  # without a prompt and a group there is no place to take
             futures.append(error)
+    collector.settle([future for future in futures if not isinstance(future, InputError)], gone)
     outcomes: list[float | Exception] = []
     for future in futures:
         try:
@@ -102,19 +123,24 @@ def _collect(
 
 def _read(history: Any, field: str) -> tuple[Any, Any]:
     """Picture, or the `InputError` that it is none, and prompt of the last turn, or None."""
-    turn = history[-1] if isinstance(history, list) and history and isinstance(history[-1], Mapping) else {}
-    text = turn.get("text")
+    text = _last(history).get("text")
     try:
         return _picture(history, field), text
     except InputError as error:
         return error, text if isinstance(text, str) and text.strip() else None
 
 
+def _last(history: Any) -> Mapping:
+    """The last turn; an empty one where there is none."""
+    return history[-1] if isinstance(history, list) and history and isinstance(history[-1], Mapping) else {}
+
+
 def _picture(history: Any, field: str) -> Any:
-    """The picture of the last turn, which is the generated one; before it may stand a condition."""
-    if not isinstance(history, list) or not history or not isinstance(history[-1], Mapping):
+    """The picture of the only turn, which is the generated one."""
+    turn = _last(history)
+    if not turn:
         raise InputError(f"{field}.history is empty; its last turn is the generated image with its prompt")
-    turn = history[-1]
+    check_no_source(**{f"{field}.history[0]": history[:-1]})
     check_prompts([turn.get("text")], 1)  # pyright: ignore[reportArgumentType]
     for key in ("image_b64", "video_b64"):
         if turn.get(key) is not None:

@@ -208,20 +208,24 @@ def serving(reward, **options):
         thread.join()
 
 
-def http(url: str, body: Any = None, raw: bytes | None = None) -> tuple[int, dict]:
+def http(url: str, body: Any = None, raw: bytes | None = None, raises: bool = False) -> tuple[int, dict]:
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     try:
         with request.urlopen(request.Request(url, data, {"Content-Type": "application/json"}), timeout=30) as reply:
             return reply.status, json.load(reply)
     except HTTPError as refused:
+        if raises:
+            raise
         return refused.code, json.load(refused)
 
 
 def flow_factory_client(url: str, prompt, image=None, video=None) -> list[float]:
     payload = {"prompt": prompt, "image": image, "video": video, "condition_images": None, "kwargs": None}
-    status, data = http(f"{url}/compute", payload)
-    if status >= 400:
-        raise RuntimeError(f"Failed to connect to {url}")
+    try:
+        _, data = http(f"{url}/compute", payload, raises=True)
+    except HTTPError as refused:  # requests' raise_for_status shows the status line, and not the body
+        error = f"{refused.code} Client Error: {refused.reason} for url: {url}/compute"
+        raise RuntimeError(f"Failed to connect to {url}: {error}") from refused
     if data.get("error"):
         raise RuntimeError(f"Server error: {data['error']}")
     return torch.tensor(data["rewards"], dtype=torch.float32).tolist()

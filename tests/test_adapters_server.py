@@ -20,7 +20,7 @@ from listener_reward.reward import ListenerReward
 def test_remote_reward_is_the_reward_itself(FakeJudge):
     reward = ListenerReward(FakeJudge(listener_slope=2.0), reference=REFERENCE, scheme="reference", on_failure="nan")
     with serving(reward) as url:
-        here, there = reward(pixels(), PROMPTS), as_reward(url, {}, scheme="auto")(pixels(), PROMPTS, None)
+        here, there = reward(pixels(), PROMPTS), as_reward(url, {}, scheme="reference")(pixels(), PROMPTS, None)
         assert there[0] == pytest.approx(here[0]) and there[0].dtype == np.float32
         assert there[1].keys() == here[1].keys()
         assert all(there[1][key] == pytest.approx(here[1][key]) for key in here[1])
@@ -33,14 +33,14 @@ def test_remote_reward_gives_nan_for_what_the_judge_broke_on_and_raises_where_it
         scores, info = RemoteReward(url)(pixels(), PROMPTS)
         assert np.isnan(scores).tolist() == [False, False, True, False] and info["failed"].tolist() == [0, 0, 1, 0]
         with pytest.raises(JudgeError, match="broke on them"):
-            trl_host(ddpo_reward(url), [[pixels(), PROMPTS, ({},) * 4]], False)
+            trl_host(ddpo_reward(url, scheme="group"), [[pixels(), PROMPTS, ({},) * 4]], False)
     with serving(ListenerReward(broken(FakeJudge), scheme="group")) as url, pytest.raises(JudgeError, match="broke"):
         RemoteReward(url)(pixels(), PROMPTS)
 
 
 def test_remote_reward_without_a_server_says_how_to_start_one():
     with pytest.raises(JudgeError, match="listener-reward serve"):
-        RemoteReward("http://127.0.0.1:9", timeout=2)(pixels(), PROMPTS)
+        RemoteReward("http://127.0.0.1:9", timeout=2, retries=0)(pixels(), PROMPTS)
 
 
 def test_server_survives_what_is_no_request(FakeJudge):

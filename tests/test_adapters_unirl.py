@@ -54,7 +54,8 @@ def test_unirl(FakeJudge):
         rewards, errors = unirl_host(url, [unirl_request(red) for red in REDS])
         condition = unirl_request(9)["history"][0]
         edit = unirl_request(REDS[0]) | {"history": [condition, *unirl_request(REDS[0])["history"]]}
-        assert unirl_host(url, [edit])[0] == pytest.approx(rewards[:1])
+        given, reasons = unirl_host(url, [edit, unirl_request(REDS[0])])
+        assert given == [None, pytest.approx(rewards[0])] and "edits are not judged yet" in str(reasons[0])
     assert order(rewards) == BETTER and errors == [None] * 4
 
 
@@ -166,6 +167,19 @@ def test_unirl_request_that_is_repeated_counts_once(FakeJudge):
     assert first == again == unirl.answer(collector, halves[0])
     scores = [result["listener"]["score"] for result in first["results"] + last["results"]]
     assert order(scores) == BETTER and len(judge.calls) == 1
+
+
+def test_unirl_asks_for_its_scheme_by_its_base_url(FakeJudge):
+    requests = [unirl_request(red) for red in REDS]
+    with serving(ListenerReward(FakeJudge(), reference=REFERENCE, scheme="reference")) as url:
+        assert order(unirl_host(f"{url}/reference", requests)[0]) == BETTER
+        with pytest.raises(RuntimeError, match=r"wants scores by scheme 'group'.* answers by 'reference'"):
+            http(f"{url}/group/health")
+            unirl_host(f"{url}/group", requests)
+    with serving(GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 4)) as url:
+        assert order(unirl_host(f"{url}/group", requests)[0]) == BETTER
+        with pytest.raises(RuntimeError, match=r"wants scores by scheme 'reference'"):
+            unirl_host(f"{url}/reference", requests)
 
 
 def test_unirl_version_can_be_pinned(FakeJudge):

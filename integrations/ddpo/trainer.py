@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from listener_reward.errors import InputError, MissingExtraError
 
-from ..contract import Reward, check_prompts, score
+from ..checks import check_prompts
+from ..contract import Reward, score
 from .config import DDPOConfig
 from .hacking import HackingGuard
 from .learner import LATENTS, PROMPTS, STEPS, Learner, stream

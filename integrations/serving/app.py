@@ -4,6 +4,9 @@
   Flow-Factory.
 - `POST /compute`: Flow-Factory's remote rewards, and `RemoteReward`.
 - `POST /score`: UniRL's reward service (`unirl.answer`).
+- The same after `/reference`, `/group` or `/auto`, as in `POST /group/compute`: the scheme that the client wants. A
+  server that answers by another replies 409, and `detail` says what to change. Clients that append their paths to a
+  base URL, as both hosts' do, need no more than that URL.
 
 JSON both ways, pictures as base64 of PNG, JPEG or WebP: unlike the pickles that reward servers of this field exchange,
 nothing that arrives here can run. Paths are not read. There is no authentication, so it listens on this machine only
@@ -12,30 +15,37 @@ unless told otherwise.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import selectors
 import socket
+import sys
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from listener_reward import __version__
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.storyboards import as_picture
+from listener_reward.reward import Scheme
 
 from .. import unirl
-from ..contract import Reward, check_prompts, score
-from .collector import GroupCollector
+from ..checks import check_no_source, check_prompts
+from ..contract import Reward, score
+from .collector import ClientGone, GroupCollector
+from .schemes import OtherScheme, check_scheme, scheme_of
 
 MAX_BODY = 2**30
 """Larger requests are refused: 1 GiB is about a thousand PNGs of 512 pixels."""
+
+ROUTES = "there are GET /health, POST /compute and POST /score, each also after /reference, /group or /auto"
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +72,10 @@ def make_server(
     Handler.retries = Retries()
     try:
         return _Server((host, port), Handler)
-    except OSError as error:
-        raise InputError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another port") from error
+    except (OSError, OverflowError) as error:
+        fault = error.strerror if isinstance(error, OSError) and error.strerror else error
+        other = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise InputError(f"{host} port {port} cannot be listened on ({fault}); choose another {other}") from error
 
 
 def version_of(reward: Any) -> str:
@@ -74,12 +86,23 @@ def version_of(reward: Any) -> str:
     return f"listener-reward {__version__} {name}"
 
 
-def compute(reward: Reward, body: Any, *, request: str | None = None) -> dict[str, Any]:
+def compute(
+    reward: Reward,
+    body: Any,
+    *,
+    request: str | None = None,
+    scheme: str | None = None,
+    gone: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """The response to `POST /compute`: `{"prompt": [...], "image": [base64]}`, or `"video": [[base64 of a frame]]`.
 
     `rewards` has one number for each prompt. Where one is missing (`null`, for the judge broke on it), or all are,
     there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was. `request` names the
-    request for a collector, in which one that comes again takes no second place.
+    request for a collector, in which one that comes again takes no second place. `gone` says whether its client has
+    hung up.
+
+    Raises:
+        OtherScheme: the reward answers by another scheme than the client wants.
     """
     try:
         if not isinstance(body, Mapping) or not isinstance(body.get("prompt"), list):
@@ -88,6 +111,8 @@ def compute(reward: Reward, body: Any, *, request: str | None = None) -> dict[st
         media = images if images is not None else videos
         if not isinstance(media, list) or (images is not None and videos is not None):
             raise InputError("image or video has to be a list, one of the two")
+        check_no_source(**{key: body.get(key) for key in ("condition_images", "condition_videos")})
+        check_scheme(reward, scheme, body["prompt"])
         pictures = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
         unreadable = [picture for picture in pictures if isinstance(picture, InputError)]
         if isinstance(reward, GroupCollector):
@@ -99,10 +124,12 @@ def compute(reward: Reward, body: Any, *, request: str | None = None) -> dict[st
         if unreadable:
             raise unreadable[0]
         scores, info = (
-            reward.wait(futures)
+            reward.wait(futures, gone)
             if isinstance(reward, GroupCollector)
             else score(reward, pictures, body["prompt"], missing=True)
         )
+    except OtherScheme:
+        raise
     except (InputError, JudgeError) as error:
         return {"rewards": None, "error": str(error), "kind": "input" if isinstance(error, InputError) else "judge"}
     reply: dict[str, Any] = {
@@ -180,6 +207,17 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # a rank a connection, all at once at the end of a batch
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]):
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who hangs up is no fault of the server, and worth no traceback."""
+        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            logger.info("%s hung up", client_address)
+        else:
+            logger.exception("a connection of %s failed", client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections, which clients of the field pool
@@ -190,17 +228,21 @@ class _Handler(BaseHTTPRequestHandler):
     retries: Retries
 
     def do_GET(self) -> None:
-        if self.path == "/health":
-            self._reply(200, {"status": "ok", "rewards": {self.name: ["score"]}, "scorer_version": self.version})
+        _, path = self._route()
+        if path == "/health":
+            state = {"status": "ok", "rewards": {self.name: ["score"]}, "scorer_version": self.version}
+            self._reply(200, state | {"scheme": scheme_of(self.reward)})
         else:
-            self._reply(404, {"detail": "there are GET /health, POST /compute and POST /score"})
+            self._reply(404, {"detail": ROUTES})
 
     def do_POST(self) -> None:
-        if self.path not in ("/compute", "/score"):
+        scheme, path = self._route()
+        if path not in ("/compute", "/score"):
             self.close_connection = True
-            return self._reply(404, {"detail": "there are GET /health, POST /compute and POST /score"})
+            return self._reply(404, {"detail": ROUTES})
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY:
+        digits = length.lstrip("0") or "0"
+        if not (length.isascii() and length.isdecimal()) or len(digits) > 12 or int(digits) > MAX_BODY:
             self.close_connection = True  # the body stays unread
             return self._reply(
                 413 if length.isdecimal() else 411, {"detail": f"send at most {MAX_BODY} bytes, and say how many"}
@@ -211,11 +253,18 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             return self._reply(400, {"detail": "the body is not JSON"})
         request = self.retries.name(raw, self.connection)
+        identity: dict[str, Any] = {"request": request, "scheme": scheme, "gone": lambda: hung_up(self.connection)}
         try:
-            if self.path == "/compute":
-                reply = compute(self.reward, body, request=request)
+            if path == "/compute":
+                reply = compute(self.reward, body, **identity)
             else:
-                reply = unirl.answer(self.reward, body, name=self.name, request=request, version=self.version)
+                reply = unirl.answer(self.reward, body, name=self.name, version=self.version, **identity)
+        except ClientGone:
+            self.close_connection = True
+            return logger.info("%s hung up before its group was full", self.client_address)
+        except OtherScheme as error:
+            logger.warning("refused %s: %s", self.client_address, error)
+            return self._reply(409, {"detail": str(error)})
         except InputError as error:
             return self._reply(400, {"detail": str(error)})
         except Exception as error:  # a fault of ours: the client hears of it, and the service goes on
@@ -225,9 +274,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.retries.answered(raw, request, self.connection)
         self._reply(200, reply)
 
+    def _route(self) -> tuple[str | None, str]:
+        """The scheme that the path begins with, if any, and the rest of the path."""
+        first, _, rest = self.path.removeprefix("/").partition("/")
+        return (first, f"/{rest}") if first in get_args(Scheme) else (None, self.path)
+
     def _reply(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body, allow_nan=False).encode()
-        self.send_response(status)
+        # Of a refusal Flow-Factory's client shows the status line and not the body.
+        self.send_response(status, " ".join(body["detail"].split())[:300] if status == 409 else None)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

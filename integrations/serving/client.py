@@ -1,22 +1,39 @@
 """`RemoteReward`: a reward that lives in another process or on another machine, behind `listener-reward serve`.
 
-Reward models need versions of transformers that trainers often cannot have. This side needs numpy and Pillow only.
-Pictures travel as PNG in JSON: nothing that is received can run.
+Reward models need versions of transformers that trainers often cannot have. This side needs numpy, scipy and Pillow
+only. Pictures travel as PNG in JSON: nothing that is received can run.
 """
 
 from __future__ import annotations
 
 import base64
+import http.client
 import io
+import ipaddress
 import json
+import logging
+import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_args
 from urllib import error, request
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import to_pil_batch
+from listener_reward.reward import Scheme
+
+from ..checks import check_prompts
+
+TRANSIENT = (429, 502, 503, 504)
+"""Answers of a server, or of a proxy before it, that may be another one soon."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds: a `Retry-After` beyond is cut, so that the client keeps its own bound."""
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteReward:
@@ -24,16 +41,30 @@ class RemoteReward:
 
     __name__ = "listener_reward"
 
-    def __init__(self, url: str, *, timeout: float = 600.0):
+    def __init__(self, url: str, *, scheme: Scheme | None = None, timeout: float = 600.0, retries: int = 6):
         """
         Args:
-            url: where the server listens, such as "http://127.0.0.1:8300".
+            url: where the server listens, such as "http://127.0.0.1:8300". An address of this machine is asked
+                directly, whatever proxy the environment names.
+            scheme: what the scores must be: "reference", "group" or "auto". It goes with each request, and a server
+                that would answer by another refuses. None takes the server's.
             timeout: seconds to wait for an answer. A server that collects groups answers when the group is full.
+            retries: how often to ask again where the server may answer the next time: a connection refused or reset,
+                or one of `TRANSIENT`. Pauses double from a second, unless the server says how long (`Retry-After`).
+
+        Raises:
+            InputError: an unusable url or option.
         """
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"url is {url!r}; it begins with http:// or https://")
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+            raise InputError(f"url is {url!r}; it begins with http:// or https://, and a host follows")
+        if scheme is not None and scheme not in get_args(Scheme):
+            raise InputError(f"scheme is {scheme!r}; choose one of {', '.join(map(repr, get_args(Scheme)))}")
+        if timeout <= 0 or retries < 0:
+            raise InputError(f"timeout is {timeout} and retries {retries}; give seconds above 0, and 0 or more")
         self.url = url.rstrip("/")
+        self.scheme = scheme
         self.timeout = timeout
+        self.retries = retries
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Any = None
@@ -41,11 +72,13 @@ class RemoteReward:
         """Contract as in `ListenerReward`; NaN for an image on which the judge broke.
 
         Raises:
-            InputError: unusable images or prompts, found here or there.
+            InputError: unusable images or prompts, found here or there, or a server that answers by another scheme.
             JudgeError: the judge broke, or no server answered.
         """
-        pictures = [_png(picture) for picture in to_pil_batch(images)]
-        answer = self._post({"prompt": [str(prompt) for prompt in prompts], "image": pictures})
+        pictures = to_pil_batch(images)
+        check_prompts(prompts, len(pictures))
+        body = {"prompt": [str(prompt) for prompt in prompts], "image": [_png(picture) for picture in pictures]}
+        answer = self._post(json.dumps(body).encode())
         if answer.get("error") and answer.get("rewards") is None:
             raise (InputError if answer.get("kind") == "input" else JudgeError)(f"{self.url}: {answer['error']}")
         try:
@@ -55,23 +88,68 @@ class RemoteReward:
             raise JudgeError(f"{self.url} gave an answer of another form; is it a `listener-reward serve`?") from wrong
         return scores, info
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
-        asked = request.Request(f"{self.url}/compute", data, {"Content-Type": "application/json"})
+    def _post(self, body: bytes) -> dict[str, Any]:
+        path = "/compute" if self.scheme is None else f"/{self.scheme}/compute"
+        asked = request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        opener = _opener(self.url)
+        for attempt in range(self.retries + 1):
+            try:
+                with opener.open(asked, timeout=self.timeout) as reply:
+                    answer = json.load(reply)
+            except (OSError, http.client.HTTPException, ValueError) as failed:
+                pause = _pause(failed, attempt)
+                if pause is None or attempt == self.retries:
+                    raise self._failure(failed, attempt + 1) from failed
+                logger.warning("%s: %s; asked again in %.0f s", self.url, failed, pause)
+                time.sleep(pause)
+            else:
+                if not isinstance(answer, dict):
+                    raise JudgeError(f"{self.url} gave an answer of another form; is it a `listener-reward serve`?")
+                return answer
+        raise AssertionError("the last attempt answers or raises")
+
+    def _failure(self, failed: Exception, times: int) -> Exception:
+        if isinstance(failed, error.HTTPError):
+            detail = failed.read(2000).decode("utf-8", "replace")
+            with suppress(ValueError, KeyError, TypeError):
+                detail = json.loads(detail)["detail"]
+            kind = InputError if failed.code in (400, 409) else JudgeError
+            return kind(f"{self.url} refused: {failed.code} {detail}")
+        proxy = "" if _is_loopback(self.url) else request.getproxies().get(urlsplit(self.url).scheme, "")
+        through = f" through the proxy {urlsplit(proxy).hostname}" if proxy else ""
+        often = f" in {times} attempts" if times > 1 else ""
+        return JudgeError(
+            f"{self.url} did not answer{through}{often} ({failed}); is `listener-reward serve` running there?"
+        )
+
+
+def _opener(url: str) -> request.OpenerDirector:
+    """What opens `url`: addresses of this machine without the environment's proxies, which cannot reach it."""
+    return request.build_opener(*([request.ProxyHandler({})] if _is_loopback(url) else []))
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _pause(failed: Exception, attempt: int) -> float | None:
+    """Seconds before the request is sent again; None where it would fail again."""
+    doubling = min(2.0**attempt, LONGEST_PAUSE)
+    if isinstance(failed, error.HTTPError):
+        if failed.code not in TRANSIENT:
+            return None
         try:
-            with request.urlopen(asked, timeout=self.timeout) as reply:
-                answer = json.load(reply)
-        except error.HTTPError as refused:
-            raise JudgeError(
-                f"{self.url} refused: {refused.code} {refused.read(500).decode('utf-8', 'replace')}"
-            ) from refused
-        except (OSError, ValueError) as failed:
-            raise JudgeError(
-                f"{self.url} did not answer ({failed}); is `listener-reward serve` running there?"
-            ) from failed
-        if not isinstance(answer, dict):
-            raise JudgeError(f"{self.url} gave an answer of another form; is it a `listener-reward serve`?")
-        return answer
+            return min(max(float(failed.headers.get("Retry-After", "")), 0), LONGEST_PAUSE)
+        except ValueError:  # left out, or a date
+            return doubling
+    reason = getattr(failed, "reason", failed)
+    broken = (ConnectionError, http.client.RemoteDisconnected, http.client.IncompleteRead)
+    return doubling if isinstance(reason, broken) else None
 
 
 def _png(picture: Any) -> str:

@@ -7,8 +7,10 @@ alone; compared with one another they tell more, but only once all are there.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,17 +22,45 @@ import numpy as np
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import ImageLike, to_pil
 
-from ..contract import Reward, check_prompts, score
+from ..checks import check_prompts
+from ..contract import Reward, score
 
 logger = logging.getLogger(__name__)
 
 
+PATIENCE = 60.0
+"""Seconds that a client waits for its group before the log says what may be wrong."""
+
+
+ADVICE = (
+    "group_size has to be the host's own, every image of a group has to come to this process, and a client that sends "
+    "the parts of a group one after another waits for itself: let it send a whole group in one request "
+    "(Flow-Factory's batch_size, UniRL's request_batch_size), or several requests at once"
+)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    picture: Any
+    """None where it cannot be read."""
+    prompt: str | None
+    future: Future
+    name: str | None
+    gone: bool = False
+    """Whether its client hung up. It counts for nothing, unless the client comes again under the same name."""
+
+
 @dataclass(slots=True)
 class _Group:
-    members: list[tuple[Any, str | None, Future]] = field(default_factory=list)
-    """Picture, prompt and future of each; the picture is None where it cannot be read."""
-    names: list[str] = field(default_factory=list)
+    members: list[_Member] = field(default_factory=list)
     timer: threading.Timer | None = None
+
+    def present(self) -> list[_Member]:
+        return [member for member in self.members if not member.gone]
 
 
 class GroupCollector:
@@ -63,8 +93,13 @@ class GroupCollector:
             raise InputError(f"group_size is {group_size}; a group has at least 2 images to compare")
         self.reward, self.group_size, self.timeout = reward, group_size, timeout
         self._clock, self._timer = clock, timer
+        self._begin()
+        _MADE.add(self)
+
+    def _begin(self) -> None:
+        """As nobody had come. The child of a fork begins so: threads that score and time were not copied to it."""
         self._waiting: dict[tuple[str, str], _Group] = {}
-        self._named: dict[str, Future] = {}
+        self._named: dict[str, tuple[tuple[str, str], _Member]] = {}  # the group and the place that a name has
         self._closed: deque[tuple[float, list[str]]] = deque()  # when a group was answered, and the names in it
         self._lock = threading.Lock()
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="listener-reward")
@@ -100,25 +135,46 @@ class GroupCollector:
         key = ("prompt", str(prompt)) if group is None else ("group", group)
         with self._lock:
             self._forget()
-            if name is not None and (earlier := self._named.get(name)):
-                return earlier
+            earlier = None if name is None else self._named.get(name)
+            if earlier and not earlier[1].gone:
+                return earlier[1].future
+            key, member = earlier or (key, _Member(picture, prompt, future, name))
             waiting = self._waiting.setdefault(key, _Group())
-            waiting.members.append((picture, prompt, future))
+            if earlier:
+                member.gone = False
+            else:
+                waiting.members.append(member)
             if name is not None:
-                self._named[name] = future
-                waiting.names.append(name)
-            if len(waiting.members) == 1:
+                self._named[name] = key, member
+            present = waiting.present()
+            if len(present) == 1:  # the first, or the first after all others had gone
+                if waiting.timer is not None:
+                    waiting.timer.cancel()
                 waiting.timer = self._timer(self.timeout, self._give_up, (key, waiting))
                 waiting.timer.daemon = True
                 waiting.timer.start()
-            full = len(waiting.members) == self.group_size
+            full = len(present) == self.group_size
             if full:
                 del self._waiting[key]
+                for gone in waiting.members:
+                    if gone.gone and gone.name is not None:
+                        del self._named[gone.name]
+                waiting.members = present
         if full:
             assert waiting.timer is not None
             waiting.timer.cancel()
             self._scoring.submit(self._score, waiting)
-        return future
+        return member.future
+
+    def leave(self, futures: Sequence[Future]) -> None:
+        """Takes back what was submitted by a client that has gone, from groups that are not full yet.
+
+        Its images were else compared with those of whoever comes next, such as the same run started anew.
+        """
+        with self._lock:
+            for group in self._waiting.values():
+                for member in group.members:
+                    member.gone |= member.future in futures
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Any = None
@@ -127,10 +183,31 @@ class GroupCollector:
         check_prompts(prompts, len(images))
         return self.wait([self.submit(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
 
-    @staticmethod
-    def wait(futures: Sequence[Future]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def settle(self, futures: Sequence[Future], gone: Callable[[], bool] | None = None) -> None:
+        """Waits until all of these are done.
+
+        Args:
+            futures: what `submit` gave.
+            gone: asked every second whether the client has hung up.
+
+        Raises:
+            ClientGone: it has; its images are taken back (`leave`).
+        """
+        start, warned = time.monotonic(), False
+        while wait(futures, timeout=None if gone is None else 1.0).not_done:
+            assert gone is not None
+            if gone():
+                self.leave(futures)
+                raise ClientGone
+            if not warned and time.monotonic() - start > PATIENCE:
+                warned = True
+                logger.warning("a client has waited %.0f s for its group; %s", PATIENCE, ADVICE)
+
+    def wait(
+        self, futures: Sequence[Future], gone: Callable[[], bool] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The scores and info of these, as a call gives them, once all are there. Raises what any of them raises."""
-        wait(futures)
+        self.settle(futures, gone)
         results = [future.result() for future in futures]
         infos = [info for _, info in results]
         names = infos[0] if infos else {}
@@ -140,11 +217,12 @@ class GroupCollector:
         )
 
     def _score(self, group: _Group) -> None:
-        readable = [member for member in group.members if member[0] is not None]
+        readable = [member for member in group.members if member.picture is not None]
+        futures = [member.future for member in readable]
         try:
             if len(readable) < 2:
                 raise JudgeError(f"only {len(readable)} of {self.group_size} images of the group can be read")
-            pictures, prompts, futures = zip(*readable, strict=True)
+            pictures, prompts = [one.picture for one in readable], [str(one.prompt) for one in readable]
             if len(several := sorted(set(prompts))) > 1:
                 some = ", ".join(repr(prompt[:40]) for prompt in several[:3])
                 raise InputError(
@@ -153,7 +231,7 @@ class GroupCollector:
                 )
             scores, info = score(self.reward, pictures, prompts, missing=True)
         except Exception as error:  # whatever it is, those who wait must hear of it
-            for _, _, future in readable:
+            for future in futures:
                 future.set_exception(error)
             return self._close(group)
         for place, future in enumerate(futures):
@@ -161,13 +239,12 @@ class GroupCollector:
                 future.set_exception(JudgeError("the judge broke on every comparison of this image"))
             else:
                 future.set_result((float(scores[place]), {name: float(values[place]) for name, values in info.items()}))
-
         self._close(group)
 
     def _close(self, group: _Group) -> None:
-        if group.names:
+        if names := [member.name for member in group.members if member.name is not None]:
             with self._lock:
-                self._closed.append((self._clock(), group.names))
+                self._closed.append((self._clock(), names))
 
     def _forget(self) -> None:
         """Names of groups that were answered long ago, whole groups at a time. With the lock held."""
@@ -181,11 +258,24 @@ class GroupCollector:
                 return
             del self._waiting[key]
         message = (
-            f"{len(group.members)} of {self.group_size} images of {key[0]} {key[1][:80]!r} came in {self.timeout:g} s; "
-            "group_size has to be the host's own, and every image of a group has to come to this process"
+            f"{len(group.present())} of {self.group_size} images of {key[0]} {key[1][:80]!r} came in "
+            f"{self.timeout:g} s; {ADVICE}"
         )
-        logger.warning("%s", message)
-        for _, _, future in group.members:
-            if not future.done():
-                future.set_exception(JudgeError(message))
+        if group.present():
+            logger.warning("%s", message)
+        for member in group.members:
+            if not member.future.done():
+                member.future.set_exception(JudgeError(message))
         self._close(group)
+
+
+_MADE: weakref.WeakSet[GroupCollector] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for collector in _MADE:
+        collector._begin()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
