@@ -1,13 +1,28 @@
-"""DanceGRPO, whose scripts score one PIL image at a time inside the sampling loop.
+"""DanceGRPO, whose scripts score one image at a time inside the sampling loop.
 
-    scorer = ListenerScorer("tiny")                          # beside the other reward models
+    listener-reward serve --scheme auto             # the host pins transformers 4.46, so the judge is a server
 
-    scorer.add(decoded_image[0], batch_caption[0])           # in the loop, where all_rewards.append(...) stood
-    all_rewards = scorer.collect(device)                     # after it, where torch.cat(all_rewards, dim=0) stood
+In `main`, where the host makes its reward models (it hands `reward_model` and `processor` down to the loop, and in
+train_grpo_flux.py neither exists unless one of its own rewards is switched on):
+
+    from listener_reward.integrations.dance_grpo import ListenerScorer
+    reward_model, processor = ListenerScorer("http://127.0.0.1:8300", device=device), None
+
+In `sample_reference_model`, after the image is saved, and where `torch.cat(all_rewards, dim=0)` stood:
+
+    reward_model.add(decoded_image[0], batch_caption[0])
+    all_rewards = reward_model.collect()
 
 The images of a group follow one another on one process, so the whole group can be compared: `add` keeps them and
-`collect` judges them. The host's line can also stay as it is, `all_rewards.append(scorer(image, caption))`; each image
-is then compared with the first one of its caption, which tells less.
+`collect` judges them. In train_grpo_sd.py the image is `pil` and its caption `current_batch[j]`, and `rewards` is what
+is collected.
+
+With two lines less: the scripts that know HPSv3 (flux_lora, qwenimage, sd) call `reward_model.reward([path],
+[caption])`, and the scripts of videos (hunyuan, skyreels_i2v) `inferencer.reward([path], [caption], use_norm=True)`.
+`ListenerScorer` has that method, so it is enough to make `reward_model` or `inferencer` one, and to switch that reward
+on (`--use_hpsv3`, `--use_videoalign`). Each image is then compared with the first one of its caption, which tells less.
+
+train_grpo_qwenimage_edit.py hands over no source image, so nothing here can refuse it: do not judge its edits yet.
 """
 
 from __future__ import annotations
@@ -21,15 +36,22 @@ from listener_reward.media.images import to_pil
 from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import as_reward, check_prompts, score
+from .checks import check_prompts
+from .contract import as_reward, score
 
 
 class ListenerScorer:
     """A reward model for DanceGRPO's loop. Not thread-safe between `add` and `collect`; neither is the loop."""
 
-    def __init__(self, reward: Any = PAPER_CHECKPOINT, **options: Any):
-        """`reward` and `options` as in `contract.as_reward`; the scheme is `auto`: groups, and else the reference."""
-        self._scorer = as_reward(reward, options, scheme="auto")
+    def __init__(self, reward: Any = PAPER_CHECKPOINT, *, device: str | int | torch.device = "cpu", **options: Any):
+        """
+        Args:
+            reward, options: as in `contract.as_reward`; the scheme is `auto`: groups, and else the reference.
+            device: where the host wants its tensors: NCCL gathers none of the CPU's. A number is a GPU's.
+        """
+        self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        wanted = None if self.device.type == "cpu" else self.device
+        self._scorer = as_reward(reward, options, scheme="auto", device=wanted)
         self._added: list[tuple[Any, str]] = []
 
     def add(self, image: Any, caption: str) -> None:
@@ -37,8 +59,8 @@ class ListenerScorer:
         check_prompts([caption], 1)
         self._added.append((to_pil(image), caption))
 
-    def collect(self, device: str | int | torch.device = "cpu") -> torch.Tensor:
-        """The scores of all images added since the last call, in their order: float32 `(B,)`.
+    def collect(self, device: str | int | torch.device | None = None) -> torch.Tensor:
+        """The scores of all images added since the last call, in their order: float32 `(B,)`, on `device` or its own.
 
         Raises:
             InputError: nothing was added.
@@ -48,20 +70,30 @@ class ListenerScorer:
         if not added:
             raise InputError("nothing was added; call add(image, caption) for each image of the group")
         images, captions = zip(*added, strict=True)
-        return torch.as_tensor(score(self._scorer, images, captions)[0], device=device)
+        return torch.as_tensor(
+            score(self._scorer, images, captions)[0], device=self.device if device is None else device
+        )
 
-    def __call__(self, image: Any, caption: str, device: str | int | torch.device = "cpu") -> torch.Tensor:
+    def __call__(self, image: Any, caption: str, device: str | int | torch.device | None = None) -> torch.Tensor:
         """The score of one image against the first one of its caption: float32 `(1,)`, 0 for that first one."""
-        return torch.as_tensor(score(self._scorer, [image], [caption])[0], device=device)
+        scores, _ = score(self._scorer, [image], [caption])
+        return torch.as_tensor(scores, device=self.device if device is None else device)
 
-    def reward(self, paths: list[str], prompts: list[str], use_norm: bool = True) -> list[dict[str, float]]:
-        """The call that the host makes of `VideoVLMRewardInference`, for video files, judged as storyboards.
+    def reward(
+        self, paths: list[str], prompts: list[str], use_norm: bool | None = None
+    ) -> torch.Tensor | list[dict[str, float]]:
+        """The calls that the host makes of `HPSv3RewardInferencer` and of `VideoVLMRewardInference`.
 
-        The judge has one verdict and not three, so `VQ`, `MQ`, `TA` and `Overall` are all of them its score: set the
-        host's weights of all but one to 0. The host turns an exception of this call into -1 for the sample.
+        Without `use_norm`, as of HPSv3: image files, and their scores as float32 `(B,)`.
+
+        With `use_norm`, as of VideoAlign, whatever its value: video files, judged as storyboards. The judge has one
+        verdict and not three, so `VQ`, `MQ`, `TA` and `Overall` are all of them its score: set the host's weights of
+        all but one to 0. The host turns an exception of this call into -1 for the sample.
         """
         check_prompts(prompts, len(paths))
         scores, _ = score(
             self._scorer, [as_picture(path, field=f"paths[{i}]") for i, path in enumerate(paths)], prompts
         )
+        if use_norm is None:
+            return torch.as_tensor(scores, device=self.device)
         return [dict.fromkeys(("VQ", "MQ", "TA", "Overall"), value) for value in scores.tolist()]

@@ -1,17 +1,23 @@
-"""flow_grpo and DiffusionNFT, which share `flow_grpo/rewards.py`.
+"""flow_grpo, DiffusionNFT and AWM, which share `flow_grpo/rewards.py`.
 
-As one of the rewards that the host weighs and adds up, in `multi_score`:
+    listener-reward serve                             # the hosts pin transformers 4.40, so the judge is a server
 
-    LISTENER = listener_score("tiny")                 # beside multi_score, so that training and evaluation share it
+As one of the rewards that the host weighs and adds up, three lines in `flow_grpo/rewards.py`:
+
+    from listener_reward.integrations.flow_grpo import listener_score
+    LISTENER = listener_score("http://127.0.0.1:8300")  # beside multi_score, so that training and evaluation share it
     score_functions = {..., "listener": LISTENER}     # in multi_score; config.reward_fn = {"listener": 1.0}
 
-Or in place of `multi_score`, which also logs how sure the scores are:
+Or in place of `multi_score`, two lines of the training script, which also log how sure the scores are:
 
-    reward_fn = listener_multi_score("tiny")
+    reward_fn = listener_multi_score("http://127.0.0.1:8300")
+    eval_reward_fn = reward_fn                        # the same: a second one would be a second judge, or other zeros
 
-Both hosts scatter the images of a prompt over processes and batches, and normalise per prompt only after gathering
+These hosts scatter the images of a prompt over processes and batches, and normalise per prompt only after gathering
 them. So the scheme is `reference`: what a process sees is part of a group, whose own mean must not be taken out. Give
 several processes one judge, a `listener-reward serve`, by its URL; else each keeps a reference image of its own.
+
+Source images (`ref_images`, of editing jobs) are an `InputError`: edits are not judged yet.
 """
 
 from __future__ import annotations
@@ -24,7 +30,8 @@ import numpy as np
 from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import as_reward, score
+from .checks import check_no_source
+from .contract import ALWAYS_FINITE, as_reward, score
 
 
 def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[Any], Callable]:
@@ -41,7 +48,8 @@ def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[
     def factory(device: Any) -> Callable:
         as_reward(scorer, {}, scheme="reference", device=device)
 
-        def _fn(images: Any, prompts: Any, metadata: Any) -> tuple[np.ndarray, dict]:
+        def _fn(images: Any, prompts: Any, metadata: Any, ref_images: Any = None) -> tuple[np.ndarray, dict]:
+            check_no_source(ref_images=ref_images)
             return _score(scorer, images, prompts, metadata)[0], {}
 
         return _fn
@@ -52,24 +60,26 @@ def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[
 def listener_multi_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable:
     """Stands in for `multi_score(device, score_dict)`: `_fn(images, prompts, metadata, ...) -> (dict, {})`.
 
-    The dict has `listener` and `avg`, which is the same, and the entries of `ListenerReward`'s info. Every one is
-    float32 `(B,)` and there in every batch, as the host gathers them all; NaN where a quantity does not apply.
+    The dict has `listener` and `avg`, which is the same, and those entries of `ListenerReward`'s info that are never
+    NaN (`contract.ALWAYS_FINITE`). Every one is float32 `(B,)` and there in every batch: the host gathers them all and
+    logs their means.
 
     `images` are NCHW floats in [0, 1], or videos (B, F, C, H, W), each judged as a storyboard.
 
     Raises:
         InputError, JudgeError: when called, so at `.result()` in the host, which has no word for a missing score.
-        InputError: `on_failure="group-mean"` without `scheme="group"`. A call holds some of a group's images, and their
-            mean is not the group's: the image would have an advantage that nobody judged. With `scheme="group"` the
-            mean of every call is 0, so that it has none.
+        InputError: source images, or `on_failure="group-mean"` without `scheme="group"`. A call holds some of a group's
+            images, and their mean is not the group's: the image would have an advantage that nobody judged. With
+            `scheme="group"` the mean of every call is 0, so that it has none.
     """
     scorer = as_reward(reward, options, scheme="reference")
 
     def _fn(
         images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
     ) -> tuple[dict[str, np.ndarray], dict]:
+        check_no_source(ref_images=ref_images)
         scores, info = _score(scorer, images, prompts, metadata)
-        return {**info, "listener": scores, "avg": scores}, {}
+        return {name: info[name] for name in ALWAYS_FINITE if name in info} | {"listener": scores, "avg": scores}, {}
 
     return _fn
 

@@ -1,11 +1,13 @@
 """miles_diffusion: a function for `--custom-rm-path`.
 
     # my_rewards.py, and then --custom-rm-path my_rewards.rm
-    rm = listener_rm("http://127.0.0.1:8300")
+    from listener_reward.integrations.miles_diffusion import listener_rm
+    rm = listener_rm("http://127.0.0.1:8300")         # listener-reward serve
 
 The host scores each microgroup as soon as it is generated, which may be part of a group, so the scheme is `reference`.
 To compare within the group, start the host with `--group-rm`, so that it hands over whole groups, and give
-`scheme="group"`. Or give `group_size`: calls then wait for one another until the images of a group are all there.
+`scheme="group"`, to the server too. Or give `group_size`: calls then wait for one another until the images of a group
+are all there, and go to a `listener-reward serve --scheme group` as a whole.
 
 Evaluation calls the same function, with one sample at a time: `group_size` would wait for the others in vain, and the
 host itself refuses to evaluate with `--group-rm`. Evaluate with the reference scheme, in a run of its own.
@@ -22,9 +24,10 @@ import torch
 
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
-from listener_reward.reward import PAPER_CHECKPOINT, ListenerReward
+from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import as_reward, check_prompts, score_in_thread
+from .checks import check_prompts
+from .contract import as_reward, score_in_thread
 from .serving.collector import GroupCollector
 
 
@@ -44,6 +47,7 @@ def listener_rm(
             group with `scheme="group"` are an `InputError`: each would be centred for itself.
     """
     scorer = as_reward(reward, options, scheme="group" if group_size else "reference")
+    of_groups = getattr(scorer, "scheme", None) == "group"  # here, or on a server
     collector = GroupCollector(scorer, group_size, timeout=timeout) if group_size else None
 
     async def rm(args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
@@ -56,7 +60,7 @@ def listener_rm(
                     raise answer
             return [value for value, _info in answers]  # pyright: ignore[reportGeneralTypeIssues]
         expected = getattr(args, "n_samples_per_prompt", None)
-        if isinstance(scorer, ListenerReward) and scorer.scheme == "group" and expected and len(samples) < expected:
+        if of_groups and expected and len(samples) < expected:
             raise InputError(
                 f"{len(samples)} of the {expected} samples of a group came, and scheme='group' compares whole groups; "
                 "start the host with --group-rm, give group_size, or take scheme='reference'"

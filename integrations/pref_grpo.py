@@ -1,9 +1,13 @@
 """Pref-GRPO: a dispatcher that knows the reward `listener` and leaves the others to the host's own.
 
-    from listener_reward.integrations.pref_grpo import ListenerDispatcher
+    listener-reward serve --scheme group            # the host pins transformers 4.46, so the judge is a server
 
+In the training script, where `reward_dispatcher` is made, and with `--reward_spec listener:1.0`:
+
+    from listener_reward.integrations.pref_grpo import ListenerDispatcher
+    others = {name: weight for name, weight in reward_weights.items() if name != "listener"}
     host = RewardDispatcher(args=args, device=device, reward_weights=others) if others else None
-    reward_dispatcher = ListenerDispatcher("tiny", device=device, host=host)
+    reward_dispatcher = ListenerDispatcher("http://127.0.0.1:8300", device=device, host=host)
 
 The host's pairwise rewards show each pair in one order, count wins and round to three decimals; a parse failure is half
 a win for both. Here a pair is shown in both orders and its probability enters a Bradley-Terry fit, whose log-odds are
@@ -15,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from listener_reward.errors import InputError
@@ -81,13 +84,7 @@ class ListenerDispatcher:
             raise InputError(f"reward_inputs[{NAME!r}] has items without {' and '.join(lost)}; each needs both")
         paths, prompts = [item["path"] for item in items], [item["prompt"] for item in items]
         scores, info = score(self.reward, as_pictures(paths) if self.modality == "video" else paths, prompts)
-        logged = {
-            **logged,
-            f"{NAME}_score": scores,
-            f"{NAME}_standard_error": info.get("standard_error", _unknown(scores)),
-        }
+        logged = {**logged, f"{NAME}_score": scores}
+        if "standard_error" in info:  # the host takes means, of which NaN would be one
+            logged[f"{NAME}_standard_error"] = info["standard_error"]
         return {**tensors, NAME: torch.as_tensor(scores, device=self.device)}, logged
-
-
-def _unknown(scores: np.ndarray) -> np.ndarray:
-    return np.full_like(scores, np.nan)

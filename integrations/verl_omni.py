@@ -1,17 +1,30 @@
 """verl-omni: `compute_score`, which the host calls by keyword for one sample at a time.
 
+    listener-reward serve                           # the host pins transformers<=5.14 and has no GPU for its rewards
+
+Eight overrides. The last four switch the host to the manager that reads `reward_functions`; without them it scores by
+its own rule for the data's `data_source`, for some of them without a word:
+
     +reward.reward_functions.listener.path=pkg://listener_reward.integrations.verl_omni
     +reward.reward_functions.listener.name=compute_score
     +reward.reward_functions.listener.required=true
     +reward.reward_functions.listener.judge=http://127.0.0.1:8300
+    reward.custom_reward_function.path=pkg://verl_omni.reward_loop.reward_manager.multi
+    reward.custom_reward_function.name=_multi_reward_placeholder
+    reward.reward_manager.name=MultiVisualRewardManager
+    reward.reward_manager.module.path=pkg://verl_omni.reward_loop.reward_manager
 
 `required=true` matters: without it the host turns an exception into a score of 0. Every other key of the entry arrives
-here as a keyword.
+here as a keyword; an unknown one is an `InputError`. Give `judge` a URL: the host's reward workers are several
+processes without a GPU, and each would load a judge of its own on the CPU.
 
-One sample is no group, so the scheme is `reference`. With `group_size` the call waits, without blocking the host's
-event loop, until that many samples of the prompt are there, and they are compared with one another. That needs all of a
-group in one process (`reward.num_workers=1`), or one `listener-reward serve --group-size`, which sees them all. It
-needs validation to draw as many images a prompt, too: the host calls the same function there and does not say so.
+One sample is no group, so the scheme is `reference`. Samples of a prompt arrive in any order, so which of them becomes
+its reference differs from run to run: where that matters, `listener-reward serve --reference`.
+
+With `group_size` the call waits, without blocking the host's event loop, until that many samples of the prompt are
+there, and they are compared with one another. That needs all of a group in one process (`reward.num_workers=1`). Or
+give `scheme: group`, and one `listener-reward serve --group-size N` sees the samples of all processes. Both need
+validation to draw as many images a prompt, too: the host calls the same function there and does not say so.
 """
 
 from __future__ import annotations
@@ -27,7 +40,8 @@ from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import Reward, as_reward, check_prompts, score_in_thread
+from .checks import check_prompts
+from .contract import ALWAYS_FINITE, Reward, as_reward, score_in_thread
 from .serving.collector import GroupCollector
 
 
@@ -41,7 +55,10 @@ async def compute_score(
     scheme: str | None = None,
     group_size: int = 0,
     timeout: float = 600.0,
-    **_: Any,
+    reward_router_address: Any = None,
+    reward_model_tokenizer: Any = None,
+    model_name: Any = None,
+    **options: Any,
 ) -> dict[str, float]:
     """The score of one image, or of one video as a storyboard.
 
@@ -49,35 +66,49 @@ async def compute_score(
         solution_image: uint8 `(C, H, W)`, or `(T, C, H, W)` for a video.
         ground_truth, extra_info: the prompt is `extra_info["prompt"]`, or its `"raw_prompt"`, or `ground_truth`: text,
             or a chat as the host's Parquet files give it (list or array of turns), whose last user turn is meant.
+        data_source: where it is of text to be drawn ("flow_grpo/ocr"), `ground_truth` may be that text alone.
         judge: a judge's name, the URL of a server, or a callable; see `contract.as_reward`.
+        scheme: what the sample is compared with; left out, "group" with `group_size` and else "reference".
         group_size: samples of one prompt that wait for one another; 0 compares with a reference image.
-        timeout: seconds that a sample waits for its group.
+        timeout: seconds that a sample waits for its group, or for the server.
+        reward_router_address, reward_model_tokenizer, model_name: of a reward model that the host serves; not used.
+        options: of `ListenerReward`, such as `reference`, the path of a JSON file; or of `RemoteReward`, for a URL.
 
     Returns:
-        `score`, and beside it what `ListenerReward` says of the image. Plain floats, the same keys for every sample.
+        `score`, and beside it those of `contract.ALWAYS_FINITE` that the reward gives, as the host logs their means.
+        Plain floats, the same keys for every sample.
 
     Raises:
         InputError, JudgeError: the host stops, given `required=true`.
     """
-    prompt = _prompt(ground_truth, extra_info or {})
+    prompt = _prompt(ground_truth, extra_info or {}, data_source)
     picture = as_picture(solution_image, field="solution_image")
-    reward = _reward(judge, scheme or ("group" if group_size else "reference"), group_size, timeout)
+    if isinstance(judge, str) and "://" in judge:
+        options["timeout"] = timeout
+    chosen = scheme or ("group" if group_size else "reference")
+    reward = _reward(judge, chosen, group_size, timeout, tuple(sorted(options.items())))
     if isinstance(reward, GroupCollector):
         value, info = await asyncio.wrap_future(reward.submit(picture, prompt))
     else:
         scores, arrays = await score_in_thread(reward, [picture], [prompt])
         value, info = float(scores[0]), {name: float(array[0]) for name, array in arrays.items()}
-    return {"score": value, **info}
+    return {"score": value} | {name: info[name] for name in ALWAYS_FINITE if name in info}
 
 
 @lru_cache
-def _reward(judge: Any, scheme: Any, group_size: int, timeout: float) -> Reward:
+def _reward(judge: Any, scheme: Any, group_size: int, timeout: float, options: tuple[tuple[str, Any], ...]) -> Reward:
     """One reward for each configuration, as the host knows only functions."""
-    reward = as_reward(judge, {}, scheme=scheme)
+    reward = as_reward(judge, dict(options), scheme=scheme)
     return GroupCollector(reward, group_size, timeout=timeout) if group_size else reward
 
 
-def _prompt(ground_truth: Any, extra_info: Mapping[str, Any]) -> str:
+def _prompt(ground_truth: Any, extra_info: Mapping[str, Any], data_source: str) -> str:
+    named = any(_text(extra_info.get(key)) is not None for key in ("prompt", "raw_prompt"))
+    if not named and "ocr" in str(data_source).lower() and not _quotes(ground_truth):
+        raise InputError(
+            f"ground_truth of {data_source!r} is {ground_truth!r:.80}, the text to be drawn and not the prompt; add "
+            "'raw_prompt' with the prompt to extra_info, as the host's sd3_ocr.py does"
+        )
     for given in (extra_info.get("prompt"), extra_info.get("raw_prompt"), ground_truth):
         given = _text(given)
         if given is not None:
@@ -87,6 +118,11 @@ def _prompt(ground_truth: Any, extra_info: Mapping[str, Any]) -> str:
         "there is no prompt: extra_info has neither 'prompt' nor 'raw_prompt', and ground_truth is None; add one of "
         "them to the data"
     )
+
+
+def _quotes(text: Any) -> bool:
+    """Whether the text to be drawn stands in quotation marks, so that there is a prompt around it."""
+    return isinstance(text, str) and text.count('"') >= 2
 
 
 def _text(given: Any) -> Any:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_hosts import BETTER, ERRORS, REDS, broken, order, png
+from adapter_hosts import BETTER, ERRORS, REDS, broken, order, png, serving
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.dance_grpo import ListenerScorer
+from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DanceGRPO, fastvideo/train_grpo_flux.py: sample_reference_model, train_one_step; train_grpo_hunyuan.py
@@ -26,13 +27,21 @@ def dance_grpo_advantages(rewards: torch.Tensor, generations=4):
     return advantages
 
 
-def dance_grpo_host(scorer, images, captions):
-    """With the two lines changed that the adapter's docstring names."""
+def dance_grpo_main(reward, device=0):
+    """`main` of train_grpo_flux.py with none of its own rewards, and the line that the adapter's docstring adds."""
+    preprocess_val = None
+    reward_model, processor = ListenerScorer(reward, device="cpu"), None
+    return lambda images, captions: dance_grpo_host(reward_model, images, captions, processor, preprocess_val)
+
+
+def dance_grpo_host(reward_model, images, captions, tokenizer=None, preprocess_val=None):
+    """`sample_reference_model`, with the two lines changed that the adapter's docstring names."""
     for image, caption in zip(images, captions, strict=True):
         decoded_image, batch_caption = [image], [caption]
         with torch.no_grad():
-            scorer.add(decoded_image[0], batch_caption[0])
-    return dance_grpo_advantages(scorer.collect("cpu"))
+            reward_model.add(decoded_image[0], batch_caption[0])
+    all_rewards = reward_model.collect()
+    return dance_grpo_advantages(all_rewards)
 
 
 def test_dance_grpo_group(FakeJudge, shade):
@@ -42,6 +51,46 @@ def test_dance_grpo_group(FakeJudge, shade):
         advantages = dance_grpo_host(scorer, [shade(red) for red in (*REDS, *reversed(REDS))], ["a"] * 4 + ["b"] * 4)
         assert order(advantages[:4]) == BETTER and torch.allclose(advantages[:4], advantages[4:].flip(0), atol=1e-5)
     assert [len(call) for call in judge.calls] == [12, 12]  # every pair of both groups, in one call of the judge
+
+
+def test_dance_grpo_without_a_reward_of_its_own(FakeJudge, shade):
+    step = dance_grpo_main(FakeJudge())
+    assert order(step([shade(red) for red in REDS], ["a"] * 4)) == BETTER
+
+
+def test_dance_grpo_scripts_of_hpsv3_need_no_change_in_their_loop(FakeJudge, shade, tmp_path):
+    """train_grpo_flux_lora.py, _qwenimage.py, _sd.py: `if hps_score.ndim == 2`, then `torch.cat`."""
+    reward_model, all_rewards = ListenerScorer(FakeJudge()), []
+    for index, red in enumerate(REDS):
+        shade(red).save(tmp_path / f"flux_0_{index}.png")
+        hps_score = reward_model.reward([str(tmp_path / f"flux_0_{index}.png")], ["a"])
+        if hps_score.ndim == 2:
+            hps_score = hps_score[:, 0]
+        all_rewards.append(hps_score)
+    assert order(dance_grpo_advantages(torch.cat(all_rewards, dim=0))) == BETTER
+
+
+def test_dance_grpo_scores_are_where_the_host_gathers_them(FakeJudge, shade, tmp_path):
+    scorer = ListenerScorer(FakeJudge(), device="meta")  # stands in for a GPU
+    shade(3).save(tmp_path / "a.png")
+    for red in REDS:
+        scorer.add(shade(red), "a")
+    given = (scorer.collect(), scorer(shade(3), "a"), scorer.reward([str(tmp_path / "a.png")], ["a"]))
+    assert [one.device.type for one in given] == ["meta"] * 3
+    assert ListenerScorer(FakeJudge(), device=1).device == torch.device("cuda:1")
+
+
+def test_dance_grpo_groups_by_a_server_are_groups(FakeJudge, shade):
+    """By its default, `serve` compares with a reference: a score of another kind, which looks alike."""
+    images = [shade(red) for red in REDS]
+    with serving(ListenerReward(FakeJudge(), scheme="auto")) as url:
+        scorer = ListenerScorer(url)
+        assert order(dance_grpo_host(scorer, images, ["a"] * 4)) == BETTER
+        assert scorer(images[0], "b").tolist() == [0]
+    with serving(ListenerReward(FakeJudge(), scheme="reference")) as url:
+        scorer = ListenerScorer(url)
+        with pytest.raises(InputError, match=r"wants scores by scheme 'auto'.* answers by 'reference'"):
+            dance_grpo_host(scorer, images, ["a"] * 4)
 
 
 def test_dance_grpo_one_by_one(FakeJudge, shade):
@@ -59,7 +108,7 @@ def test_dance_grpo_videos(FakeJudge, shade, tmp_path):
     for index, red in enumerate(REDS):
         path = tmp_path / f"{index}.gif"
         shade(red).save(path, save_all=True, append_images=[shade(red + 5)] * 3, duration=100)
-        reward = scorer.reward([str(path)], ["a"], use_norm=True)
+        reward: Any = scorer.reward([str(path)], ["a"], use_norm=True)
         rewards.append(torch.tensor(reward[0]["VQ"]).unsqueeze(0))
     assert order(dance_grpo_advantages(torch.cat(rewards, dim=0))) == BETTER
 

@@ -83,17 +83,31 @@ def flow_factory_host(model, samples: list[dict]):
         for name in fields
         if all(sample[name] is not None for sample in samples)
     }
+    batch = {name: [one.to("cpu") if hasattr(one, "to") else one for one in values] for name, values in batch.items()}
     output = model(**batch)
     return torch.as_tensor(output.rewards if hasattr(output, "rewards") else output, device="cpu", dtype=torch.float32)
 
 
 def sample(red=None, prompt: Any = "a", **more):
     image = None if red is None else Image.new("RGB", (4, 4), (red, 0, 0))
-    return {"prompt": prompt, "image": image, "video": None, "latents": torch.zeros(1), "metadata": "{}"} | more
+    conditions = {"condition_images": None, "condition_videos": None, "audio": None}
+    return {"prompt": prompt, "image": image, "video": None, "latents": MOVED, "metadata": "{}"} | conditions | more
+
+
+class _Moved:
+    """A field that no reward here asks for: the host moves what it hands over to the reward's device."""
+
+    def to(self, device):
+        raise AssertionError("moved for nothing")
+
+
+MOVED = _Moved()
 
 
 def config(judge, **more):
-    return SimpleNamespace(judge=judge, batch_size=4, dtype=torch.float32, **more)
+    """hparams/abc.py: keys that the host does not know are kept in `extra_kwargs` and read as attributes."""
+    more = {"judge": judge} | more
+    return SimpleNamespace(batch_size=4, dtype=torch.float32, extra_kwargs=more, **more)
 
 
 HERE = SimpleNamespace(device=torch.device("cpu"))
@@ -153,6 +167,16 @@ def test_flow_factory_stops_on_bad_input(FakeJudge, flow_factory, name, cls):
     batch = [BAD_SAMPLES[name]] * 2 if name in ("no image", "image and video") else [sample(1), BAD_SAMPLES[name]]
     with pytest.raises((*ERRORS, TypeError)):
         flow_factory_host(model, batch)
+
+
+@pytest.mark.parametrize("cls", ["ListenerPointwise", "ListenerGroupwise"])
+def test_flow_factory_condition_images_and_unknown_keys_are_refused(FakeJudge, flow_factory, cls):
+    model = getattr(flow_factory, cls)(config(FakeJudge()), HERE)
+    for key in ("condition_images", "condition_videos"):
+        with pytest.raises(InputError, match=f"{key} is given.*edits"):
+            flow_factory_host(model, [sample(red, **{key: [Image.new("RGB", (4, 4))]}) for red in REDS])
+    with pytest.raises(InputError, match="jugde: no key of this reward, which has judge, judge_options, video"):
+        getattr(flow_factory, cls)(config("tiny", jugde="other"), HERE)
 
 
 def test_flow_factory_stops_where_the_judge_breaks(FakeJudge, flow_factory):
@@ -216,6 +240,24 @@ def test_flow_factory_remote(FakeJudge):
         images = [b64(png(red)) for red in REDS]
         assert order(flow_factory_client(url, ["a"] * 4, images)) == BETTER
         assert order(flow_factory_client(url, ["a"] * 4, video=[[image] * 3 for image in images])) == BETTER
+
+
+def test_flow_factory_remote_asks_for_its_scheme_by_its_url(FakeJudge):
+    images = [b64(png(red)) for red in REDS]
+    with serving(ListenerReward(FakeJudge(), scheme="group")) as url:
+        assert http(f"{url}/group/health")[0] == 200
+        assert order(flow_factory_client(f"{url}/group", ["a"] * 4, images)) == BETTER
+        with pytest.raises(RuntimeError, match=r"409 Client Error: the client wants scores by scheme 'reference'"):
+            flow_factory_client(f"{url}/reference", ["a"] * 4, images)
+
+
+def test_flow_factory_remote_condition_images_are_refused(FakeJudge):
+    body = {"prompt": ["a", "a"], "image": [b64(png(11)), b64(png(12))], "video": None}
+    for key, given in (("condition_images", [[b64(png(1))]] * 2), ("condition_videos", [[[b64(png(1))]]] * 2)):
+        reply = compute(ListenerReward(FakeJudge()), body | {key: given})
+        assert reply["rewards"] is None and reply["kind"] == "input" and f"{key} is given" in reply["error"]
+    reply = compute(ListenerReward(FakeJudge()), body | {"condition_images": None, "condition_videos": None})
+    assert reply["rewards"][1] > reply["rewards"][0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""flow_grpo and DiffusionNFT: weighed with other rewards, on one scale in all batches, and a stop at bad ones."""
+"""flow_grpo, DiffusionNFT and AWM: weighed with other rewards, on one scale in all batches, and a stop at bad ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from adapter_hosts import BAD_TENSORS, BETTER, ERRORS, PROMPTS, REDS, REFERENCE, broken, order, pixels
+from PIL import Image
 
-from listener_reward.errors import JudgeError
+from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.flow_grpo import listener_multi_score, listener_score
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
-# flow_grpo and DiffusionNFT, flow_grpo/rewards.py: multi_score; scripts/train_sd3.py, train_nft_sd3.py
+# flow_grpo, DiffusionNFT and AWM, flow_grpo/rewards.py: multi_score; scripts/train_sd3.py, train_nft_sd3.py
 
 
 def flow_grpo_multi_score(device, score_dict, score_functions):
@@ -75,11 +76,28 @@ def test_flow_grpo_factory_is_the_plain_function_that_the_host_looks_into(FakeJu
 
 
 def test_flow_grpo_whole_dict_is_numeric_and_has_the_same_keys_in_every_batch(FakeJudge):
-    reward_fn = listener_multi_score(FakeJudge())  # no listener: NaN where it would speak
+    reward_fn = listener_multi_score(FakeJudge())  # the images that open a prompt are compared with nothing
     rewards = flow_grpo_host(reward_fn, [(pixels(), list(PROMPTS), [{}] * 4), (pixels([5]), ["b"], [{}])])
     assert {"avg", "listener", "standard_error"} <= rewards.keys()
     assert all(value.shape == (5,) for value in rewards.values())
-    assert torch.isfinite(rewards["avg"]).all() and torch.isnan(rewards["listener_p_first"]).all()
+    logged = {f"reward_{key}": value.mean().item() for key, value in rewards.items()}  # train_sd3.py
+    evaluated = {key: np.mean(value[value != -10]).item() for key, value in map(_as_array, rewards.items())}
+    assert np.isfinite([*logged.values(), *evaluated.values()]).all()
+    assert rewards["comparisons"].tolist() == [0, 1, 1, 1, 0]
+
+
+def _as_array(item):
+    return item[0], item[1].numpy()
+
+
+def test_flow_grpo_source_images_are_refused(FakeJudge):
+    """An edit would be judged without the image that it was to change."""
+    source = [Image.new("RGB", (4, 4))] * 4
+    for make in (lambda judge: listener_score(judge)("cpu"), listener_multi_score):
+        reward_fn = make(FakeJudge())
+        with pytest.raises(InputError, match=r"ref_images is given.*edits"):
+            reward_fn(pixels(), list(PROMPTS), [{}] * 4, ref_images=source)
+        assert reward_fn(pixels(), list(PROMPTS), [{}] * 4, ref_images=None)
 
 
 def test_flow_grpo_videos_are_judged_as_storyboards(FakeJudge):

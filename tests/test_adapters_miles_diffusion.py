@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_hosts import BETTER, ERRORS, REDS, REFERENCE, broken, generated, miles_host, order
+from adapter_hosts import BETTER, ERRORS, REDS, REFERENCE, broken, generated, miles_host, order, serving
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.miles_diffusion import listener_rm
+from listener_reward.reward import ListenerReward
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,20 @@ def test_miles_diffusion_takes_whole_groups_of_the_hosts_group_rm_and_no_parts(F
     assert order(rewards) == BETTER and sum(rewards) == pytest.approx(0, abs=1e-5)
     with pytest.raises(InputError, match="--group-rm"):
         miles_host(rm, [[generated(red) for red in REDS[:2]]], n_samples_per_prompt=4)
+
+
+def test_miles_diffusion_by_url_takes_the_scheme_and_refuses_what_is_the_servers(FakeJudge):
+    group = [[generated(red) for red in REDS]]
+    with serving(ListenerReward(FakeJudge(), scheme="group")) as url:
+        assert order(miles_host(listener_rm(url, scheme="group"), group, n_samples_per_prompt=4)) == BETTER
+        assert order(miles_host(listener_rm(url, group_size=4), [[one] for one in group[0]])) == BETTER
+        with pytest.raises(InputError, match="--group-rm"):
+            miles_host(listener_rm(url, scheme="group"), [group[0][:2]], n_samples_per_prompt=4)
+        with pytest.raises(InputError, match="answers by 'group'"):
+            miles_host(listener_rm(url), group)
+        for option in ("device", "reference", "on_failure", "thoughts", "grup_size"):
+            with pytest.raises(InputError, match=f"{option}: no option for a URL, which takes scheme, timeout"):
+                listener_rm(url, **{option: "x"})
 
 
 def test_miles_diffusion_image_that_cannot_be_read_keeps_no_neighbour_from_its_group(FakeJudge):

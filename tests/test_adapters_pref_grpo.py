@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_hosts import BETTER, REDS, broken, order, png
+from adapter_hosts import BETTER, REDS, broken, order, png, serving
 
 from listener_reward.errors import JudgeError
 from listener_reward.integrations.pref_grpo import ListenerDispatcher
+from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pref-GRPO, fastvideo/train_flux.py: sample_reference_model, train_one_step; rewards/dispatcher.py
@@ -69,6 +70,28 @@ def test_pref_grpo_beside_the_hosts_own_rewards(FakeJudge, shade, tmp_path):
     weights = {"listener": 1.0, "length": 0.1}
     advantages = pref_grpo_host(dispatcher, [shade(red) for red in REDS], ["a"] * 4, weights, tmp_path)
     assert order(advantages) == BETTER
+
+
+def test_pref_grpo_by_a_server_compares_groups_or_nothing(FakeJudge, shade, tmp_path):
+    call = ([shade(red) for red in REDS], ["a"] * 4, {"listener": 1.0}, tmp_path)
+    for scheme in ("group", "auto"):
+        with serving(ListenerReward(FakeJudge(), scheme=scheme)) as url:
+            assert order(pref_grpo_host(ListenerDispatcher(url), *call)) == BETTER
+            with pytest.raises(ValueError, match=r"one image|wants scores by scheme 'group'"):
+                pref_grpo_host(ListenerDispatcher(url), [shade(3)], ["a"], {"listener": 1.0}, tmp_path)
+    refusal = pytest.raises(ValueError, match=r"wants scores by scheme 'group'.* answers by 'reference'")
+    with serving(ListenerReward(FakeJudge(), scheme="reference")) as url, refusal:
+        pref_grpo_host(ListenerDispatcher(url), *call)
+
+
+def test_pref_grpo_logs_what_a_reward_gives_and_no_nan(shade, tmp_path):
+    def reward(images, prompts, metadata):
+        return [float(k) for k in range(len(images))], {}
+
+    items = {"listener": [{"path": str(tmp_path / "a.png"), "prompt": "a"}] * 2}
+    shade(3).save(tmp_path / "a.png")
+    tensors, logged = ListenerDispatcher(reward).compute_rewards(items)
+    assert tensors["listener"].tolist() == [0, 1] and logged.keys() == {"listener_score"}
 
 
 def test_pref_grpo_videos(FakeJudge, shade, tmp_path):

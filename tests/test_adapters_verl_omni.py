@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapter_hosts import BETTER, ERRORS, REDS, broken, order, serving
 
-from listener_reward.errors import JudgeError
+from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.integrations.verl_omni import compute_score
 from listener_reward.reward import ListenerReward
@@ -68,6 +68,48 @@ def test_verl_omni_reference(FakeJudge):
     assert len({frozenset(result["reward_extra_info"]) for result in results}) == 1
 
 
+def test_verl_omni_logs_no_nan(FakeJudge):
+    """Of the first sample of a prompt nothing is known that needs a comparison; the host takes means of all samples."""
+    results = verl([bytes_chw(red) for red in REDS], judge=FakeJudge(listener_slope=2.0))
+    for key in results[0]["reward_extra_info"]:
+        assert np.isfinite(np.mean([result["reward_extra_info"][key] for result in results])), key
+    assert sorted(results[0]["reward_extra_info"]) == ["comparisons", "failed", "standard_error"]
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"grup_size": 3}, "grup_size: no option of a ListenerReward, which has scheme, reference,"),
+        ({"think_": False}, "think_: no option"),
+        ({"reference": "/no/such.json"}, "/no/such.json cannot be read"),
+        ({"judge": "http://127.0.0.1:9", "reference": "a.json"}, "reference: no option for a URL, which takes scheme"),
+        ({"judge": "http://127.0.0.1:9", "grup_size": 3}, "grup_size: no option for a URL"),
+    ],
+)
+def test_verl_omni_key_that_has_no_effect_is_refused(entry, words):
+    with pytest.raises(InputError, match=words):
+        verl([bytes_chw(3)], **({"judge": "tiny"} | entry))
+
+
+def test_verl_omni_reference_is_a_file_of_its_own(FakeJudge, shade, tmp_path, monkeypatch):
+    shade(100).save(tmp_path / "a.png")
+    (tmp_path / "references.json").write_text('{"a": "a.png"}')
+    monkeypatch.setattr(ListenerReward, "_get_judge", lambda self: FakeJudge(slope=3.0))
+    results = verl([bytes_chw(red) for red in REDS], judge="tiny", reference=str(tmp_path / "references.json"))
+    expected = [3 * (red - 100) / 255 for red in REDS]
+    assert [result["reward_score"] for result in results] == pytest.approx(expected, abs=1e-4)
+
+
+def test_verl_omni_text_to_be_drawn_is_no_prompt(FakeJudge):
+    """examples/flowgrpo_trainer/data_process/qwenimage_ocr.py, whose ground truth is what stands in quotation marks;
+    qwenimage_ocr_http_service.py, of the same data_source, has the whole prompt there, and sd3_ocr.py in raw_prompt."""
+    call = {"solution_image": bytes_chw(3), "data_source": "flow_grpo/ocr", "judge": FakeJudge()}
+    with pytest.raises(InputError, match="'STOP', the text to be drawn"):
+        asyncio.run(compute_score(ground_truth="STOP", extra_info={"split": "train", "index": 0}, **call))
+    for truth, info in (('a sign says "STOP"', {}), ("STOP", {"raw_prompt": "a sign says STOP"})):
+        assert asyncio.run(compute_score(ground_truth=truth, extra_info=info, **call))["score"] == 0
+
+
 def test_verl_omni_group_waits_for_its_members_without_blocking_the_loop(FakeJudge):
     judge = FakeJudge()
     infos = [{"prompt": "a"}, {"raw_prompt": [{"role": "user", "content": "b"}]}] * 4
@@ -106,7 +148,9 @@ def test_verl_omni_reads_every_form_of_a_chat(FakeJudge, raw_prompt):
 def test_verl_omni_samples_that_meet_in_a_server_do_not_wait_for_threads(FakeJudge):
     """More samples at once than the loop's executor has threads, each of which waits for the others."""
     with serving(GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 40, timeout=20)) as url:
-        results = verl([bytes_chw(red) for red in range(10, 50)], judge=url)
+        results = verl([bytes_chw(red) for red in range(10, 50)], judge=url, scheme="group")
+        with pytest.raises(InputError, match=r"wants scores by scheme 'reference'.*answers by 'group'"):
+            verl([bytes_chw(3)], judge=url)
     assert results[39]["reward_score"] > results[0]["reward_score"]
 
 
