@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -29,6 +30,32 @@ def serve(
             show_default="do not wait",
         ),
     ] = None,
+    group_timeout: Annotated[
+        float,
+        typer.Option("--group-timeout", metavar="S", min=1, help="Seconds for a group to fill, from its first image."),
+    ] = 600.0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            help='JSON, {"prompt": "image.png"}: what the images of each prompt are compared with.',
+            show_default="the first image seen of each prompt",
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            help="File that keeps the first image seen of each prompt, for the next start.",
+            show_default="a temporary file",
+        ),
+    ] = None,
+    on_failure: Annotated[
+        str,
+        typer.Option(
+            "--on-failure", help='Where the judge breaks: "nan" fails the image, "raise" the request; or "group-mean".'
+        ),
+    ] = "nan",
     host: Annotated[str, typer.Option("--host", help="Address; mind that there is no authentication.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
     name: Annotated[str, typer.Option("--name", help="What clients call the reward.")] = "listener",
@@ -39,21 +66,34 @@ def serve(
     `POST /compute` is what Flow-Factory's remote rewards and `RemoteReward` ask, `POST /score` what UniRL asks,
     `GET /health` what both ask first.
 
+    A client may say which scheme it wants; a server that answers by another one refuses the request.
+
     `listener-reward serve --judge tiny`
     """
     with errors_in_one_line(debug):
         with working("loading the judge"):
+            from listener_reward.integrations.contract import as_reward  # pyright: ignore[reportMissingImports]
             from listener_reward.integrations.serving.app import make_server  # pyright: ignore[reportMissingImports]
             from listener_reward.integrations.serving.collector import GroupCollector  # pyright: ignore[reportMissingImports]
+            from listener_reward.references import read_references
             from listener_reward.reward import ListenerReward
 
-            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
             chosen: Any = "group" if group_size else scheme
-            reward: Any = ListenerReward(loaded, scheme=chosen, on_failure="nan")
+            given = None if reference is None else read_references(reference)  # before the judge, which is slow
+            kept = "" if state is None and given is None and chosen != "group" else state
+            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
+            reward: Any = ListenerReward(
+                loaded, scheme=chosen, reference=given, state=kept, on_failure=cast(Any, on_failure)
+            )
+            as_reward(reward, {}, scheme="reference")  # refuses the mean of a part of a group
             server = make_server(
-                GroupCollector(reward, group_size) if group_size else reward, host=host, port=port, name=name
+                GroupCollector(reward, group_size, timeout=group_timeout) if group_size else reward,
+                host=host,
+                port=port,
+                name=name,
             )
         with server:
-            stderr().print(f"serving on http://{host}:{server.server_address[1]}", soft_wrap=True)
+            shown = f"[{host}]" if ":" in host else host
+            stderr().print(f"serving on http://{shown}:{server.server_address[1]}", soft_wrap=True, markup=False)
             with suppress(KeyboardInterrupt):
                 server.serve_forever()
