@@ -131,6 +131,7 @@ class ListenerReward:
         self._kept: dict[str, Kept] | ReferenceFile = {} if state is None else ReferenceFile(state)
         self._loaded: PairJudge | None = None
         self._device = _current_gpu()
+        self._forked: Literal["while it scored", "before"] | None = None  # when this process was, from one that had it
         self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
         _MADE.add(self)
 
@@ -227,7 +228,7 @@ class ListenerReward:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._kept if isinstance(self._kept, ReferenceFile) else dict(self._kept)
-        return self.__dict__ | {"_kept": kept, "_loaded": None, "_lock": None, "_device": None}
+        return self.__dict__ | {"_kept": kept, "_loaded": None, "_lock": None, "_device": None, "_forked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _device=_current_gpu())
@@ -236,6 +237,14 @@ class ListenerReward:
     # What follows is called with the lock held.
 
     def _get_judge(self) -> PairJudge:
+        if self._forked == "while it scored" and not isinstance(self.judge, str):
+            raise JudgeError(
+                "this process was forked while another thread scored, so its copy of the judge stopped halfway; give "
+                "the judge by name, which loads another, or make the reward after the fork"
+            )
+        if self._forked and (torch := sys.modules.get("torch")):
+            torch.set_num_threads(1)  # OpenMP's other threads were not copied, and are waited for without end
+            self._forked = None
         if not isinstance(self.judge, str):
             return self.judge
         if self._loaded is None:
@@ -331,7 +340,9 @@ _MADE: weakref.WeakSet[ListenerReward] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for reward in _MADE:
+        reward._forked = "while it scored" if reward._lock.locked() else "before"
         reward._lock = threading.Lock()
+        reward._loaded = None
         if isinstance(reward._kept, ReferenceFile):
             reward._kept.after_fork()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +19,11 @@ import pytest
 import torch
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.judge import Judge
+from listener_reward.media.storyboards import to_visual
 from listener_reward.models.transformers_vlm import default_device
-from listener_reward.reward import INFO, PAPER_CHECKPOINT, ListenerReward, log_odds
+from listener_reward.references import ReferenceFile, is_kept, packed, size
+from listener_reward.reward import INFO, JUDGE_OPTIONS, PAPER_CHECKPOINT, ListenerReward, log_odds
 
 
 @pytest.fixture
@@ -204,6 +210,8 @@ def test_refuses_prompts_that_do_not_fit(FakeJudge, shade, prompts, words):
         ({"scheme": "best"}, "scheme is 'best'.*'auto', 'group', 'reference'"),
         ({"on_failure": "zero"}, "on_failure is 'zero'"),
         ({"scheme": "group", "reference": {}}, "compares no reference"),
+        ({"scheme": "group", "state": "a.db"}, "state is given.*compares no reference"),
+        ({"reference": {}, "state": "a.db"}, "nothing to keep"),
         ({"thoughts": 4}, "thoughts would have no effect"),
     ],
 )
@@ -343,6 +351,123 @@ def test_eight_threads_share_one_judge(loads, shade):
         together = [future.result()[0] for future in [pool.submit(reward, *batch) for batch in batches]]
     assert len(loads) == 1
     assert np.array_equal(together, alone)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_forked_process_answers_or_raises(FakeJudge, shade, tmp_path, busy):
+    """The thread that holds the lock is not copied, so that the child would wait for it without end."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(FakeJudge):
+        def compare_many(self, *args, **options):
+            began.set()
+            go_on.wait(30)
+            return super().compare_many(*args, **options)
+
+    judge = Slow(slope=3.0)
+    reward = ListenerReward(judge, scheme="reference", state=tmp_path / "state.db")
+    reward([shade(0)], ["a"])
+    thread = threading.Thread(target=reward, args=([shade(3), shade(4)], ["a", "b"]))
+    if busy:
+        thread.start()
+        assert began.wait(30)
+    else:
+        go_on.set()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)  # which ends a child that hangs
+        go_on.set()
+        try:
+            os._exit(int(reward([shade(255)], ["a"])[0][0] == pytest.approx(3.0, abs=1e-3)))
+        except JudgeError as error:
+            os._exit(2 if "forked while another thread scored" in str(error) else 3)
+        finally:
+            os._exit(4)
+    status = os.waitpid(pid, 0)[1]
+    go_on.set()
+    if busy:
+        thread.join()
+    assert os.waitstatus_to_exitcode(status) == (2 if busy else 1)
+    assert reward([shade(255)], ["a"])[0][0] == pytest.approx(3.0, abs=1e-3), "the parent goes on"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_loads_a_judge_of_its_own(loads, shade):
+    reward = ListenerReward("tiny", reference={"a": shade(0)})
+    reward([shade(9)], ["a"])
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        reward([shade(9)], ["a"])
+        os._exit(len(loads))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2 and len(loads) == 1
+
+
+def test_references_in_a_file_survive_the_process_and_stay_out_of_memory(FakeJudge, shade, tmp_path):
+    path = tmp_path / "state.db"
+    reward = ListenerReward(FakeJudge(slope=3.0), scheme="reference", state=path)
+    assert reward([shade(100), shade(50)], ["a", "b"])[0].tolist() == [0, 0]
+    again = ListenerReward(FakeJudge(slope=3.0), scheme="reference", state=path)
+    assert again([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4)
+    copy = pickle.loads(pickle.dumps(ListenerReward("tiny", scheme="reference", state=path)))
+    assert copy.state_dict()["references"].keys() == {"a", "b"}
+    assert [*map(type, (again._kept, copy._kept))] == [ReferenceFile] * 2
+    again.load_state_dict({"references": {"c": reward.state_dict()["references"]["a"]}})
+    assert reward.state_dict()["references"].keys() == {"c"}, "both look into the same file"
+
+
+def test_a_clip_is_kept_in_a_file_with_its_times(shade, tmp_path):
+    kept = ReferenceFile(tmp_path / "state.db")
+    clip = {"frames": [packed(to_visual(shade(k))) for k in (1, 2)], "seconds": [0.0, 0.25]}
+    kept["a"] = clip
+    assert kept["a"] == clip and is_kept(kept["a"]) and size(kept["a"]) == sum(map(len, clip["frames"]))
+    kept["a"] = packed(to_visual(shade(9)))
+    assert kept["a"] == clip, "the first one stays"
+    assert (len(kept), list(kept), "b" in kept, kept.get("b")) == (1, ["a"], False, None)
+    del kept["a"]
+    assert len(kept) == 0
+    with pytest.raises(KeyError):
+        del kept["a"]
+
+
+def test_two_processes_keep_the_first_image_of_both(FakeJudge, shade, tmp_path):
+    one, other = (ListenerReward(FakeJudge(slope=3.0), scheme="reference", state=tmp_path / "db") for _ in range(2))
+    one([shade(100)], ["a"])
+    assert other([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4)
+
+
+def test_what_is_no_file_of_references_is_named(FakeJudge, shade, tmp_path):
+    (tmp_path / "a.db").write_bytes(b"no database at all, " * 100)
+    for path in (tmp_path / "a.db", tmp_path / "no" / "folder.db"):
+        with pytest.raises(InputError, match=r"state .* cannot be opened"):
+            ListenerReward(FakeJudge(), scheme="reference", state=path)
+    reward = ListenerReward(FakeJudge(), scheme="reference", state=tmp_path / "b.db")
+    reward._kept._connection.execute('DROP TABLE "references"')
+    with pytest.raises(JudgeError, match="references cannot be kept"):
+        reward([shade(3)], ["a"])
+
+
+def test_references_are_read_from_a_file(FakeJudge, shade, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    shade(100).save(tmp_path / "pictures" / "a.png")
+    path = tmp_path / "references.json"
+    path.write_text('{"a": "pictures/a.png"}', encoding="utf-8")
+    reward = ListenerReward(FakeJudge(slope=3.0), scheme="reference", reference=path)
+    assert reward([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4)
+    with pytest.raises(InputError, match="no image for prompt 'b'"):
+        reward([shade(185)], ["b"])
+    for text, words in (('{"a": "b.png"}', "1 files that are not there"), ('["a"]', "no object"), ("{", "as JSON")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=words):
+            ListenerReward(FakeJudge(), reference=path)
+
+
+def test_an_unknown_option_is_named_before_anything_is_loaded():
+    with pytest.raises(InputError, match=r"grup_size, thinks: no option of a .*, which has scheme.*thoughts"):
+        ListenerReward("tiny", grup_size=3, thinks=False)
+    options = inspect.signature(Judge.from_pretrained).parameters
+    assert tuple(name for name in options if name != "name") == JUDGE_OPTIONS, "the list in reward.py is out of date"
 
 
 def test_importing_loads_no_torch():
