@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(
                 413 if length.isdecimal() else 411, {"detail": f"send at most {MAX_BODY} bytes, and say how many"}
             )
-        raw = self.rfile.read(int(length))
+        raw = self.rfile.read(int(digits))
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
