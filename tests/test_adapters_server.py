@@ -332,13 +332,13 @@ def test_server_on_ipv6(FakeJudge):
 )
 def test_serve_refuses_what_would_have_no_effect(options, words, monkeypatch, FakeJudge, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("listener_reward.cli.serving.load_judge", lambda *_: FakeJudge())
+    monkeypatch.setattr("listener_reward.cli.serving.load_judge", lambda *_, **__: FakeJudge())
     done = CliRunner().invoke(app, ["serve", "--judge", "tiny", "--port", "0", *options])
     assert done.exit_code == 2 and words in " ".join(done.stderr.split())
 
 
 def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
-    monkeypatch.setattr("listener_reward.cli.serving.load_judge", lambda *_: FakeJudge(slope=3.0))
+    monkeypatch.setattr("listener_reward.cli.serving.load_judge", lambda *_, **__: FakeJudge(slope=3.0))
     made = []
     monkeypatch.setattr(server, "make_server", lambda reward, **_: made.append(reward) or FakeServer())
     shade(100).save(tmp_path / "a.png")
