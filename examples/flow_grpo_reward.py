@@ -2,9 +2,10 @@
 
     python examples/flow_grpo_reward.py --steps 2
 
-In flow_grpo itself (scripts/train_sd3.py), one line changes:
+In flow_grpo itself (scripts/train_sd3.py), two lines change, which both were flow_grpo.rewards.multi_score(device, ...):
 
-    reward_fn = listener_multi_score("http://127.0.0.1:8300")     # was: flow_grpo.rewards.multi_score(device, ...)
+    reward_fn = listener_multi_score("http://127.0.0.1:8300")
+    eval_reward_fn = reward_fn
 
 The URL is that of a `listener-reward serve`: flow_grpo's environment and this package's need not agree on transformers,
 and all its processes score against the same reference images. Here the tiny judge is loaded in the process, and images
@@ -55,7 +56,7 @@ def main() -> None:
         rewards = {key: torch.as_tensor(value).float() for key, value in details.items()}
         avg = rewards["avg"]
         advantages = (avg - avg.mean()) / (avg.std() + 1e-4)
-        print(f"{batch['prompts'][0]}: listener disagreed with {rewards['contradicted'].nanmean():.0%}")
+        print(f"{batch['prompts'][0]}: standard error {rewards['standard_error'].mean():.2f}")
         for advantage, true in zip(advantages.tolist(), batch["true"], strict=True):
             print(f"  advantage {advantage:+.2f}   true utility {true:.1f}")
 
