@@ -98,7 +98,10 @@ async def compute_score(
 @lru_cache
 def _reward(judge: Any, scheme: Any, group_size: int, timeout: float, options: tuple[tuple[str, Any], ...]) -> Reward:
     """One reward for each configuration, as the host knows only functions."""
-    reward = as_reward(judge, dict(options), scheme=scheme)
+    try:
+        reward = as_reward(judge, dict(options), scheme=scheme)
+    except InputError as error:  # which names the keys of the reward, and not those that are read here
+        raise InputError(f"{error}; beside those this entry may have judge, scheme, group_size and timeout") from error
     return GroupCollector(reward, group_size, timeout=timeout) if group_size else reward
 
 
