@@ -2,7 +2,7 @@
 
     python examples/flow_grpo_reward.py --steps 2
 
-In flow_grpo itself (scripts/train_sd3.py), two lines change, which both were flow_grpo.rewards.multi_score(device, ...):
+In flow_grpo itself (scripts/train_sd3.py), two lines change; both were flow_grpo.rewards.multi_score(device, ...):
 
     reward_fn = listener_multi_score("http://127.0.0.1:8300")
     eval_reward_fn = reward_fn
