@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -39,6 +40,7 @@ from listener_reward.integrations.contract import as_reward, score
 from listener_reward.integrations.serving import app as server
 from listener_reward.integrations.serving import client
 from listener_reward.integrations.serving.app import make_server
+from listener_reward.integrations.serving.batching import Batching
 from listener_reward.integrations.serving.client import RemoteReward
 from listener_reward.integrations.serving.collector import ClientGone, GroupCollector
 from listener_reward.integrations.trl import ddpo_reward
@@ -280,6 +282,31 @@ def test_collector_of_a_forked_process_begins_anew(FakeJudge, shade):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
+def test_requests_that_come_while_the_judge_is_busy_are_judged_together(FakeJudge, shade):
+    judge = FakeJudge(slope=3.0, delay=0.05)
+    reds = range(10, 106, 2)  # 48 requests of one image, as verl-omni sends them
+    batching = Batching(ListenerReward(judge, reference={"a": shade(0)}, scheme="reference"), limit=20)
+    with ThreadPoolExecutor(48) as clients:
+        scores = [*clients.map(lambda red: batching([shade(red)], ["a"])[0].item(), reds)]
+    assert scores == pytest.approx([3 * red / 255 for red in reds], abs=1e-4)
+    assert sum(map(len, judge.calls)) == 48 and max(map(len, judge.calls)) <= 20 and len(judge.calls) < 24
+
+
+def test_a_request_that_fails_fails_no_other_that_is_judged_with_it(FakeJudge, shade):
+    judge = broken(FakeJudge, slope=3.0, delay=0.05)
+    batching = Batching(ListenerReward(judge, reference={"a": shade(0)}, scheme="reference"))
+    with ThreadPoolExecutor(8) as clients:
+        calls = [([shade(red)], [prompt]) for red, prompt in ((1, "a"), (90, "a"), (51, "b"), (85, "a"), (170, "a"))]
+        done = [clients.submit(batching, *call) for call in calls]
+        assert [done[k].result()[0].item() for k in (0, 3, 4)] == pytest.approx([3 / 255, 1, 2], abs=1e-4)
+        with pytest.raises(JudgeError):
+            done[1].result()
+        with pytest.raises(InputError, match="no image for prompt 'b'"):
+            done[2].result()
+    with pytest.raises(InputError, match="only requests by scheme 'reference'"):
+        Batching(ListenerReward(judge, scheme="group"))
+
+
 def test_remote_reward_without_a_server_says_how_to_start_one():
     with pytest.raises(JudgeError, match="listener-reward serve"):
         RemoteReward("http://127.0.0.1:9", timeout=2, retries=0)(pixels(), PROMPTS)
@@ -351,7 +378,9 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
     ):
         done = CliRunner().invoke(app, ["serve", "--judge", "tiny", *options])
         assert done.exit_code == 0, done.output
-    given, kept, temporary, collects = made
+    assert [type(reward) for reward in made] == [Batching] * 3 + [GroupCollector]
+    given, kept, temporary = (reward.reward for reward in made[:3])
+    collects = made[3]
     assert given([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4) and given.on_failure == "raise"
     assert (kept._kept.path, temporary._kept.path) == (str(tmp_path / "state.db"), "")
     assert temporary([shade(100), shade(185)], ["a", "a"])[0].tolist() == pytest.approx([0, 1.0], abs=1e-4)

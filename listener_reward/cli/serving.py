@@ -74,6 +74,7 @@ def serve(
         with working("loading the judge"):
             from listener_reward.integrations.contract import as_reward  # pyright: ignore[reportMissingImports]
             from listener_reward.integrations.serving.app import make_server  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.serving.batching import Batching  # pyright: ignore[reportMissingImports]
             from listener_reward.integrations.serving.collector import GroupCollector  # pyright: ignore[reportMissingImports]
             from listener_reward.references import read_references
             from listener_reward.reward import ListenerReward
@@ -86,8 +87,12 @@ def serve(
                 loaded, scheme=chosen, reference=given, state=kept, on_failure=cast(Any, on_failure)
             )
             as_reward(reward, {}, scheme="reference")  # refuses the mean of a part of a group
+            if group_size:
+                reward = GroupCollector(reward, group_size, timeout=group_timeout)
+            elif chosen == "reference":
+                reward = Batching(reward)
             server = make_server(
-                GroupCollector(reward, group_size, timeout=group_timeout) if group_size else reward,
+                reward,
                 host=host,
                 port=port,
                 name=name,
