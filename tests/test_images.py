@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from listener_reward.errors import InputError
+from listener_reward.media.containers import demuxer, unread_image
 from listener_reward.media.images import MAX_ASPECT, MAX_SIDE, identity, to_picture, to_pil, to_pil_batch
 
 ORANGE = (255, 128, 0)
@@ -431,3 +432,167 @@ def test_an_undecoded_image_is_told_by_its_bytes_or_its_path_and_not_decoded():
 def test_a_decoded_image_is_told_by_the_digest_of_its_picture():
     assert identity(scene()) == identity(HWC) == identity(to_picture(encoded(scene()))) == to_picture(HWC).digest.hex()
     assert identity(scene("L")) != identity(scene())
+
+
+# ---------------------------------------------------------------- colours
+
+
+def icc_profile(primaries, gamma: float, space: bytes = b"RGB ") -> bytes:
+    """A version 2 profile of three primaries (XYZ under D50, one row each) or of gray, with a pure gamma."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH2x", 1, round(gamma * 256))
+
+    def xyz(values):
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+    text = b"a test"
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + bytes(1 + 4 + 4 + 2 + 1 + 67),
+        b"wtpt": xyz((0.9642, 1.0, 0.8249)),
+    }
+    if space == b"RGB ":
+        tags |= {name + b"XYZ": xyz(row) for name, row in zip((b"r", b"g", b"b"), primaries, strict=True)}
+        tags |= {name + b"TRC": curve for name in (b"r", b"g", b"b")}
+    else:
+        tags[b"kTRC"] = curve
+    start, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data
+    head = bytearray(128)
+    struct.pack_into(">I4sI4s4s4s", head, 0, start + len(body), bytes(4), 0x02100000, b"mntr", space, b"XYZ ")
+    head[36:40] = b"acsp"
+    struct.pack_into(">3i", head, 68, 63190, 65536, 54061)
+    return bytes(head) + table + body
+
+
+ADOBE_RGB = icc_profile(
+    [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)], 563 / 256
+)
+SRGB_PRIMARIES = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)]
+GREEN, AS_SRGB = (60, 200, 60), (0, 201, 37)
+"""A colour, and what it is in sRGB where its numbers are Adobe RGB's: (60 / 255) ** 2.2 is light of 0.0416, 200 is
+0.586. Through XYZ they are -0.176, 0.586 and 0.0181 of sRGB's primaries: 0, 201.3 and 36.5 of 255 by its curve."""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+def test_colours_of_a_profile_become_those_of_srgb(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    data = encoded(Image.new("RGB", (16, 16), GREEN), kind, icc_profile=ADOBE_RGB, **options.get(kind, {}))
+    picture = to_pil(data)
+    assert np.abs(pixels(picture).astype(int) - AS_SRGB).max() <= 3, pixels(picture)[0, 0]
+    assert "icc_profile" not in picture.info
+    np.testing.assert_array_equal(pixels(to_pil(encoded(picture))), pixels(picture))  # it is converted once
+
+
+def test_colours_of_a_profile_under_transparency_and_in_a_palette():
+    layer = Image.new("RGBA", (16, 16), (*GREEN, 255))
+    layer.putalpha(Image.linear_gradient("L").resize((16, 16)).point(lambda value: 255 if value > 127 else 0))
+    shown = pixels(to_pil(encoded(layer, icc_profile=ADOBE_RGB)))
+    assert shown[0, 0].tolist() == [255, 255, 255] and np.abs(shown[-1, 0].astype(int) - AS_SRGB).max() <= 1
+    palette = Image.new("RGB", (16, 16), GREEN).quantize(4)
+    assert np.abs(pixels(to_pil(encoded(palette, icc_profile=ADOBE_RGB))).astype(int) - AS_SRGB).max() <= 1
+
+
+def test_a_profile_of_gray_is_followed_and_one_of_colour_too():
+    """128 of 255 by gamma 1 is light of 0.502, and that is 188 in sRGB. Sixteen bits have profiles as eight have."""
+    linear = icc_profile((), 1.0, b"GRAY")
+    deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    for image in (Image.new("L", (8, 8), 128), Image.new("LA", (8, 8), (128, 255)), deep):
+        assert np.abs(pixels(to_pil(encoded(image, icc_profile=linear))).astype(int) - 188).max() <= 1
+    coloured = icc_profile(SRGB_PRIMARIES, 1.0)
+    assert (
+        np.abs(pixels(to_pil(encoded(Image.new("L", (8, 8), 128), icc_profile=coloured))).astype(int) - 188).max() <= 1
+    )
+
+
+def test_srgb_by_any_profile_keeps_every_pixel():
+    noise = Image.effect_noise((32, 32), 90).convert("RGB")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(pixels(to_pil(encoded(noise, icc_profile=profile))), pixels(noise))
+    assert "icc_profile" not in to_pil(encoded(noise, icc_profile=profile)).info
+
+
+@pytest.mark.parametrize(
+    "profile", [b"x", ADOBE_RGB[:150], ADOBE_RGB[:200] + bytes(100), icc_profile((), 1.0, b"GRAY")]
+)
+def test_a_broken_profile_says_nothing_of_the_pixels(profile):
+    """Nor does one for pictures of another kind."""
+    picture = to_pil(encoded(Image.new("RGB", (16, 16), GREEN), icc_profile=profile))
+    assert pixels(picture)[0, 0].tolist() == list(GREEN) and "icc_profile" not in picture.info
+
+
+def test_a_cmyk_jpeg_with_a_profile_of_colour_screens_decodes_as_one_without():
+    image = Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK")
+    with_profile = to_pil(encoded(image, "JPEG", quality=95, icc_profile=ADOBE_RGB))
+    np.testing.assert_array_equal(pixels(with_profile), pixels(to_pil(encoded(image, "JPEG", quality=95))))
+
+
+# ---------------------------------------------------------------- images in a video's container
+
+
+def branded(major: bytes, *compatible: bytes) -> bytes:
+    return struct.pack(">I4s4sI", 16 + 4 * len(compatible), b"ftyp", major, 0) + b"".join(compatible) + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("head", "container", "unread"),
+    [
+        (branded(b"avif", b"avif", b"mif1", b"miaf"), None, None),
+        (branded(b"avis", b"avis", b"msf1", b"iso8"), None, None),
+        (branded(b"mif1", b"avif", b"miaf"), None, None),
+        (branded(b"heic", b"mif1", b"heic"), None, "HEIC"),
+        (branded(b"msf1", b"hevc", b"iso8"), None, "HEIC"),
+        (branded(b"mif1", b"heix"), None, "HEIC"),
+        (branded(b"mif1"), None, "HEIF"),
+        (branded(b"MiHB", b"mif1", b"heic"), None, "HEIC"),
+        (branded(b"crx ", b"isom"), None, "Canon raw"),
+        (branded(b"isom", b"isom", b"iso2", b"avc1", b"mp41"), "mov", None),
+        (branded(b"qt  ", b"qt  "), "mov", None),
+        (branded(b"mp42", b"mp42", b"mif1"), "mov", None),
+        (branded(b"M4V ", b"mp42"), "mov", None),
+        (branded(b"XAVC", b"XAVC", b"mp42"), "mov", None),
+        (b"\x1a\x45\xdf\xa3" + bytes(60), "matroska", None),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", "avi", None),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", None, None),
+        (b"12345678AVI LIST", None, None),
+        (b"", None, None),
+    ],
+)
+def test_a_container_is_told_by_its_list_of_brands(head, container, unread):
+    assert (demuxer(head), unread_image(head)) == (container, unread)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"hevc"])
+def test_heic_is_refused_by_name(tmp_path, brand):
+    data = branded(brand, b"mif1")
+    (tmp_path / "a.heic").write_bytes(data)
+    for image in (data, bytearray(data), tmp_path / "a.heic", {"bytes": data, "path": None}):
+        with pytest.raises(InputError, match=r"^second .*HEIC is not read; save it as PNG, JPEG or WebP"):
+            to_pil(image, field="second")
+
+
+def test_a_file_cut_short_says_so():
+    with pytest.raises(InputError, match=r"^image .*does not decode \(the file is cut short\); save it anew"):
+        to_pil(JPEG[: len(JPEG) // 2])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "fix"),
+    [
+        (-0.04, 1.04, r"clamp it to \[0, 1\]"),
+        (0.0, 1.04, r"clamp it to \[0, 1\]"),
+        (-0.04, 0.9, r"clamp it to \[0, 1\]"),
+        (-0.6, 0.9, r"by \(x \+ 1\) / 2"),
+        (-1.04, 1.04, r"by \(x \+ 1\) / 2, and clamp"),
+        (0.0, 254.0, "divide by 255"),
+        (0.0, 1.8, "rescale"),
+        (-2.0, 2.0, "rescale"),
+        (0.0, 65535.0, "rescale"),
+    ],
+)
+def test_what_to_do_with_floats_goes_by_their_range(low, high, fix):
+    with pytest.raises(InputError, match=rf"outside \[0, 1\]; .*{fix}"):
+        to_pil(np.linspace(low, high, 192, dtype=np.float32).reshape(3, 8, 8))

@@ -8,14 +8,16 @@ import json
 import math
 import pickle
 import random
+import struct
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from typer.testing import CliRunner
 
 from listener_reward.calibration.maps import Calibration
@@ -28,9 +30,9 @@ from listener_reward.integrations.video import ClipJudge, VideoReward, rank_vide
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
 from listener_reward.media.clips import Clip
-from listener_reward.media.images import to_picture
-from listener_reward.media.storyboards import as_picture, as_pictures, storyboard
-from listener_reward.media.videos import read_clip
+from listener_reward.media.images import Picture, to_picture
+from listener_reward.media.storyboards import as_picture, as_pictures, storyboard, to_visual
+from listener_reward.media.videos import is_video, read_clip
 from listener_reward.tiny.motion import draw_clip
 from listener_reward.tiny.world import Scene
 
@@ -196,6 +198,160 @@ def test_no_codec_is_asked_without_pyav(monkeypatch):
 def test_options_out_of_range(options):
     with pytest.raises(InputError, match=next(iter(options))):
         read_clip(shades(RAMP), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a file says of how it is shown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mp4_of(path: Path, frames: list[Image.Image], fps: int = 10) -> bytearray:
+    """An mp4 with one key frame, at the start."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, options={"g": "100", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        stream.bit_rate = 2_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode(None))
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_what_an_edit_list_cuts_away_is_no_frame_of_the_video(tmp_path, as_bytes):
+    """Trimmed without encoding anew: 16 packets, of which the list shows the last eight."""
+    data = mp4_of(tmp_path / "whole.mp4", shades(range(20, 180, 10)))
+    entries = data.index(b"elst") + 12  # after the name, the version and the count: duration, start
+    units = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]  # a second of the track
+    struct.pack_into(">Ii", data, entries, 800, units * 8 // 10)
+    (tmp_path / "trimmed.mp4").write_bytes(data)
+    clip = read_clip(bytes(data) if as_bytes else tmp_path / "trimmed.mp4", frames=2)
+    assert reds(clip) == pytest.approx([100, 170], abs=6)  # frames 8 and 15
+    assert clip.seconds == pytest.approx([0, 0.7], abs=0.001)
+    assert reds(read_clip(bytes(data), frames=8)) == pytest.approx(list(range(100, 180, 10)), abs=6)
+    assert reds(read_clip(bytes(data), frames=3, rate=5)) == pytest.approx([100, 120, 140], abs=6)
+
+
+def turned(matrix, size=(64, 32)) -> Image.Image:
+    """The frame of a video with a red corner at the top left and a green one at the top right, by a display matrix."""
+    av = pytest.importorskip("av")
+    frame = Image.new("RGB", size, "white")
+    frame.paste("red", (0, 0, 16, 16))
+    frame.paste((0, 160, 0), (size[0] - 16, 0, size[0], 16))
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 4_000_000
+        container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode(None))
+    data = bytearray(buffer.getvalue())
+    a, b, c, d = (value * 65536 for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return read_clip(bytes(data), frames=1).frames[0].image
+
+
+def corners(picture: Image.Image) -> str:
+    """Its four corners, from the top left on with the clock: r, g or w."""
+    width, height = picture.size
+    found = ""
+    for place in ((4, 4), (width - 5, 4), (width - 5, height - 5), (4, height - 5)):
+        red, green, blue = picture.getpixel(place)
+        found += "w" if blue > 160 else "r" if red > green else "g"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "shown"),
+    [
+        ((1, 0, 0, 1), (64, 32), "rgww"),
+        ((0, 1, -1, 0), (32, 64), "wrgw"),  # a quarter turn with the clock, as phones held upright write it
+        ((-1, 0, 0, -1), (64, 32), "wwrg"),
+        ((0, -1, 1, 0), (32, 64), "gwwr"),
+        ((-1, 0, 0, 1), (64, 32), "grww"),
+        ((1, 0, 0, -1), (64, 32), "wwgr"),
+        ((0, 1, 1, 0), (32, 64), "rwwg"),
+        ((0, -1, -1, 0), (32, 64), "wgrw"),
+        ((0, 0, 0, 0), (64, 32), "rgww"),
+    ],
+)
+def test_a_display_matrix_is_followed(matrix, size, shown):
+    picture = turned(matrix)
+    assert (picture.size, corners(picture)) == (size, shown)
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path):
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        container.mux(stream.encode(av.VideoFrame.from_image(shades([90])[0])))
+        container.mux(stream.encode(None))
+    assert read_clip(buffer.getvalue(), frames=1).frames[0].image.size == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("codec", "kind", "pixels"),
+    [
+        ("png", "mov", "rgba"),
+        ("qtrle", "mov", "argb"),
+        ("libvpx-vp9", "webm", "yuva420p"),
+        ("libvpx", "webm", "yuva420p"),
+    ],
+)
+def test_transparent_videos_are_on_white(codec, kind, pixels):
+    av = pytest.importorskip("av")
+    layer = np.zeros((32, 48, 4), np.uint8)
+    layer[:, :24] = 200, 20, 20, 255
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        options = {"auto-alt-ref": "0"} if kind == "webm" else {}
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 48, 32, pixels, 2_000_000
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(layer, format="rgba").reformat(format=pixels)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = read_clip(buffer.getvalue(), frames=2)
+    for frame in clip.frames:
+        assert frame.image.getpixel((5, 5)) == pytest.approx((200, 20, 20), abs=6)
+        assert frame.image.getpixel((44, 5)) == pytest.approx((255, 255, 255), abs=2)
+    assert clip.seconds == pytest.approx((0, 0.2), abs=0.002)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        for k in range(4):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * k
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(InputError, match=r"^second has no video in it, only sound; give a file with a video$"):
+        read_clip(path, field="second")
+
+
+def test_a_broken_file_is_refused_without_words_of_python(tmp_path):
+    whole = bytes(mp4_of(tmp_path / "a.mp4", shades([20, 60])))
+    for broken in (whole[:40], whole[: len(whole) // 2], whole[:200] + bytes(400)):
+        with pytest.raises(InputError, match=r"^video ") as caught:
+            read_clip(broken)
+        assert "Error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "path", "clip of the picture"])
+def test_an_avif_picture_is_no_video(tmp_path, kind):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    (tmp_path / "a.avif").write_bytes(b"")
+    shades([120])[0].save(tmp_path / "a.avif", quality=100)
+    media = (tmp_path / "a.avif").read_bytes() if kind == "bytes" else tmp_path / "a.avif"
+    assert not is_video(media)
+    assert isinstance(to_visual(media), Picture) and as_picture(media).getpixel((5, 5))[0] == pytest.approx(120, abs=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from listener_reward.errors import InputError
-from listener_reward.media.videos import HEAD_BYTES, container
+from listener_reward.media.containers import demuxer, head_of
 from listener_reward.pairs import PreferencePair
 
 Row: TypeAlias = "Mapping[str, Any]"
@@ -170,7 +170,7 @@ def stored_as_video(image: Mapping[str, Any]) -> bool:
     No file is opened, for a path may name one that is not on this machine.
     """
     if image.get("bytes") is not None:
-        return container(image["bytes"][:HEAD_BYTES]) is not None
+        return demuxer(head_of(image["bytes"])) is not None
     return Path(image.get("path") or "").suffix.lower() in _VIDEO_SUFFIXES
 
 

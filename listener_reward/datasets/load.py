@@ -75,8 +75,8 @@ from listener_reward.datasets.rows import HUB_NAME, SUFFIXES, Files, Hub, find_f
 from listener_reward.datasets.tiny import TINY_PAIRS, tiny_pairs
 from listener_reward.datasets.videogen import VIDEOGEN
 from listener_reward.errors import InputError
+from listener_reward.media.containers import demuxer, head_of
 from listener_reward.media.images import to_pil
-from listener_reward.media.videos import HEAD_BYTES, container
 
 __all__ = ["FEATURES", "FORMATS", "MAX_BROKEN", "TINY_PAIRS", "is_swapped", "load_pairs"]
 
@@ -402,9 +402,7 @@ def _video_fault(what: str, path: str) -> str | None:
         return f"{what} is {path!r}, which is not on this machine; download the videos and give a file that names them"
     if not Path(path).is_file():
         return f"{what} is {path!r}, where there is no file; check the path"
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    return None if container(head) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
+    return None if demuxer(head_of(path)) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
 
 
 def _key(image: Any) -> str | int:

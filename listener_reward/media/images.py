@@ -4,7 +4,8 @@
 is decoded and knows its own digest, so that nothing behind the border decodes, copies or hashes it again.
 
 What counts as the same picture is fixed here for the whole package: transparency shows white, an animation is its
-first frame, EXIF orientation is applied, floats are in [0, 1] and never rescaled by guesswork.
+first frame, EXIF orientation is applied, colours are sRGB's whatever profile the file has, floats are in [0, 1] and
+never rescaled by guesswork.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from listener_reward.errors import InputError
+from listener_reward.media.containers import head_of, unread_image
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +51,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PP
 
 _SLACK = 0.01
 """How far floats may leave [0, 1]: one bfloat16 step above 1 is 0.0078."""
+
+_OVERSHOOT = 0.25
+"""How far a decoder's floats overshoot at most: less is clamped, more is another range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +127,15 @@ def _decoded(image: Any, field: str) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError as error:
+        source: Any = _content(image) if isinstance(image, Mapping) else image
+        if name := unread_image(head_of(source)):
+            raise InputError(
+                f"{field} is {_shown(image)}, and {name} is not read; save it as PNG, JPEG or WebP"
+            ) from error
         raise InputError(f"{field} is {_shown(image)}, in no format read here; give a PNG, JPEG or WebP") from error
     except Exception as error:  # PIL's decoders raise nearly everything on broken files
-        reason = f"{type(error).__name__}: {error}"
+        cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        reason = "the file is cut short" if cut else f"{type(error).__name__}: {error}"
         raise InputError(f"{field} is {_shown(image)}, which does not decode ({reason}); save it anew") from error
 
 
@@ -198,14 +210,55 @@ def _to_rgb(picture: Image.Image, field: str) -> Image.Image:
         return picture
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
         picture = ImageOps.exif_transpose(picture)
+    profile = picture.info.get("icc_profile")
     if picture.mode[0] in "IF":
-        return _from_array(_deep_gray(picture, field), field)
+        picture = Image.fromarray(_to_bytes(_deep_gray(picture, field), field))
     if picture.mode == "La":  # premultiplied gray, which PIL turns into nothing but LA
         picture = picture.convert("LA")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    if picture.mode == "P" or (picture.has_transparency_data and picture.mode not in ("LA", "RGBA")):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    alpha = picture.getchannel("A") if picture.has_transparency_data else None
+    colours = (_in_srgb(picture, profile) if profile else picture).convert("RGB")
+    if alpha is not None:
+        colours.putalpha(alpha)
+        colours = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    colours.info.pop("icc_profile", None)  # whoever saves these pixels must not say that they are of other colours
+    return colours
+
+
+def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """`picture` in sRGB's colours, without its transparency; as it is where its profile is broken, or sRGB itself."""
+    mode = {"LA": "L", "1": "L", "L": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    plain = picture if picture.mode == mode else picture.convert(mode)
+    transform = _transform(bytes(profile), mode)
+    if transform is None and mode == "L":  # a gray picture may come with the profile of the colour one it was made from
+        plain, transform = plain.convert("RGB"), _transform(bytes(profile), "RGB")
+    return plain if transform is None else ImageCms.applyTransform(plain, transform)  # pyright: ignore
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of an ICC profile to sRGB's; None where there is nothing to do, or no way to do it."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        relative = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB", relative, flags)
+        if mode not in ("L", "RGB"):
+            return transform
+        # Every camera and program has an sRGB profile of its own, which rounds differently: such pixels are kept.
+        steps = np.arange(0, 256, 51, dtype=np.uint8)
+        cube = np.stack(np.meshgrid(*[steps] * (1 if mode == "L" else 3)), axis=-1).reshape(1, -1, len(mode))
+        before = Image.fromarray(cube.squeeze(-1) if mode == "L" else cube)
+        after = np.asarray(ImageCms.applyTransform(before, transform), dtype=int)
+        return None if np.abs(after - np.asarray(before.convert("RGB"), dtype=int)).max() <= 2 else transform
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):  # an import where Pillow lacks LittleCMS
+        return None
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _deep_gray(picture: Image.Image, field: str) -> np.ndarray:
@@ -265,8 +318,9 @@ def _to_bytes(array: np.ndarray, field: str) -> np.ndarray:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(f"{field} holds NaN or infinity; look at what made it")
         if low < -_SLACK or high > 1 + _SLACK:
-            fix = "divide by 255" if low >= 0 else "map [-1, 1] to [0, 1] by (x + 1) / 2" if high <= 2 else "rescale"
-            raise InputError(f"{field} is {array.dtype} from {low:.4g} to {high:.4g}, outside [0, 1]; {fix}")
+            raise InputError(
+                f"{field} is {array.dtype} from {low:.4g} to {high:.4g}, outside [0, 1]; {_remedy(low, high)}"
+            )
         pixels = np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
     else:
         raise InputError(f"{field} has dtype {array.dtype}; convert it to uint8 in [0, 255] or to float in [0, 1]")
@@ -277,6 +331,17 @@ def _to_bytes(array: np.ndarray, field: str) -> np.ndarray:
             stacklevel=2,
         )
     return pixels
+
+
+def _remedy(low: float, high: float) -> str:
+    """What brings floats of this range into [0, 1], going by the ranges that generators and loaders have."""
+    if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT:
+        return "clamp it to [0, 1]"
+    if -1 - _OVERSHOOT <= low < 0 and high <= 1 + _OVERSHOOT:
+        return "map [-1, 1] to [0, 1] by (x + 1) / 2, and clamp what overshoots"
+    if low >= 0 and 2 < high <= 256:
+        return "divide by 255"
+    return "rescale it"
 
 
 # ---------------------------------------------------------------- size

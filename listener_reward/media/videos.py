@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.media.clips import Clip
+from listener_reward.media.containers import demuxer, head_of
 from listener_reward.media.images import MAX_PIXELS, Picture, to_picture
 
 FRAMES = 8
@@ -24,13 +25,6 @@ FRAMES = 8
 MAX_FRAMES = 64
 
 _ANIMATED = ("GIF", "WEBP", "PNG")
-
-HEAD_BYTES = 16
-"""First bytes of a file that tell its container."""
-
-_DEMUXERS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
-"""Where a container says what it is, and FFmpeg's name for it. No other is opened: some, such as playlists, make FFmpeg
-read further files, or the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +95,8 @@ def is_video(media: Any) -> bool:
     if isinstance(media, (Clip, list, tuple)):
         return True
     if isinstance(media, (str, os.PathLike, bytes)):
-        return _demuxer(media) is not None
+        return demuxer(head_of(media)) is not None
     return getattr(media, "ndim", 0) == 4
-
-
-def container(head: bytes) -> str | None:
-    """FFmpeg's name of the container (mov for mp4 too, matroska for webm too, avi) whose file starts with `head`."""
-    return next((name for at, magic, name in _DEMUXERS if head[at:].startswith(magic)), None)
 
 
 def _open(video: Any, field: str) -> _Source:
@@ -134,19 +123,8 @@ def _open_file(video: str | os.PathLike[str] | bytes, field: str) -> _Source:
             raise InputError(f"{field} is the URL {str(video)[:200]!r}; download it and give the file")
         if not os.path.isfile(video):
             raise InputError(f"{field} is {str(video)[:200]!r}, where there is no file; check the path")
-    demuxer = _demuxer(video)
-    return _open_animation(video, field) if demuxer is None else _open_container(video, demuxer, field)
-
-
-def _demuxer(video: str | os.PathLike[str] | bytes) -> str | None:
-    """FFmpeg's name of the file's format, None where it is not one of ours."""
-    if isinstance(video, bytes):
-        return container(video[:HEAD_BYTES])
-    try:
-        with open(video, "rb") as file:
-            return container(file.read(HEAD_BYTES))
-    except (OSError, ValueError):  # a ValueError for a name with a null byte
-        return None
+    container = demuxer(head_of(video))
+    return _open_animation(video, field) if container is None else _open_container(video, container, field)
 
 
 def _open_animation(video: str | os.PathLike[str] | bytes, field: str) -> _Source:
@@ -179,8 +157,11 @@ def _open_animation(video: str | os.PathLike[str] | bytes, field: str) -> _Sourc
     return _Source(len(durations), starts if all(durations) else None, pick)
 
 
-def _open_container(video: str | os.PathLike[str] | bytes, demuxer: str, field: str) -> _Source:
-    """A video file by PyAV. The first pass reads the packets' times and decodes nothing; the second stops early."""
+def _open_container(video: str | os.PathLike[str] | bytes, container: str, field: str) -> _Source:
+    """A video file by PyAV. The first pass reads the packets' times and decodes nothing; the second stops early.
+
+    What an edit list cuts away is no frame of the video: FFmpeg marks such packets, and its decoders drop them.
+    """
     try:
         import av
     except ImportError as error:
@@ -191,41 +172,117 @@ def _open_container(video: str | os.PathLike[str] | bytes, demuxer: str, field: 
         # An open file and a named format, so that FFmpeg itself opens nothing.
         with (
             io.BytesIO(video) if isinstance(video, bytes) else open(video, "rb") as file,
-            av.open(file, format=demuxer) as container,
+            av.open(file, format=container) as reader,
         ):
-            yield container
+            yield reader
 
     def unreadable(error: Exception) -> InputError:
-        return InputError(f"{field} does not decode ({type(error).__name__}: {error}); save it anew")
+        reason = getattr(error, "strerror", None) or str(error)
+        return InputError(f"{field} does not decode ({reason}); save it anew")
 
     try:
-        with opened() as container:
-            stream = container.streams.video[0]
+        with opened() as reader:
+            if not reader.streams.video:
+                raise InputError(f"{field} has no video in it, only {_listed(reader)}; give a file with a video")
+            stream = reader.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(f"{field} is in a codec that FFmpeg has no decoder for; save it as H.264 or VP9")
             if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
                 raise InputError(f"{field} is larger than {MAX_PIXELS:,} pixels a frame; reduce it")
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            packets = [packet for packet in reader.demux(stream) if packet.size and not packet.is_discard]
             rate = float(stream.average_rate) if stream.average_rate else None
-            stamps = sorted(float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None)
-    except (av.FFmpegError, IndexError) as error:
+            stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+            tick = float(stream.time_base) if stream.time_base else 0.0
+    except av.FFmpegError as error:
         raise unreadable(error) from error
-    if len(stamps) == len(packets):
-        seconds = [stamp - stamps[0] for stamp in stamps]
+    timed = len(stamps) == len(packets)
+    if timed:
+        seconds = [(stamp - stamps[0]) * tick for stamp in stamps]
     else:
         seconds = None if rate is None else [k / rate for k in range(len(packets))]
 
     def pick(chosen: list[int]) -> list[Picture]:
-        wanted, pictures, last = set(chosen), {}, None
+        """By their times where these are known: a broken packet then costs its own frame, and moves no other."""
+        wanted = sorted(set(chosen))
+        pictures: dict[int, Picture] = {}
+        last: Any = None
+        ratio: Any = None
         try:
-            with opened() as container:
-                for k, frame in enumerate(container.decode(video=0)):
-                    if k in wanted:
-                        last = pictures[k] = to_picture(frame.to_image(), field=f"{field}[{k}]")
-                    if k >= chosen[-1]:
+            with opened() as reader:
+                for k, frame in enumerate(_frames(reader)):
+                    at = frame.pts if timed and frame.pts is not None else None
+                    while wanted and last is not None and (stamps[wanted[0]] < at if at is not None else wanted[0] < k):
+                        due = wanted.pop(0)
+                        pictures[due] = to_picture(_shown(last, ratio), field=f"{field}[{due}]")
+                    if not wanted:
                         break
+                    last, ratio = frame, reader.streams.video[0].sample_aspect_ratio
         except av.FFmpegError as error:
             raise unreadable(error) from error
         if last is None:
             raise InputError(f"{field} holds no frame that decodes; save it anew")
-        return [pictures.get(k, last) for k in chosen]  # a file cut short lacks its last frames
+        if wanted:  # the last frame is looked at, and a file cut short lacks some
+            end = to_picture(_shown(last, ratio), field=f"{field}[{wanted[0]}]")
+            pictures |= dict.fromkeys(wanted, end)
+        return [pictures[k] for k in chosen]
 
     return _Source(len(packets), seconds, pick)
+
+
+def _listed(reader: Any) -> str:
+    kinds = {"sound" if stream.type == "audio" else str(stream.type) for stream in reader.streams}
+    return " and ".join(sorted(kinds)) or "its container"
+
+
+def _frames(reader: Any) -> Iterator[Any]:
+    """The shown frames of the first video, with their transparency if it has any.
+
+    FFmpeg's own decoders of VP8 and VP9 drop it, and libvpx does not.
+    """
+    import av
+
+    stream = reader.streams.video[0]
+    decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if stream.metadata.get("alpha_mode") != "1" or decoder not in av.codecs_available:
+        yield from reader.decode(stream)
+        return
+    context: Any = av.CodecContext.create(decoder, "r")
+    for packet in reader.demux(stream):
+        yield from context.decode(packet)
+
+
+def _shown(frame: Any, ratio: Any) -> Image.Image:
+    """A frame as players show it: its transparency kept, its pixels square, upright.
+
+    `ratio` is a pixel's width by its height; None and 0 where the file does not say.
+    """
+    transparent = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+    image = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
+    if ratio and ratio != 1 and 1 / _MOST_STRETCH <= ratio <= _MOST_STRETCH:
+        image = image.resize((max(1, round(image.width * ratio)), image.height), Image.Resampling.BICUBIC)
+    turn = next((_turn(memoryview(data)) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    return image if turn is None else image.transpose(turn)
+
+
+_MOST_STRETCH = 4
+"""Pixels that are said to be longer than this are a file's mistake."""
+
+
+def _turn(matrix: memoryview) -> Image.Transpose | None:
+    """What a display matrix does to a picture, to the next quarter turn, mirrored or not; None if it does nothing.
+
+    The matrix is nine int32: x goes to (a, b) and y to (c, d), with y pointing down.
+    """
+    a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].astype(float)
+    straight = abs(a) + abs(d) >= abs(b) + abs(c)
+    signs = (np.sign(a), 0, 0, np.sign(d)) if straight else (0, np.sign(b), np.sign(c), 0)
+    turns: dict[tuple[float, ...], Image.Transpose] = {
+        (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+        (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+        (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+        (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+        (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+        (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+        (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    }
+    return turns.get(tuple(map(int, signs)))
