@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal
@@ -16,7 +17,7 @@ class PreferencePair:
     """Two images for one prompt and how people voted.
 
     Raises:
-        InputError: the prompt is not encodable text, or `p_first` is not a number in [0, 1].
+        InputError: the prompt or the id is not encodable text, or `p_first` is not a number in [0, 1].
     """
 
     prompt: str
@@ -30,6 +31,7 @@ class PreferencePair:
 
     def __post_init__(self) -> None:
         check_text(self.prompt, field="prompt")
+        check_text(self.id, field="id")
         if not (isinstance(self.p_first, Real) and math.isfinite(self.p_first) and 0 <= self.p_first <= 1):
             raise InputError(
                 f"p_first is {self.p_first!r}; give the share of people who prefer the first image, from 0 to 1"
@@ -54,10 +56,11 @@ def check_text(text: object, *, field: str) -> None:
         InputError: names the field and what was given.
     """
     if not isinstance(text, str):
-        raise InputError(f"{field} is {text!r}; give a string")
+        raise InputError(f"{field} is {reprlib.repr(text)}; give a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{field} is {text!r}, which holds half a character at position {error.start}; repair its encoding"
+            f"{field} is {reprlib.repr(text)}, which holds half a character at position {error.start}; repair its "
+            "encoding"
         ) from error

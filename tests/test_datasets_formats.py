@@ -521,14 +521,14 @@ def test_mmrb2_files_without_a_usable_pair(tmp_path):
 def test_generic_files_keep_the_columns_that_evaluators_read(tmp_path):
     pictures(tmp_path, "10.png", "20.png")
     row = {"prompt": "a", "image_first": "10.png", "image_second": "20.png", "label": 1, "id": "x"}
-    extra = {"group": 7, "model_first": "ours", "model_second": "theirs", "votes_first": "3"}
+    extra = {"group": 7, "model_first": "ours", "model_second": "theirs", "votes_first": "3", "votes_second": 1}
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row | more) for more in ({}, extra, {"id": "y"})))
     data = load_pairs(str(path))
-    assert data.column_names == [*FEATURES, "group", "model_first", "model_second", "votes_first"]
+    assert data.column_names == [*FEATURES, "group", "model_first", "model_second", "votes_first", "votes_second"]
     plain, rich = as_published(data[0]), as_published(data[1])
     assert (plain["group"], plain["model_first"], plain["votes_first"]) == (None, None, None)
-    assert rich["group"] == "7"
-    path.write_text(json.dumps(row | {"votes_first": "many"}))
+    assert (rich["group"], rich["votes_first"], rich["votes_second"]) == ("7", 3.0, 1.0)
+    path.write_text(json.dumps(row | {"votes_first": "many", "votes_second": 1}))
     with pytest.raises(InputError, match="votes_first is 'many'"):
         load_pairs(str(path))

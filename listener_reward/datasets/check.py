@@ -157,6 +157,7 @@ class _Tally:
     def add(self, pairs: list[Labelled], pool: Executor) -> None:
         images = {}
         for one in pairs:
+            self.opened.row(one, self.seed)  # what no row can be made of is found here, and not by whoever loads it
             for image in (one.pair.first, one.pair.second):
                 images.setdefault(_image_key(image), (one.pair.id, image))
         new = {key: named for key, named in images.items() if key not in self.looked}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from listener_reward.errors import InputError
 from listener_reward.media.containers import demuxer, head_of
-from listener_reward.pairs import PreferencePair
+from listener_reward.pairs import PreferencePair, check_text
 
 Row: TypeAlias = "Mapping[str, Any]"
 
@@ -50,7 +52,7 @@ class Labelled:
     """Whether the pair's images have been exchanged."""
 
     def exchanged(self) -> Labelled:
-        columns = {_other_side(name): value for name, value in self.columns.items()}
+        columns = {other_side(name): value for name, value in self.columns.items()}
         return Labelled(self.pair.swapped(), columns, not self.swapped)
 
 
@@ -119,19 +121,38 @@ def field(row: Row, name: str) -> Any:
 
 def number(value: Any, name: str) -> float | None:
     """A finite number, or None for an empty cell."""
-    if value is None or value == "":
+    if is_empty(value):
         return None
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
         raise InputError(f"{name} is {reprlib.repr(value)}; give a finite number, or nothing")
     return result
 
 
-def text(value: Any) -> str | None:
-    return None if value is None or value == "" else str(value)
+def text(value: Any, name: str = "a cell") -> str | None:
+    """A string, a number as one, or None for an empty cell.
+
+    Raises:
+        InputError: a list, an object, or text that cannot be encoded.
+    """
+    if is_empty(value):
+        return None
+    if not isinstance(value, str | int | float):
+        raise InputError(f"{name} is {reprlib.repr(value)}; give a string")
+    check_text(str(value), field=name)
+    return str(value)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell has nothing in it, as tables write it: null, no text or NaN."""
+    return (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    )
 
 
 def share(first: float, second: float) -> float:
@@ -142,18 +163,29 @@ def share(first: float, second: float) -> float:
 def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
     """An image as the `datasets` library stores it, embedded bytes without their path: file names tell on images.
 
+    It is None, bytes, a path, a data URL, or an object of `bytes` and `path`; JSON cells may be anything else.
+
     A relative path is looked for in `folders`, themselves relative to the file's own, and stays in the first where it
     is in none.
     """
-    if image is None or isinstance(image, bytes):
-        return {"bytes": image, "path": None}
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return {"bytes": image["bytes"], "path": None}
-    path = image.get("path") if isinstance(image, dict) else image
+    if isinstance(image, dict):
+        data, path = image.get("bytes"), image.get("path")
+    else:
+        data, path = (image, None) if isinstance(image, bytes) else (None, image)
+    if data is not None and not isinstance(data, bytes):
+        raise InputError(f"bytes of an image are {reprlib.repr(data)}; {_HOW_TO_EMBED}")
+    if data is not None:
+        return {"bytes": data, "path": None}
     if path is not None and not isinstance(path, str):
-        raise InputError(f"image is {reprlib.repr(image)}; give a path or the bytes of an image file")
+        raise InputError(f"image is {reprlib.repr(image)}; give a path, or embed the image's file: {_HOW_TO_EMBED}")
+    if path is not None:
+        check_text(path, field="image")
+        if path.startswith("data:"):
+            return {"bytes": _of_data_url(path), "path": None}
+        if _is_base64(path):
+            raise InputError(f"image is {reprlib.repr(path)}, bare base64; {_HOW_TO_EMBED}")
     if place.folder is None and isinstance(image, str) and "://" not in image:
-        raise InputError(f"image is the path {image!r}; a Hub data set has to embed its images")
+        raise InputError(f"image is the path {reprlib.repr(image)}; a Hub data set has to embed its images")
     if path is None or place.folder is None or "://" in path:
         return {"bytes": None, "path": path}
     base, usual = str(place.folder), folders[0] if folders else ""
@@ -162,6 +194,27 @@ def undecoded(image: Any, place: Place, *folders: str) -> dict[str, Any]:
     if len(folders) > 1 and not os.path.isfile(found):
         found = next(filter(os.path.isfile, others), found)
     return {"bytes": None, "path": os.path.normpath(found)}
+
+
+_HOW_TO_EMBED = "JSON holds an image as a data URL, data:image/png;base64,...; Parquet as bytes"
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "AAAA", "SUkq", "TU0A", "Qk")
+"""Base64 of what files of PNG, JPEG, WebP, GIF, AVIF, TIFF and BMP begin with."""
+
+
+def _is_base64(path: str) -> bool:
+    """Whether this is an image's content and no path: it is longer than names of files are."""
+    return len(path) > 255 and path.startswith(_BASE64_STARTS) and re.fullmatch(r"[\w+/\s]+={0,2}\s*", path) is not None
+
+
+def _of_data_url(url: str) -> bytes:
+    """The bytes of `data:image/png;base64,...`."""
+    head, comma, data = url.partition(",")
+    try:
+        if not (comma and head.endswith(";base64")):
+            raise ValueError("it is not base64")
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"image is the data URL {reprlib.repr(url)}, which does not decode ({error})") from error
 
 
 def stored_as_video(image: Mapping[str, Any]) -> bool:
@@ -178,7 +231,8 @@ def names(row: Row) -> str:
     return "columns " + ", ".join(map(str, row))
 
 
-def _other_side(name: str) -> str:
+def other_side(name: str) -> str:
+    """`model_second` for `model_first` and the other way round; any other name as it is."""
     for side, other in (("_first", "_second"), ("_second", "_first")):
         if name.endswith(side):
             return name.removesuffix(side) + other

@@ -5,6 +5,7 @@ Its authors score their four-way rule on the split `test_v1`; UnifiedReward and 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ _VOTES = {"leftvote": (1.0, False), "rightvote": (0.0, False), "tievote": (0.5, 
 def _genai_bench(row: Row, place: Place) -> Iterator[Labelled]:
     """Left is first. A tie is 0.5 whether both were good or both bad; `both_bad` keeps the two apart."""
     vote = field(row, "vote_type")
-    if vote not in _VOTES:
-        raise InputError(f"vote_type is {vote!r}; it is one of {', '.join(_VOTES)}")
+    if not isinstance(vote, str) or vote not in _VOTES:
+        raise InputError(f"vote_type is {reprlib.repr(vote)}; it is one of {', '.join(_VOTES)}")
     p_first, both_bad = _VOTES[vote]
     media = next((name for name in ("image", "output_image", "video") if f"left_{name}" in row), None)
     if media is None:

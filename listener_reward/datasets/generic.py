@@ -6,12 +6,24 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from listener_reward.datasets.format import Format, Labelled, Place, Row, names, number, text, undecoded
+from listener_reward.datasets.format import (
+    Format,
+    Labelled,
+    Place,
+    Row,
+    is_empty,
+    names,
+    number,
+    other_side,
+    text,
+    undecoded,
+)
 from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair
 
@@ -37,6 +49,9 @@ def generic_format(source: str, fields: Collection[str], columns: Mapping[str, s
     if unknown := [name for name in columns if name not in _FIELDS]:
         raise InputError(f"columns names the field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
     kept = {name: kind for name, kind in OPTIONAL.items() if name in fields or name in columns}
+    for name in kept:
+        if (other := other_side(name)) not in kept and other != name:
+            raise InputError(f"{source} has a column {name} and no {other}; add it, or give {name} another name")
     return Format("generic", partial(_pairs, source=source, columns=columns, kept=kept), kept)
 
 
@@ -52,8 +67,10 @@ def _pairs(
     if "prompt" not in row:
         raise InputError(f"prompt is missing from {names(row)}; add it, or name it by columns={{'prompt': ...}}")
     first, second = (undecoded(image, place) for image in _two_images(row))
-    name = text(row.get("id")) or str(place.index)
-    extra = {key: text(row.get(key)) if kind == "string" else number(row.get(key), key) for key, kind in kept.items()}
+    name = text(row.get("id"), "id") or str(place.index)
+    extra = {
+        key: text(row.get(key), key) if kind == "string" else number(row.get(key), key) for key, kind in kept.items()
+    }
     yield Labelled(PreferencePair(row["prompt"], first, second, _share(row), name, source), extra)
 
 
@@ -70,17 +87,16 @@ def _two_images(row: Row) -> Sequence[Any]:
 
 def _share(row: Row) -> float:
     """p_first, or what the label says it is."""
-    share, label = row.get("p_first"), row.get("label")
-    if share not in (None, ""):
+    given, label = row.get("p_first"), row.get("label")
+    if not is_empty(given) or (isinstance(given, float) and is_empty(label)):
         try:
-            return float(share)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"p_first is {share!r}; give a number from 0 to 1") from error
-    if label in (None, ""):
+            return float(given)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"p_first is {reprlib.repr(given)}; give a number from 0 to 1") from error
+    if is_empty(label):
         raise InputError(f"p_first and label are missing or empty in {names(row)}; fill in one, or name it by columns")
-    if isinstance(label, float) and label.is_integer():  # what a table makes of integers beside an empty cell
-        label = int(label)
-    word = str(label).strip().lower()
-    if word not in _LABELS:
-        raise InputError(f"label is {label!r}; give 1 or 'first', 2 or 'second', or 'tie'")
+    # Tables make floats of whole numbers beside an empty cell, and a CSV has them as text: 1.0 is 1 in every file.
+    word = re.sub(r"^([12])\.0+$", r"\1", str(label).strip().lower())
+    if word not in _LABELS or not isinstance(label, str | int | float):
+        raise InputError(f"label is {reprlib.repr(label)}; give 1 or 'first', 2 or 'second', or 'tie'")
     return _LABELS[word]

@@ -69,5 +69,5 @@ def _votes(row: Row) -> tuple[float, float] | None:
         raise InputError(f"choice_dist is {reprlib.repr(counts)}; give the votes for the two paths, or null")
     fewer, more = sorted(number(count, "choice_dist") or 0.0 for count in counts)
     if fewer < 0 or more == 0:
-        raise InputError(f"choice_dist is {counts!r}; give at least one vote, and none below 0")
+        raise InputError(f"choice_dist is {reprlib.repr(counts)}; give at least one vote, and none below 0")
     return more, fewer

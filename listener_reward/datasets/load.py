@@ -47,6 +47,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from heapq import heappop, heappush, heappushpop
 from itertools import islice
 from pathlib import Path
@@ -180,7 +181,7 @@ def load_pairs(
             pairs = _readable(pairs, spec, max_broken)
             if not pairs:
                 raise InputError(f"{spec}: no pair has two images that can be read; complete the images")
-        return _dataset([_shuffled(pair, seed) if opened.shuffled else pair for pair in pairs], features)
+        return _dataset([opened.row(pair, seed) for pair in pairs], features)
     if next(_labelled(opened.pairs()), None) is None:
         raise InputError(_no_pairs(spec, opened.pairs()))
 
@@ -194,12 +195,11 @@ def _stream(
     spec: str, limit: int | None, seed: int, columns: Mapping[str, str] | None, max_broken: float, check_images: bool
 ) -> Iterator[dict[str, Any]]:
     opened = open_pairs(spec, limit=limit, seed=seed, columns=columns, stream=True)
-    features, shuffled = opened.features, opened.shuffled
     pairs = islice(_labelled(opened.pairs()), limit)
-    if check_images and shuffled:
+    if check_images and opened.shuffled:
         pairs = _readable_stream(pairs, spec, max_broken)
     for pair in pairs:
-        yield _row(_shuffled(pair, seed) if shuffled else pair, features)
+        yield opened.row(pair, seed)
 
 
 # ---------------------------------------------------------------- what a spec means
@@ -222,7 +222,7 @@ class Opened:
         assert self.source is not None and self.form is not None
         return read_pairs(self.source, self.form)
 
-    @property
+    @cached_property
     def features(self) -> datasets.Features:
         columns = dict(self.form.columns) if self.form else {}
         if self.kind in FORMATS:
@@ -232,6 +232,14 @@ class Opened:
     @property
     def shuffled(self) -> bool:
         return self.tiny is None
+
+    def row(self, one: Labelled, seed: int) -> dict[str, Any]:
+        """The pair as `load_pairs` gives it, its images in the seeded order. What checks data makes these rows too."""
+        shown = one.exchanged() if self.shuffled and is_swapped(one.pair.id, seed) else one
+        pair = shown.pair
+        row = {"prompt": pair.prompt, "images": [pair.first, pair.second], "p_first": pair.p_first}
+        row |= {"id": pair.id, "source": pair.source, "swapped": shown.swapped} | dict(shown.columns)
+        return {name: row[name] for name in self.features}
 
 
 def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str, str] | None, stream: bool) -> Opened:
@@ -414,19 +422,7 @@ def is_swapped(pair_id: str, seed: int) -> bool:
     return bool(hashlib.blake2b(f"{seed}/{pair_id}".encode(), digest_size=1).digest()[0] & 1)
 
 
-def _shuffled(one: Labelled, seed: int) -> Labelled:
-    return one.exchanged() if is_swapped(one.pair.id, seed) else one
-
-
-def _row(one: Labelled, features: datasets.Features) -> dict[str, Any]:
-    pair = one.pair
-    row = {"prompt": pair.prompt, "images": [pair.first, pair.second], "p_first": pair.p_first}
-    row |= {"id": pair.id, "source": pair.source, "swapped": one.swapped} | dict(one.columns)
-    return {name: row[name] for name in features}
-
-
-def _dataset(pairs: Sequence[Labelled], features: datasets.Features) -> datasets.Dataset:
-    rows = [_row(pair, features) for pair in pairs]
+def _dataset(rows: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
     # In parts, because one Arrow array holds at most 2 GiB of image bytes.
     parts = [datasets.Dataset.from_list(rows[i : i + 500], features=features) for i in range(0, len(rows), 500)]
     return datasets.concatenate_datasets(parts)

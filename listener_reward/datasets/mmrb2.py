@@ -41,7 +41,7 @@ def _mmrb2(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
         return
     chosen = row.get("chosen", row.get("human_preference"))
     if chosen not in ("A", "B"):
-        raise InputError(f"chosen is {chosen!r}; it is A or B")
+        raise InputError(f"chosen is {reprlib.repr(chosen)}; it is A or B")
     files = responses[0]["image"][0], responses[1]["image"][0]
     images = [undecoded(file, place, "", "images") for file in files]
     name = text(row.get("id", row.get("pair_id"))) or str(place.index)  # the README says pair_id, the files id
@@ -86,7 +86,12 @@ def _parts(content: Any, name: str) -> dict[str, list[str]]:
     if not isinstance(content, list):
         raise InputError(f"{name} is {reprlib.repr(content)}; give a list of parts")
     for part in content:
-        if not isinstance(part, list) or len(part) != 2 or part[0] not in parts or not isinstance(part[1], str):
+        if (
+            not isinstance(part, list)
+            or len(part) != 2
+            or not all(isinstance(one, str) for one in part)
+            or part[0] not in parts
+        ):
             raise InputError(f"{name} holds {reprlib.repr(part)}; a part is a text or an image's path")
         parts[part[0]].append(part[1])
     return parts

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from listener_reward.datasets.format import Format, Labelled, Place, Row, field, published, share, undecoded
+from listener_reward.datasets.format import Format, Labelled, Place, Row, field, published, share, text, undecoded
 from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair, check_text
 
@@ -21,7 +21,7 @@ def _imagereward(row: Row, place: Place) -> Iterator[Labelled]:
     """`ranking` is 1 for the best; equal ranks are a tie, and ranks may skip."""
     files = _files(row, "generations")
     ranks = rank_table([field(row, "ranking")], len(files), "ranking")[0]
-    group = str(row.get("id") or place.index)
+    group = text(row.get("id"), "id") or str(place.index)
     check_text(row.get("prompt"), field="prompt")
     images = [undecoded(name, place, "", "images", "..") for name in files]
     for i, j in combinations(range(len(files)), 2):
@@ -94,6 +94,8 @@ def _hpdv2_ranks(row: Row, n: int, place: Place) -> tuple[np.ndarray, np.ndarray
     raw = row.get("raw_annotations") or row.get("raw_annotation")
     if not raw:
         return ranks[0], ranks
+    if not isinstance(raw, list):
+        raise InputError(f"raw_annotations is {reprlib.repr(raw)}; give a list of objects with a rank")
     single = rank_table([one.get("rank") if isinstance(one, dict) else None for one in raw], n, "raw_annotations")
     # Nothing documents that raw ranks run the same way as their published average, so the data has to show it.
     if (single.mean(axis=0) - single.mean()) @ (ranks[0] - ranks.mean()) < 0:
@@ -109,7 +111,7 @@ def rank_table(value: Any, n: int, name: str) -> np.ndarray:
     """
     try:
         ranks = np.array(value, dtype=float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{name} is not one number for each of {n} images; repair it") from error
     if ranks.ndim != 2 or ranks.shape[1] != n or ranks.size == 0 or not np.isfinite(ranks).all():
         raise InputError(f"{name} has shape {ranks.shape}, or is not finite; give one rank for each of {n} images")

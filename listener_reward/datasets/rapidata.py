@@ -101,5 +101,5 @@ def _aggregated(value: Any) -> tuple[float, float]:
 def _two(first: Any, second: Any, name: str) -> tuple[float, float]:
     votes = number(first, name), number(second, name)
     if votes[0] is None or votes[1] is None or min(votes[0], votes[1]) < 0:
-        raise InputError(f"{name} is {first!r}, {second!r}; give two numbers of at least 0")
+        raise InputError(f"{name} is {reprlib.repr(first)}, {reprlib.repr(second)}; give two numbers of at least 0")
     return votes[0], votes[1]

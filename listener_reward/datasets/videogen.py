@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import reprlib
 from collections.abc import Iterator
 
 from listener_reward.datasets.format import (
@@ -46,7 +47,7 @@ def _videogen(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
             yield Skipped(f"{dimension} is invalid")
             continue
         if label not in _LABELS:
-            raise InputError(f"{dimension} is {row[dimension]!r}; it is A, B or same")
+            raise InputError(f"{dimension} is {reprlib.repr(row[dimension])}; it is A, B or same")
         name = f"{place.index}/{dimension}"
         pair = PreferencePair(field(row, "prompt"), videos[0], videos[1], _LABELS[label], name, "videogen")
         yield published(
