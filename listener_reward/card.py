@@ -14,6 +14,7 @@ from typing import Any, get_args
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
+from listener_reward.files import write_text
 from listener_reward.models.hub import hub_options, loading
 from listener_reward.trace import Masking
 from listener_reward.verdict import Aggregate, Mode, Orders
@@ -86,12 +87,13 @@ class Card:
         return Mode(False, 1, "mean" if self.aggregate == "majority" else self.aggregate, self.orders)
 
     def save(self, folder: str | Path) -> None:
+        """Writes the card into a checkpoint's folder; a card that was there stays whole until the new one is."""
         calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}
         saved = asdict(self) | {"format": self.format.to_dict()} | calibrations
         text = json.dumps(saved, indent=2, ensure_ascii=False)
         # A pair of numbers reads better on one line. No string is touched: JSON has no line break inside one.
         text = re.sub(r"\[\n\s+(-?[\d.e-]+),\n\s+(-?[\d.e-]+)\n\s+\]", r"[\1, \2]", text)
-        Path(folder, CARD).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(folder, CARD), text + "\n")
 
     @classmethod
     def amend(cls, folder: str | Path, **changes: Any) -> Card:

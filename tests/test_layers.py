@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     # what a user gives and is told, and the words for it
-    ("errors", "progress"),
+    ("errors", "files", "progress"),
     ("media",),
     ("pairs", "verdict"),
     ("chat",),

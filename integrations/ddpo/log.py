@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from listener_reward.errors import InputError
+from listener_reward.files import replace_file, write_text
 from listener_reward.media.images import to_pil_batch
 
 from .samples import remembers
@@ -60,7 +61,7 @@ class RunLog:
         self.file = folder / "metrics.jsonl"
         self.history = [row for row in read_metrics(self.file) if row["epoch"] < start]
         if accelerator.is_main_process:
-            replace_file(self.file, lambda path: path.write_text("".join(map(_line, self.history)), encoding="utf-8"))
+            write_text(self.file, "".join(map(_line, self.history)))
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds an epoch; NaN becomes null in the file and is left out of the trackers."""
@@ -105,13 +106,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` make a file beside `path` and puts it in its place at once."""
-    beside = path.with_name(f".{path.name}")
-    write(beside)
-    os.replace(beside, path)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from listener_reward.errors import InputError, MissingExtraError
+from listener_reward.files import write_text
 
 from ..checks import check_prompts
 from ..contract import Reward, score
@@ -141,7 +142,7 @@ class DDPOTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {each.name: getattr(config, each.name) for each in fields(config)}
         if self.accelerator.is_main_process:
-            (self.folder / "config.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+            write_text(self.folder / "config.json", json.dumps(settings, indent=2, default=str))
         self.accelerator.init_trackers(
             "listener-reward-ddpo", {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
         )

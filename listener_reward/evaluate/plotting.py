@@ -18,6 +18,7 @@ import numpy as np
 
 from listener_reward.errors import MissingExtraError
 from listener_reward.evaluate.confidence import reliability
+from listener_reward.files import replace_file
 
 try:
     from matplotlib import style
@@ -67,7 +68,7 @@ styled = style.context(["default", STYLE])
 @styled
 def save_svg(figure: Figure, path: Path | str) -> None:
     """Writes `figure` with a white background, which reads on light pages and on dark ones, and without a date."""
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    replace_file(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}))
 
 
 @styled

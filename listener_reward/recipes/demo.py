@@ -22,6 +22,7 @@ from rich.console import Console
 
 from listener_reward import __version__
 from listener_reward.datasets import load_pairs
+from listener_reward.files import write_text
 from listener_reward.media.images import to_pil
 from listener_reward.recipes.arms import ARMS, SPLITS, Recipe, measure, train_arm, train_sft_arm
 from listener_reward.recipes.workers import Report, run_side_by_side
@@ -103,7 +104,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         "table": table,
         **shown,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results, indent=1))
     page = write_report(out / "report.html", results)
     console.print(f"Done: open [bold]{page}[/] in a browser; the numbers are in {out / 'results.json'}")
     return results

@@ -37,6 +37,7 @@ from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.calibrate import calibrate
+from listener_reward.files import write_text
 from listener_reward.judge import Judge
 from listener_reward.recipes.arms import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm
 from listener_reward.recipes.lessons import DISTURBED, LITTERED, Lesson, Mixed, any_pairs, drawn_lessons, drawn_pictures
@@ -402,7 +403,7 @@ def write_card(out: Path) -> None:
                 f"{scores['listener_accuracy']:.1%} | {scores['ece']:.3f} |"
             )
     size = sum(path.stat().st_size for path in out.glob("*/*") if "diffusion" not in path.parts) / 1e6
-    (out / "README.md").write_text(CARD_TEXT.format(size=size, rows="\n".join(rows)), encoding="utf-8")
+    write_text(out / "README.md", CARD_TEXT.format(size=size, rows="\n".join(rows)))
 
 
 CARD_SPLITS = (*SPLITS, "generated")

@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from listener_reward.files import write_text
 from listener_reward.report.pairs import filters, pair_card, ranked
 from listener_reward.report.plots import METRICS, arm_color, coverage_panel, curve_panel, gap_panel, reliability_panel
 from listener_reward.report.tables import (
@@ -94,7 +95,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

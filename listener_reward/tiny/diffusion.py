@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from listener_reward.errors import MissingExtraError
+from listener_reward.files import write_text
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.read import asked, read
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES, Scene, sample_candidate, sample_prompt, wording
@@ -376,7 +377,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
     call = ", ".join(f"{name}={value}" for name, value in CALL.items())
     card = CARD.format(size=size, pictures=args.pictures, error=ERROR, n=args.samples, call=call, rows=table)
-    (args.out / "README.md").write_text(card, encoding="utf-8")
+    write_text(args.out / "README.md", card)
     print(table)
 
 

@@ -1,0 +1,67 @@
+"""Files that are whole or not there: written beside their place and moved into it at once.
+
+A kill, a full disk or a second writer leaves the file that was there before, or one whole new one, and never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8, with the line ends that it has.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is as it was.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data`; errors as in `write_text`."""
+    replace_file(path, lambda beside: beside.write_bytes(data))
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Has `write` make a file beside `path`, and puts it in the place of `path` once it is on the disk.
+
+    The new file has the access rights of the old one. A link stays a link, to a new file; what is no file at all, such
+    as `/dev/stdout`, is written to.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is as it was.
+    """
+    place = Path(os.path.realpath(path))
+    rights = stat.S_IMODE(place.stat().st_mode) if place.is_file() else None
+    if rights is None and place.exists():
+        write(place)
+        return
+    beside = place.with_name(f".{place.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        if rights is not None:
+            os.chmod(beside, rights)
+        os.replace(beside, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    _sync_folder(place.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name as lasting as the content, where a folder can be opened for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
