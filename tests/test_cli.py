@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import listener_reward
-from listener_reward.cli import app
+from listener_reward.cli import app, main
+from listener_reward.cli.printing import print_calibrated
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge
 from listener_reward.reward import PAPER_CHECKPOINT
@@ -349,3 +353,69 @@ def test_train_help_teaches():
 
 def test_version():
     assert run("--version").stdout == f"listener-reward {listener_reward.__version__}\n"
+
+
+# --- terminals that know few characters
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """`told(encoding, *arguments)`: the console script's exit code and stdout on a terminal of this encoding."""
+
+    def tell(encoding: str, *arguments: str) -> tuple[int, str]:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        monkeypatch.setattr(sys, "argv", ["listener-reward", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        streams[0].flush()
+        return int(left.value.code or 0), streams[0].buffer.getvalue().decode(encoding)
+
+    return tell
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_of_few_characters_ends_no_command(
+    encoding: str, told: Any, loads: Any, FakeJudge: Any, shade: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    names = [str(tmp_path / name) for name in ("\u96ea.png", "\N{SNOWMAN}\N{FULL BLOCK}.png")]
+    for name, red in zip(names, (250, 0), strict=True):
+        shade(red).save(name)
+    loads(FakeJudge())
+    code, output = told(encoding, "rank", "--judge", "tiny", "--prompt", "red", *names)
+    assert code == 0 and (Path(names[0]).name if encoding == "utf-8" else "?.png") in output
+    code, output = told(encoding, "compare", "--judge", "tiny", "--prompt", "red", *names)
+    assert code == 0 and "is preferred" in output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("command", ["compare", "rank", "eval", "calibrate", "demo", "serve", "train", "launch-config"])
+def test_help_is_shown_on_any_terminal(encoding: str, command: str, told: Any):
+    code, output = told(encoding, command, "-h")
+    assert code == 0 and "Usage" in output
+
+
+def test_a_calibration_is_shown_on_any_terminal(told: Any, monkeypatch: pytest.MonkeyPatch):
+    """Its bars are blocks. That was found out after the calibration had been written."""
+    labels, p = np.array([1.0, 0.0] * 20), np.linspace(0.1, 0.9, 40)
+    losses = {"before": {"log_loss": 0.7}, "after": {"log_loss": 0.6}, "listener_before": None, "listener_after": None}
+    band, sizes = SimpleNamespace(tie_band=0.0), dict.fromkeys(("n_fit", "n_validation", "n_test"), 1)
+    shown = SimpleNamespace(labels=labels, p_after=p, calibration=band, **losses, **sizes)
+
+    def run_app(**_: Any) -> None:
+        print_calibrated(shown, Path("\u96ea"))  # pyright: ignore[reportArgumentType]
+        raise SystemExit(0)
+
+    monkeypatch.setattr("listener_reward.cli.app", run_app)
+    code, output = told("ascii")
+    assert code == 0 and "people who agree" in output and "????" in output
+
+
+def test_a_full_disk_is_one_line(loads: Any, FakeJudge: Any, pictures: Any):
+    error = OSError(errno.ENOSPC, "No space left on device", "a.html")
+    loads(failing(FakeJudge(), error))
+    result = run("compare", "--judge", "tiny", "--prompt", "red", *pictures[:2])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "a.html cannot be written (No space left on device); make room" in result.stderr

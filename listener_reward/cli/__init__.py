@@ -6,6 +6,8 @@ codes: 2 for input that cannot be used, 3 for a judge that broke. Nothing heavy 
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -30,6 +32,10 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name, a thought or a bar that the terminal's encoding lacks is shown as "?", and ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="listener-reward")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -21,11 +22,24 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Turns the errors a user can act on into one line on stderr and an exit code; all others are faults of ours."""
     try:
         yield
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        stderr().print(Text.assemble(("Error: ", "bold red"), plain(_unwritten(error))), soft_wrap=True)
+        raise typer.Exit(2) from None
     except (InputError, MissingExtraError, JudgeError) as error:
         if debug:
             raise
         print_error(error)
         raise typer.Exit(3 if isinstance(error, JudgeError) else 2) from None
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def _unwritten(error: OSError) -> str:
+    where = f"{error.filename} " if error.filename else "a file "
+    return f"{where}cannot be written ({error.strerror}); make room, or write elsewhere. What was there before is whole"
 
 
 @contextmanager
