@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import to_pil
 from listener_reward.media.storyboards import as_picture
+from listener_reward.pairs import check_text
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
@@ -109,6 +110,7 @@ def best_of_n(
         InputError: unusable arguments, or previews asked of a reward that gives no `standard_error`.
         JudgeError: the judge broke on every candidate, or it raised (`on_failure="nan"` makes it go on).
     """
+    check_text(prompt, field="prompt")
     seeds = _seeds(seed, n)
     if not 1 <= keep <= n:
         raise InputError(f"keep is {keep}; choose 1 to n={n}")

@@ -1,4 +1,4 @@
-"""What may not go into a reward: prompts that got lost on the way, groups of one, and edits, which it cannot see."""
+"""What may not go into a reward beside wrong prompts (`pairs.check_prompts`): groups of one, and edits."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from listener_reward.errors import InputError
-
-
-def check_prompts(prompts: Sequence[str], n: int) -> None:
-    """Raises `InputError` unless `prompts` are `n` texts with something in them.
-
-    An empty prompt means that it was lost on the way: the judge would answer, but not the question that was meant.
-    """
-    if isinstance(prompts, (str, bytes)):
-        raise InputError(f"prompts is one string, {prompts[:40]!r}; give one prompt for each image")
-    if not hasattr(prompts, "__len__"):
-        raise InputError(f"prompts is a {type(prompts).__name__}; give a list with one prompt for each image")
-    if len(prompts) != n:
-        raise InputError(f"prompts has {len(prompts)} entries for {n} images; give one prompt for each image")
-    for position, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
-        if not prompt.strip():
-            raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
 
 
 def check_no_source(**sources: Any) -> None:

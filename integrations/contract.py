@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.pairs import check_prompts
 from listener_reward.reward import ListenerReward, Scheme
 from listener_reward.verdict import PairJudge
 
-from .checks import check_company, check_prompts
+from .checks import check_company
 
 Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""

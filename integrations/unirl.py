@@ -23,8 +23,9 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.storyboards import as_picture
+from listener_reward.pairs import check_prompts
 
-from .checks import check_no_source, check_prompts
+from .checks import check_no_source
 from .contract import Reward, score
 from .serving.collector import GroupCollector
 from .serving.schemes import check_scheme

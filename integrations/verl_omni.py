@@ -38,9 +38,9 @@ import numpy as np
 
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
+from listener_reward.pairs import check_prompts
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .checks import check_prompts
 from .contract import ALWAYS_FINITE, Reward, as_reward, score_in_thread
 from .serving.collector import GroupCollector
 

@@ -24,6 +24,7 @@ from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.models.hub import resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
+from listener_reward.pairs import check_questions
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
@@ -227,13 +228,7 @@ class Judge:
 
         With `early_stop` thoughts are asked for in rounds, one in each order of every pair that is still open.
         """
-        if isinstance(prompts, str):
-            raise InputError(f"prompts is the single text {prompts[:40]!r}; give a list with one prompt for each pair")
-        if not len(prompts) == len(firsts) == len(seconds):
-            raise InputError(
-                f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)} and {len(seconds)}; each pair "
-                "needs one of each"
-            )
+        check_questions(prompts, firsts, seconds)
         mode = replace(self.card.mode(self._thinks(think)), early_stop=early_stop)
         gathered: list[list[Answer]] = [[] for _ in prompts]
         stills: dict[bytes, Picture] = {}
@@ -382,8 +377,6 @@ class Judge:
         stills: dict[bytes, Picture],
     ) -> Iterator[_Match]:
         """What of the two is put side by side; `stills` keeps the storyboards of clips."""
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts[{pair}] is a {type(prompt).__name__}; a prompt is a string")
         fields = f"firsts[{pair}]", f"seconds[{pair}]"
         one, other = (to_visual(x, field=field) for x, field in zip((first, second), fields, strict=True))
         if not (isinstance(one, Clip) and isinstance(other, Clip)):

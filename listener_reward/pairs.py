@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from listener_reward.errors import InputError
 from listener_reward.media.images import ImageLike
@@ -47,6 +48,56 @@ class PreferencePair:
         if self.p_first == 0.5:
             return None
         return 1 if self.p_first > 0.5 else 2
+
+
+def check_prompts(prompts: Any, n: int) -> None:
+    """Refuses what are not `n` texts with something in them, before anything is made of them.
+
+    An empty prompt means that it was lost on the way: a judge would answer, but not the question that was meant.
+
+    Raises:
+        InputError: names the entry and what was given.
+    """
+    if isinstance(prompts, (str, bytes)):
+        raise InputError(f"prompts is one string, {prompts[:40]!r}; give one prompt for each image")
+    if not _is_list(prompts):
+        raise InputError(f"prompts is of type {type(prompts).__name__}; give a list with one prompt for each image")
+    if len(prompts) != n:
+        raise InputError(f"prompts has {len(prompts)} entries for {n} images; give one prompt for each image")
+    for position, prompt in enumerate(prompts):
+        _check_string(prompt, position)
+        if not prompt.strip():
+            raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
+
+
+def check_questions(prompts: Any, firsts: Any, seconds: Any) -> None:
+    """Refuses what are not as many texts as there are first and second images. An empty text is one.
+
+    Raises:
+        InputError: names the argument and what was given.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts is the single text {prompts[:40]!r}; give a list with one prompt for each pair")
+    for name, given in (("prompts", prompts), ("firsts", firsts), ("seconds", seconds)):
+        if not _is_list(given):
+            raise InputError(f"{name} is of type {type(given).__name__}; give a list with one for each pair")
+    if not len(prompts) == len(firsts) == len(seconds):
+        raise InputError(
+            f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)} and {len(seconds)}; each pair "
+            "needs one of each"
+        )
+    for position, prompt in enumerate(prompts):
+        _check_string(prompt, position)
+
+
+def _check_string(prompt: Any, position: int) -> None:
+    if not isinstance(prompt, str):
+        raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
+
+
+def _is_list(given: Any) -> bool:
+    """Whether this has a length and an order: a list, a tuple, an array."""
+    return isinstance(given, Iterable) and isinstance(given, Sized) and not isinstance(given, Mapping | Set)
 
 
 def check_text(text: object, *, field: str) -> None:

@@ -28,6 +28,7 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
+from listener_reward.pairs import check_prompts
 from listener_reward.ranking import PRIOR_STD, Ranking, RankingJudge, first_equal, fit_bradley_terry, pairings, rank_by
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
 from listener_reward.verdict import PairJudge, Verdict
@@ -433,13 +434,8 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def _group_by_prompt(prompts: Sequence[str], n: int) -> dict[str, list[int]]:
     """The positions of each prompt in a batch of `n`, in order of first appearance."""
-    if isinstance(prompts, (str, bytes)):
-        raise InputError(f"prompts is one string, {prompts!r}; give a sequence with one prompt for each image")
-    if len(prompts) != n:
-        raise InputError(f"prompts has {len(prompts)} entries for {n} images; give one prompt for each image")
+    check_prompts(prompts, n)
     groups: dict[str, list[int]] = {}
     for position, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts[{position}] is a {type(prompt).__name__}; a prompt is a string")
         groups.setdefault(str(prompt), []).append(position)
     return groups

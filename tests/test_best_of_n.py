@@ -191,3 +191,11 @@ def test_contact_sheet_shows_the_best_first_and_every_candidate(FakeJudge):
     assert shown == [250, 90, 40, 0]
     text = np.asarray(sheet.convert("L"))[104:]
     assert (text < 128).any(axis=0).reshape(4, step).any(axis=1).all()  # something is written under each
+
+
+@pytest.mark.parametrize("prompt", [[PROMPT], None, 7, b"red"])
+def test_one_prompt_is_one_text(prompt):
+    stub = Stub({})
+    with pytest.raises(InputError, match=r"^prompt is .*; give a string"):
+        best_of_n(stub, prompt, n=2, reward=lambda *_: pytest.fail("it was asked"))
+    assert stub.calls == []

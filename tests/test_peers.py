@@ -73,7 +73,7 @@ def test_a_score_that_is_no_number_is_a_failure():
     judge = ScoreJudge("broken", lambda prompts, images: [float("nan")] * len(images))
     with pytest.raises(JudgeError, match="broken gave the score nan for prompt 'p'"):
         judge.compare_many(["p"], [noise(0)], [noise(1)])
-    with pytest.raises(InputError, match="lengths 1, 2, 1"):
+    with pytest.raises(InputError, match="lengths 1, 2 and 1"):
         judge.compare_many(["p"], [noise(0)] * 2, [noise(1)])
 
 

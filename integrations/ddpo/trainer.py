@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
+from listener_reward.pairs import check_prompts
 
-from ..checks import check_prompts
 from ..contract import Reward, score
 from .config import DDPOConfig
 from .hacking import HackingGuard

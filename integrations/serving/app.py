@@ -34,10 +34,11 @@ import numpy as np
 from listener_reward import __version__
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.storyboards import as_picture
+from listener_reward.pairs import check_prompts
 from listener_reward.reward import Scheme
 
 from .. import unirl
-from ..checks import check_no_source, check_prompts
+from ..checks import check_no_source
 from ..contract import Reward, score
 from .collector import ClientGone, GroupCollector
 from .schemes import OtherScheme, check_scheme, scheme_of

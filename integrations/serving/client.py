@@ -23,9 +23,8 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import to_pil_batch
+from listener_reward.pairs import check_prompts
 from listener_reward.reward import Scheme
-
-from ..checks import check_prompts
 
 TRANSIENT = (429, 502, 503, 504)
 """Answers of a server, or of a proxy before it, that may be another one soon."""

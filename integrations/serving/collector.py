@@ -21,8 +21,8 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.pairs import check_prompts
 
-from ..checks import check_prompts
 from ..contract import Reward, score
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ from listener_reward.conclude import Weighed, make_verdict
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_still, to_visual
+from listener_reward.pairs import check_questions
 from listener_reward.verdict import Thought, Verdict
 
 OPENAI = "https://api.openai.com/v1"
@@ -103,8 +104,7 @@ class EndpointJudge:
                 key or the request.
             JudgeError: the endpoint kept failing.
         """
-        if not len(prompts) == len(firsts) == len(seconds):
-            raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
+        check_questions(prompts, firsts, seconds)
 
         urls: dict[bytes, str] = {}  # a picture is in many pairs, and is encoded once
 

@@ -21,6 +21,7 @@ from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.models.hub import hub_options
+from listener_reward.pairs import check_questions
 from listener_reward.verdict import Verdict
 
 Score = Callable[[list[str], list[Image]], Sequence[float]]
@@ -73,8 +74,7 @@ class ScoreJudge:
             InputError: unequal lengths, or an image that cannot be read.
             JudgeError: the model gave a score that is no finite number.
         """
-        if not len(prompts) == len(firsts) == len(seconds):
-            raise InputError(f"prompts, firsts and seconds have lengths {len(prompts)}, {len(firsts)}, {len(seconds)}")
+        check_questions(prompts, firsts, seconds)
         asked: dict[tuple[str, bytes], Image] = {}
         keys: list[list[tuple[str, bytes]]] = []
         read: dict[int, Picture] = {}  # by object: whoever shows a picture in many pairs may hand over one
