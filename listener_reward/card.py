@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def _read(path: Path) -> Any:
 
 def _card_path(name: str | Path) -> Path | None:
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # which knows names too long for a file, and those with a null byte
         return folder / CARD if (folder / CARD).exists() else None
     from transformers.utils import cached_file  # only a Hub name needs it
 

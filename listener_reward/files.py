@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and moved into it at once.
+"""Files that are whole or not there, written beside their place and moved into it at once; and names in messages.
 
 A kill, a full disk or a second writer leaves the file that was there before, or one whole new one, and never a part.
 """
@@ -12,6 +12,12 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def quoted(name: str | os.PathLike[str]) -> str:
+    """A name of a file, a folder or a checkpoint as messages show it: in quotes, and of bounded length."""
+    text = str(name)
+    return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -120,7 +120,7 @@ def _as_thoughts(parts: list[Callable[..., Any]], chat_format: ChatFormat) -> li
 
 def _not_words(folder: Path, tokenizer: Any) -> list[int]:
     """Tokens that the reasoner may not sample: those that end a completion or that no thought would be read with."""
-    size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    size = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
     return sorted({*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from listener_reward import __version__
 from listener_reward.cli.terminal import stderr
 from listener_reward.errors import InputError
+from listener_reward.files import quoted
 
 if TYPE_CHECKING:
     from listener_reward.evaluate.calibrate import Calibrated
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def check_writable(name: str, out: Path | None) -> None:
-    if out is None and not Path(name).is_dir():
+    if out is None and not os.path.isdir(name):
         raise InputError(
-            f"judge is {name!r}, which is no folder of yours to write in; give --out for a calibrated copy"
+            f"judge is {quoted(name)}, which is no folder of yours to write in; give --out for a calibrated copy"
         )
-    if out is not None and out.exists():
-        raise InputError(f"out is {str(out)!r}, which exists; give a folder to make")
+    if out is not None and os.path.exists(out):
+        raise InputError(f"out is {quoted(out)}, which exists; give a folder to make")
 
 
 def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
@@ -58,12 +60,12 @@ def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibra
 
 def check_page(option: str, path: Path) -> None:
     """Refuses a file that could not be written, before the judging."""
-    if path.is_dir():
-        raise InputError(f"{option} is {str(path)!r}, which is a folder; give the name of a file")
+    if os.path.isdir(path):
+        raise InputError(f"{option} is {quoted(path)}, which is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} is {str(path)!r}, whose folder cannot be made ({error}); give another") from error
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null byte
+        raise InputError(f"{option} is {quoted(path)}, whose folder cannot be made ({error}); give another") from error
 
 
 def write_html(path: Path, data: str, measured: Measured, asked: Mapping[str, Any]) -> None:

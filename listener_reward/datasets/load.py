@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ from listener_reward.datasets.rows import HUB_NAME, SUFFIXES, Files, Hub, find_f
 from listener_reward.datasets.tiny import TINY_PAIRS, tiny_pairs
 from listener_reward.datasets.videogen import VIDEOGEN
 from listener_reward.errors import InputError
+from listener_reward.files import quoted
 from listener_reward.media.containers import demuxer, head_of
 from listener_reward.media.images import to_pil
 
@@ -261,12 +263,12 @@ def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str,
     hub = HUB_NAME.fullmatch(spec)
     if path.suffix.lower() in SUFFIXES:
         source, name = Files(find_files(spec)), path.name
-    elif hub is not None and not path.exists():
+    elif hub is not None and not os.path.exists(path):
         source = open_hub(hub[1], hub[2] or "train", stream=stream)
         name = source.name
     else:
         raise InputError(
-            f"data is {spec!r}; give tiny:SPLIT, {', '.join(f'{kind}:PATH' for kind in FORMATS)}, a file of type "
+            f"data is {quoted(spec)}; give tiny:SPLIT, {', '.join(f'{kind}:PATH' for kind in FORMATS)}, a file of type "
             f"{', '.join(SUFFIXES)}, or org/name:split"
         )
     head = [row for _, row in islice(source, _HEAD)]
@@ -278,7 +280,7 @@ def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str,
 
 def _open(target: str, form: Format, dimension: str | None, stream: bool) -> Files | Hub:
     hub = HUB_NAME.fullmatch(target)
-    if hub is None or Path(target).exists() or Path(target).suffix.lower() in SUFFIXES:
+    if hub is None or os.path.exists(target) or Path(target).suffix.lower() in SUFFIXES:
         return Files(find_files(target, form.files), dimension)
     if form.archives is not None:
         raise InputError(
@@ -406,11 +408,12 @@ def fault(pair_id: str, image: Any) -> str | None:
 
 
 def _video_fault(what: str, path: str) -> str | None:
+    named = f"{what} is {quoted(path)}"
     if "://" in path:
-        return f"{what} is {path!r}, which is not on this machine; download the videos and give a file that names them"
-    if not Path(path).is_file():
-        return f"{what} is {path!r}, where there is no file; check the path"
-    return None if demuxer(head_of(path)) else f"{what} is {path!r}, which is no video by its first bytes; get it anew"
+        return f"{named}, which is not on this machine; download the videos and give a file that names them"
+    if not os.path.isfile(path):
+        return f"{named}, where there is no file; check the path"
+    return None if demuxer(head_of(path)) else f"{named}, which is no video by its first bytes; get it anew"
 
 
 def _key(image: Any) -> str | int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from datasets.exceptions import DatasetsError
 
 from listener_reward.datasets.format import Place, Row
 from listener_reward.errors import InputError
+from listener_reward.files import quoted
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::((?:[\w.-]+/)?[\w.-]+))?")
@@ -75,14 +77,14 @@ def find_files(spec: str, wanted: tuple[str, ...] = ()) -> tuple[Path, ...]:
         InputError: there is none, or a folder holds the Parquet shards of several splits.
     """
     path = Path(spec)
-    if has_magic(spec) and not path.exists():
+    if has_magic(spec) and not os.path.exists(path):
         found = tuple(Path(name) for name in sorted(glob(spec, recursive=True)))
         if not found:
-            raise InputError(f"data is {spec!r}, which no file matches; check the pattern")
+            raise InputError(f"data is {quoted(spec)}, which no file matches; check the pattern")
         return found
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"data is {spec!r}, where there is no file; check the path")
+    if not os.path.isdir(path):
+        if not os.path.isfile(path):
+            raise InputError(f"data is {quoted(spec)}, where there is no file; check the path")
         return (path,)
     named = [path / name for name in wanted if (path / name).is_file()]
     if named:
@@ -93,7 +95,7 @@ def find_files(spec: str, wanted: tuple[str, ...] = ()) -> tuple[Path, ...]:
         raise InputError(f"{spec} holds the splits {', '.join(splits)}; name one by a pattern: {spec}/**/{splits[0]}-*")
     if not shards:
         looked = " or ".join(wanted) or "Parquet files"
-        raise InputError(f"folder {spec!r} is without {looked}; check the path, or give the file itself")
+        raise InputError(f"folder {quoted(spec)} is without {looked}; check the path, or give the file itself")
     return shards
 
 
@@ -112,8 +114,8 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
     read = readers.get(path.suffix.lower())
     if read is None:
         raise InputError(f"{path.name} is of no type read here; give a file of type {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"data is {str(path)!r}, where there is no file; check the path")
+    if not os.path.isfile(path):
+        raise InputError(f"data is {quoted(path)}, where there is no file; check the path")
     try:
         for row in read(path):
             if not isinstance(row, dict):
@@ -216,7 +218,10 @@ def open_hub(name: str, split: str, *, stream: bool, dimension: str | None = Non
     except ConnectionError as error:
         raise InputError(f"{name}: the Hugging Face Hub cannot be reached; connect, or give a local file") from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise InputError(f"{name}, split {split!r}, cannot be loaded from the Hugging Face Hub: {error}") from error
+        reason = f"{error}"[:500]
+        raise InputError(
+            f"{quoted(name)}, split {quoted(split)}, cannot be loaded from the Hugging Face Hub: {reason}"
+        ) from error
     return Hub(f"{name}:{split}", data, dimension)  # pyright: ignore[reportArgumentType] - a split, so no dict of them
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -13,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from listener_reward.errors import InputError
+from listener_reward.files import quoted
 
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
@@ -37,7 +39,7 @@ def resolve(name: str | Path) -> str:
 
 def lasting(name: str) -> str:
     """The name of a checkpoint as a card may keep it: a folder's path in full, any other name as it is."""
-    return str(Path(name).resolve()) if name not in EMBEDDED and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name not in EMBEDDED and os.path.isdir(name) else name
 
 
 def hub_options(name: str | Path) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def hub_options(name: str | Path) -> dict[str, Any]:
 
     Left to itself it repeats every file's request for half a minute before it says so.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         return {}
     from huggingface_hub import constants, get_session, is_offline_mode
 
@@ -74,7 +76,7 @@ def loading(name: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:  # a missing or damaged file, or no answer from the Hub
-        raise InputError((cannot_load if Path(name).exists() else _cannot_fetch)(name, error)) from error
+        raise InputError((cannot_load if os.path.exists(name) else _cannot_fetch)(name, error)) from error
     except (ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise InputError(cannot_load(name, error)) from error
     except Exception as error:
@@ -90,7 +92,7 @@ def _check_json(name: str | Path) -> None:
     """
     for path in (Path(name, file) for file in _JSON):
         try:
-            saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            saved = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else {}
         except ValueError:  # no JSON, or no text at all, which transformers says itself
             continue
         if not isinstance(saved, dict):
@@ -100,7 +102,7 @@ def _check_json(name: str | Path) -> None:
 
 def cannot_load(name: str | Path, error: Exception | str) -> str:
     """The message for a checkpoint that is there and cannot be used: why, and what to do."""
-    where = f"at {str(name)!r}" if Path(name).exists() else repr(str(name))
+    where = f"at {quoted(name)}" if os.path.exists(name) else quoted(name)
     return (
         f"the checkpoint {where} cannot be loaded ({_in_one_line(error)}). Give the folder of a whole Qwen2.5-VL or "
         'Qwen3-VL checkpoint, or use the embedded judge: "tiny"'
@@ -109,11 +111,11 @@ def cannot_load(name: str | Path, error: Exception | str) -> str:
 
 def _cannot_fetch(name: str | Path, error: Exception) -> str:
     return (
-        f"the checkpoint {str(name)!r} is not a local folder and could not be fetched from the Hugging Face Hub "
+        f"the checkpoint {quoted(name)} is not a local folder and could not be fetched from the Hugging Face Hub "
         f"({_in_one_line(error)}). Check the name and the connection, give a local folder, or use the embedded judge: "
         '"tiny"'
     )
 
 
 def _in_one_line(error: Exception | str) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0][:500] or type(error).__name__

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers import PreTrainedConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 
 from listener_reward.errors import InputError
 from listener_reward.models.hub import cannot_load, loading
+from listener_reward.models.templates import check_template
 from listener_reward.models.video_processing import ClipProcessor
 
 
@@ -103,15 +104,23 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
     Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
 
     Raises:
-        InputError: the checkpoint cannot be found, reached or read, or is of another architecture.
+        InputError: the checkpoint cannot be found, reached or read, or is of another architecture, or its chat template
+            has no end.
     """
     with loading(model):
-        kind = AutoConfig.from_pretrained(model, **kwargs).model_type
+        kind = PreTrainedConfig.get_config_dict(model, **kwargs)[0].get("model_type")
     if kind not in _PROCESSORS:
         reason = f"it is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}"
         raise InputError(cannot_load(model, reason))
     with loading(model):
-        processor: Any = _PROCESSORS[kind].from_pretrained(model, padding_side="left", **kwargs)
+        # A checkpoint's files are data: with None, the default, transformers would offer to run code from them.
+        processor: Any = _PROCESSORS[kind].from_pretrained(
+            model, padding_side="left", trust_remote_code=False, **kwargs
+        )
+        templates = processor.chat_template
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            if isinstance(template, str):
+                check_template(template)
         processor.video_processor = ClipProcessor.from_pretrained(
             processor.stock_video_processor, processor.image_processor, model, **kwargs
         )

@@ -131,7 +131,12 @@ class TransformersVLM:
         with loading(name):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                name,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **kwargs,
             )
         model, report = loaded
         # transformers gives what is missing and what does not fit random values, and the judge would judge.

@@ -140,8 +140,10 @@ def _clip_score(checkpoint: str, processor_name: str) -> Score:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(processor_name, **hub_options(processor_name))
-        model: Any = AutoModel.from_pretrained(checkpoint, **hub_options(checkpoint))
+        processor = AutoProcessor.from_pretrained(
+            processor_name, trust_remote_code=False, **hub_options(processor_name)
+        )
+        model: Any = AutoModel.from_pretrained(checkpoint, trust_remote_code=False, **hub_options(checkpoint))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_cannot_load("CLIP checkpoint", checkpoint, error)) from error
     model.eval().to(_device())

@@ -327,7 +327,7 @@ def make_attentive(report: Report, out: str, scratch: str, generated: str) -> st
     """
     mixed = Mixed(torch.load(generated, weights_only=False), random.Random("attentive"))
     processor = build_processor()
-    model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32, trust_remote_code=False)
     stages: list[Stage] = [
         (LOOK | STUDIED, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell)),
         (
@@ -355,7 +355,7 @@ def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
     train_arm(report, weights=ARMS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe, pairs=pairs)
     mixed = Mixed(torch.load(generated, weights_only=False), random.Random("judge"))
     processor = build_processor()
-    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32, trust_remote_code=False)
 
     def weigh(tell: Callable[[int, str], None]) -> None:
         def voters(pair: TinyPair) -> float:
