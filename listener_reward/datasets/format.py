@@ -147,12 +147,8 @@ def text(value: Any, name: str = "a cell") -> str | None:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell has nothing in it, as tables write it: null, no text or NaN."""
-    return (
-        value is None
-        or (isinstance(value, str) and not value.strip())
-        or (isinstance(value, float) and math.isnan(value))
-    )
+    """Whether a cell has nothing in it: null or no text. NaN is not that, but a number that somebody got wrong."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def share(first: float, second: float) -> float:

@@ -88,7 +88,7 @@ def _two_images(row: Row) -> Sequence[Any]:
 def _share(row: Row) -> float:
     """p_first, or what the label says it is."""
     given, label = row.get("p_first"), row.get("label")
-    if not is_empty(given) or (isinstance(given, float) and is_empty(label)):
+    if not is_empty(given):
         try:
             return float(given)  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError, OverflowError) as error:
