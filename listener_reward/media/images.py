@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -164,20 +164,23 @@ def entries_of(images: Any, *, field: str = "images") -> Iterator[tuple[str, Any
         hint = {3: "add a leading axis to one image", 5: "a video's frames are judged one by one: give them as rank 4"}
         fix = hint.get(array.ndim, "give (N, C, H, W) floats or (N, H, W, C) uint8")
         raise InputError(f"{field} has shape {array.shape}, rank {array.ndim} where a batch has rank 4; {fix}")
-    return ((f"{field}[{i}]", image) for i, image in enumerate(images if array is None else array))
+    entries = cast("Iterable[Any]", images) if array is None else array
+    return ((f"{field}[{i}]", image) for i, image in enumerate(entries))
 
 
 # ---------------------------------------------------------------- files
 
 
 def _read(source: Any, field: str) -> Image.Image:
+    file: Any
     if isinstance(source, Mapping):
-        source = _content(source)
+        source = _content(cast("Mapping[str, Any]", source))
         if source is None:
             raise InputError(f"{field} is a mapping with neither bytes nor a path; fill in one of the two")
     if isinstance(source, bytes | bytearray | memoryview):
-        file: Any = io.BytesIO(source)
+        file = io.BytesIO(cast("bytes", source))
     elif isinstance(source, str | os.PathLike):
+        source = cast("str | os.PathLike[str]", source)
         if "://" in str(source):
             raise InputError(f"{field} is the URL {_shown(source)}; download it and give the file")
         if not os.path.isfile(source):
@@ -279,7 +282,7 @@ def _deep_gray(picture: Image.Image, field: str) -> np.ndarray:
 def _as_array(image: Any, field: str) -> np.ndarray | None:
     """A numpy view of an array or tensor, None for anything else. Looks torch up; a caller with tensors imported it."""
     if isinstance(image, np.ndarray):
-        return image
+        return cast("np.ndarray", image)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(image, torch.Tensor):
         try:
@@ -363,12 +366,12 @@ def _bounded(picture: Image.Image) -> Image.Image:
 def _shown(image: Any) -> str:
     """How a message names what it was given: short, and never the pixels."""
     if isinstance(image, Mapping):
-        image = _content(image)
+        image = _content(cast("Mapping[str, Any]", image))
     if isinstance(image, Image.Image):
         return f"a PIL image of mode {image.mode}"
     if isinstance(image, bytes | bytearray | memoryview):
-        return f"{len(image)} bytes"
+        return f"{len(cast('bytes', image))} bytes"
     if isinstance(image, str | os.PathLike):
-        text = str(image)
+        text = str(cast("str | os.PathLike[str]", image))
         return repr(text if len(text) <= 200 else text[:197] + "...")
     return f"of type {type(image).__name__}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from listener_reward.errors import InputError
 from listener_reward.media.clips import Clip, Visual
-from listener_reward.media.images import MAX_SIDE, Picture, entries_of, to_picture
+from listener_reward.media.images import MAX_SIDE, ImageLike, Picture, entries_of, to_picture
 from listener_reward.media.videos import FRAMES, is_video, read_clip
 
 _GAP = 4
@@ -53,7 +53,7 @@ def to_visual(media: Any, *, field: str = "image") -> Visual:
     """
     if isinstance(media, Clip) or (isinstance(media, (str, bytes, os.PathLike)) and is_video(media)):
         return read_clip(media, field=field)
-    return to_picture(media, field=field)
+    return to_picture(cast("ImageLike", media), field=field)
 
 
 def to_visuals(batch: Any, *, field: str = "images") -> list[Visual]:
@@ -93,4 +93,5 @@ def read_clips(videos: Any, *, field: str = "videos", **reading: Any) -> list[Cl
         raise InputError(f"{field} is one video and not a batch; wrap it in a list")
     if not isinstance(videos, Iterable):
         raise InputError(f"{field} is a {type(videos).__name__}; give a list of videos, or an array of rank 5")
-    return [read_clip(video, field=f"{field}[{i}]", **reading) for i, video in enumerate(videos)]
+    entries = cast("Iterable[Any]", videos)
+    return [read_clip(video, field=f"{field}[{i}]", **reading) for i, video in enumerate(entries)]

@@ -1,15 +1,18 @@
 """One video, in whatever form it comes, to the few frames of it that are looked at, and when each is shown."""
 
+# What a caller or a file gives need not be what is annotated, and is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import io
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -95,13 +98,13 @@ def is_video(media: Any) -> bool:
     if isinstance(media, (Clip, list, tuple)):
         return True
     if isinstance(media, (str, os.PathLike, bytes)):
-        return demuxer(head_of(media)) is not None
+        return demuxer(head_of(cast("str | os.PathLike[str] | bytes", media))) is not None
     return getattr(media, "ndim", 0) == 4
 
 
 def _open(video: Any, field: str) -> _Source:
     if isinstance(video, (str, os.PathLike, bytes)):
-        return _open_file(video, field)
+        return _open_file(cast("str | os.PathLike[str] | bytes", video), field)
     if isinstance(video, Image.Image):
         raise InputError(f"{field} is a PIL image, one frame; give a list of frames, an array of rank 4 or a file")
     shape = getattr(video, "shape", None)
@@ -110,11 +113,13 @@ def _open(video: Any, field: str) -> _Source:
     if not isinstance(video, Sequence) and shape is None:
         raise InputError(f"{field} is a {type(video).__name__}; give a list of frames, an array of rank 4 or a file")
 
+    frames = cast("Sequence[Any]", video)
+
     def pick(chosen: list[int]) -> list[Picture]:
-        pictures = {k: to_picture(video[k], field=f"{field}[{k}]") for k in dict.fromkeys(chosen)}
+        pictures = {k: to_picture(frames[k], field=f"{field}[{k}]") for k in dict.fromkeys(chosen)}
         return [pictures[k] for k in chosen]
 
-    return _Source(len(video), None, pick)
+    return _Source(len(frames), None, pick)
 
 
 def _open_file(video: str | os.PathLike[str] | bytes, field: str) -> _Source:
@@ -164,11 +169,12 @@ def _open_container(video: str | os.PathLike[str] | bytes, container: str, field
     """
     try:
         import av
+        from av.error import FFmpegError
     except ImportError as error:
         raise MissingExtraError('reading video files needs PyAV: pip install "listener-reward[video]"') from error
 
     @contextmanager
-    def opened() -> Iterator[Any]:
+    def opened() -> Generator[Any]:
         # An open file and a named format, so that FFmpeg itself opens nothing.
         with (
             io.BytesIO(video) if isinstance(video, bytes) else open(video, "rb") as file,
@@ -193,7 +199,7 @@ def _open_container(video: str | os.PathLike[str] | bytes, container: str, field
             rate = float(stream.average_rate) if stream.average_rate else None
             stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
             tick = float(stream.time_base) if stream.time_base else 0.0
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise unreadable(error) from error
     timed = len(stamps) == len(packets)
     if timed:
@@ -217,7 +223,7 @@ def _open_container(video: str | os.PathLike[str] | bytes, container: str, field
                     if not wanted:
                         break
                     last, ratio = frame, reader.streams.video[0].sample_aspect_ratio
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise unreadable(error) from error
         if last is None:
             raise InputError(f"{field} holds no frame that decodes; save it anew")
