@@ -9,14 +9,18 @@ Every pair of n images is n (n - 1) / 2 comparisons. With a budget they are comp
 takes the pairs of which most is to be learnt (`next_round`).
 """
 
+# What a caller or a file gives need not be what is annotated, and is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtr
 
 from listener_reward.calibration.fit import fit_temperature
@@ -63,7 +67,7 @@ class Ranking:
 
 def fit_bradley_terry(
     n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD, votes: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The most probable scores of `n` images given soft outcomes `(i, j, p)`: "i beats j with probability p".
 
     Args:
@@ -86,7 +90,7 @@ def fit_bradley_terry(
 
 def _posterior(
     n: int, outcomes: Sequence[tuple[int, int, float]], prior_std: float, votes: float
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores `(n,)`, and their covariance `(n, n)` by Laplace's approximation."""
     if n < 1:
         raise InputError(f"n is {n}; there must be at least one image to score")
@@ -104,16 +108,16 @@ def _posterior(
         wins[j, i] += votes * (1 - p)
 
     meetings, precision = wins + wins.T, prior_std**-2
-    scores = np.zeros(n)
+    scores: NDArray[np.float64] = np.zeros(n)
     while True:
         p_beats = expit(scores[:, None] - scores)
-        gradient = (wins - meetings * p_beats).sum(1) - precision * scores
+        gradient: NDArray[np.float64] = (wins - meetings * p_beats).sum(1) - precision * scores
         weight = meetings * p_beats * (1 - p_beats)
         curvature = np.diag(weight.sum(1) + precision) - weight
-        step = np.linalg.solve(curvature, gradient)
+        step = cast("NDArray[np.float64]", np.linalg.solve(curvature, gradient))
         if (stretch := np.ptp(step)) < 1e-6:  # quadratic by now: the last step leaves an error of about its square
             scores += step
-            return scores - scores.mean(), np.linalg.inv(curvature)
+            return scores - scores.mean(), cast("NDArray[np.float64]", np.linalg.inv(curvature))
         # log(1 + d) / d is a step length at which Newton's method provably climbs on a logistic likelihood, d being
         # the largest change of a score difference (Sun & Tran-Dinh 2019); it tends to 1 as the steps shrink.
         scores += step * np.log1p(stretch) / stretch
@@ -170,7 +174,9 @@ def next_round(
         # and the weighted sum of squared differences is the quadratic form of the graph's Laplacian.
         spread = covariance @ (np.diag(weight.sum(1)) - weight) @ covariance
         gain = _gap_variance(spread) / (variance + error)
-        gain = np.where(open_pairs, np.round(gain / max(gain.max(), 1e-300), 9), -1)  # ties must not be rounding's
+        gain = np.where(
+            open_pairs, np.round(gain / max(float(gain.max()), 1e-300), 9), -1
+        )  # ties must not be rounding's
         i, j = (int(place) for place in np.unravel_index(np.argmax(gain), gain.shape))
         chosen.append((i, j))
         open_pairs[i, j] = False
@@ -188,7 +194,7 @@ def round_size(n: int, made: int) -> int:
     return n // 2 if made == 0 else max(n // 4, 1)
 
 
-def _gap_variance(covariance: np.ndarray) -> np.ndarray:
+def _gap_variance(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """The variance `(n, n)` of every score difference; tiny and positive on the diagonal, which nobody reads."""
     variances = np.diag(covariance)
     return np.maximum(variances[:, None] + variances - 2 * covariance, 1e-12)
@@ -255,13 +261,13 @@ def rank_images(
     return Ranking(_best_first(scores), scores.tolist(), errors.tolist(), len(outcomes))
 
 
-def _stretch(gaps: np.ndarray, p: np.ndarray) -> float:
+def _stretch(gaps: NDArray[np.float64], p: NDArray[np.float64]) -> float:
     """The factor under which `gaps` of scores make the probabilities `p` likeliest; 1 where there are no gaps."""
     size = np.abs(gaps).max()
     return float(fit_temperature(gaps / size, p).knots[0][1] / size) if size > 1e-9 else 1.0
 
 
-def _best_first(scores: np.ndarray) -> list[int]:
+def _best_first(scores: NDArray[np.float64]) -> list[int]:
     """Positions by score; what differs by no more than rounding is equal, and keeps its order."""
     return np.argsort(-np.round(scores, 9), kind="stable").tolist()
 

@@ -9,6 +9,7 @@ import math
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 from scipy.special import expit, logit
 
@@ -29,12 +30,12 @@ STEEPEST = 100.0
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fit_platt(log_odds: np.ndarray, labels: np.ndarray) -> Platt:
+def fit_platt(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Platt:
     """The temperature and bias of highest likelihood (Platt 1999; on soft labels the cross-entropy)."""
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.floating]]:
         slope, bias = parameters
-        scaled = slope * log_odds + bias
+        scaled: NDArray[np.float64] = slope * log_odds + bias
         missed = expit(scaled) - labels
         return _cross_entropy(scaled, labels), np.array([np.mean(missed * log_odds), np.mean(missed)])
 
@@ -44,7 +45,7 @@ def fit_platt(log_odds: np.ndarray, labels: np.ndarray) -> Platt:
     return Platt(_short(1 / slope), _short(bias))
 
 
-def fit_temperature(log_odds: np.ndarray, labels: np.ndarray) -> Curve:
+def fit_temperature(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Curve:
     """The curve of one knot of highest likelihood: a temperature."""
     steepest = math.log(STEEPEST)
     found: Any = minimize_scalar(
@@ -55,7 +56,7 @@ def fit_temperature(log_odds: np.ndarray, labels: np.ndarray) -> Curve:
     return Curve(((1.0, _short(math.exp(found.x))),))
 
 
-def fit_isotonic(log_odds: np.ndarray, labels: np.ndarray) -> Curve:
+def fit_isotonic(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Curve:
     """The increasing curve of highest likelihood through bins of equal numbers of pairs, by their |log-odds|.
 
     A pair and its mirror image say the same, so the curve is fitted on the side of the preferred image only, and is
@@ -70,7 +71,8 @@ def fit_isotonic(log_odds: np.ndarray, labels: np.ndarray) -> Curve:
     bins = np.array_split(np.argsort(sizes, kind="stable"), n_bins)
     weights = np.array([len(rows) for rows in bins], dtype=np.float64)
     fitted: Any = isotonic_regression([agreement[rows].mean() for rows in bins], weights=weights)
-    knots, least = [], (0.0, 0.0)
+    knots: list[tuple[float, float]] = []
+    least = (0.0, 0.0)
     for start, end in zip(fitted.blocks[:-1], fitted.blocks[1:], strict=True):
         rows = np.concatenate(bins[start:end])
         share = (float(fitted.x[start]) * len(rows) + 1) / (len(rows) + 2)
@@ -84,7 +86,10 @@ FITS = {"temperature": fit_temperature, "isotonic": fit_isotonic}
 
 
 def fit_curve(
-    log_odds: np.ndarray, labels: np.ndarray, validation: tuple[np.ndarray, np.ndarray], method: Method = "auto"
+    log_odds: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    validation: tuple[NDArray[np.float64], NDArray[np.float64]],
+    method: Method = "auto",
 ) -> Curve:
     """The curve by `method`; "auto" takes the one under which `validation` (log-odds, labels) is likelier."""
     if method != "auto":
@@ -93,7 +98,7 @@ def fit_curve(
     return min(curves, key=lambda curve: _cross_entropy(curve.of(validation[0]), validation[1]))
 
 
-def _cross_entropy(log_odds: np.ndarray, labels: np.ndarray) -> float:
+def _cross_entropy(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
     return float(np.mean(labels * np.logaddexp(0, -log_odds) + (1 - labels) * np.logaddexp(0, log_odds)))
 
 

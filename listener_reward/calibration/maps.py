@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from listener_reward.errors import InputError
@@ -69,11 +70,12 @@ class Curve:
         """The calibrated probability of `p` in [1/2, 1); the caller mirrors what lies below."""
         return p if not self.knots else float(expit(self.of(np.array(logit(p)))))
 
-    def of(self, log_odds: np.ndarray) -> np.ndarray:
+    def of(self, log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Calibrated log-odds of any shape."""
         if not self.knots:
             return log_odds
-        x, y = np.array(((0.0, 0.0), *self.knots)).T
+        knots: NDArray[np.float64] = np.array(((0.0, 0.0), *self.knots))
+        x, y = knots[:, 0], knots[:, 1]
         size = np.abs(log_odds)
         return np.sign(log_odds) * np.where(size > x[-1], size * (y[-1] / x[-1]), np.interp(size, x, y))
 
@@ -127,20 +129,21 @@ class Calibration:
             InputError: names the field that is unknown or out of range.
         """
         maps = {"answer": Platt, "verdict": Curve, "heard": Platt, "listener": Curve, "both": Curve}
-        if not isinstance(saved, dict) or not set(saved) <= {*maps, "tie_band", "mode"}:
+        if not isinstance(saved, dict) or not set(cast("dict[str, Any]", saved)) <= {*maps, "tie_band", "mode"}:
             raise InputError(
                 f"calibration is {saved!r}; it may have {', '.join(maps)}, tie_band and mode, and no other field"
             )
-        values: dict[str, Any] = dict(saved)
-        if saved.get("mode") is not None:
-            values["mode"] = Mode.from_dict(saved["mode"])
-        for name in set(saved) & set(maps):
+        values = dict(cast("dict[str, Any]", saved))
+        if values.get("mode") is not None:
+            values["mode"] = Mode.from_dict(values["mode"])
+        for name in set(values) & set(maps):
+            given: Any = values[name]
             if maps[name] is Curve:
-                values[name] = Curve(saved[name])
-            elif isinstance(saved[name], dict) and set(saved[name]) <= {"temperature", "bias"}:
-                values[name] = Platt(**saved[name])
+                values[name] = Curve(given)
+            elif isinstance(given, dict) and set(cast("dict[str, Any]", given)) <= {"temperature", "bias"}:
+                values[name] = Platt(**cast("dict[str, Any]", given))
             else:
-                raise InputError(f"calibration has {name} {saved[name]!r}; give its temperature and bias")
+                raise InputError(f"calibration has {name} {given!r}; give its temperature and bias")
         return cls(**values)
 
 
