@@ -3,14 +3,18 @@
 `listener_reward.json` lies in the checkpoint's folder. A checkpoint without one is read with the defaults.
 """
 
+# What a caller or a file gives need not be what is annotated, and is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
@@ -100,7 +104,7 @@ class Card:
     def amend(cls, folder: str | Path, **changes: Any) -> Card:
         """Changes fields of the card in `folder`, and leaves a listener that is given relative to it as it is."""
         path = Path(folder, CARD)
-        saved = _read(path) if path.exists() else {}
+        saved: Any = _read(path) if path.exists() else {}
         card = replace(cls.from_dict(saved, str(path)), **changes)
         card.save(folder)
         return card
@@ -114,7 +118,7 @@ class Card:
         known = {entry.name for entry in fields(cls)}
         if unknown := set(saved) - known:
             raise InputError(f"{where} has unknown fields {sorted(unknown)}; it may have {sorted(known)}")
-        readers = {
+        readers: dict[str, Callable[[Any], Any]] = {
             "format": ChatFormat.from_dict,
             "calibration": Calibration.from_dict,
             "fast_calibration": Calibration.from_dict,
@@ -163,10 +167,10 @@ def _card_path(name: str | Path) -> Path | None:
     folder = Path(name)
     if os.path.isdir(folder):  # which knows names too long for a file, and those with a null byte
         return folder / CARD if (folder / CARD).exists() else None
-    from transformers.utils import cached_file  # only a Hub name needs it
+    from transformers import utils  # only a Hub name needs it
 
     with loading(name):
-        found = cached_file(
+        found: str | None = cast("Any", utils).cached_file(
             str(name),
             CARD,
             _raise_exceptions_for_missing_entries=False,

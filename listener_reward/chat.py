@@ -4,6 +4,9 @@ The wording of the question, the answer labels and the tags are data (`ChatForma
 its `listener_reward.json`, so that a checkpoint with another format is a file and not code.
 """
 
+# What a caller or a file gives need not be what is annotated, and is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import re
@@ -13,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from listener_reward.errors import InputError
 from listener_reward.media.clips import Clip, Visual
@@ -96,7 +99,7 @@ class ChatFormat:
 
     def __post_init__(self) -> None:
         for name in ("labels", "think", "answer"):
-            words = getattr(self, name)
+            words: tuple[Any, ...] = getattr(self, name)
             if not isinstance(words, tuple) or len(words) != 2 or not all(map(_is_word, words)):
                 raise InputError(f"{name} is {words!r}; give two strings that hold no white space")
         if len({*self.think, *self.answer}) != 4:
@@ -180,8 +183,12 @@ class ChatFormat:
         unknown = set(saved) - set(cls.__slots__)
         if unknown:
             raise InputError(f"format has unknown fields {sorted(unknown)}; it may have {sorted(cls.__slots__)}")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
+        values: dict[str, Any] = {key: _tupled(value) for key, value in saved.items()}
         return cls(**values)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def default_question() -> str:

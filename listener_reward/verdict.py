@@ -1,5 +1,8 @@
 """What a judge says of a pair, one `Verdict` made of `Thought`s, and the `Mode` in which it was made. No model."""
 
+# What a caller or a file gives need not be what is annotated, and is checked all the same.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
