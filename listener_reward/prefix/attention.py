@@ -7,17 +7,17 @@ unless a forward pass is given the keyword `shared_prefix`, a `Layout` or a `Dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
 from listener_reward.errors import InputError
@@ -31,6 +31,8 @@ KERNELS = ("sdpa", "flex")
 ATTENTION = "shared_prefix_sdpa"
 """The name of this attention among those of transformers."""
 
+_STOCK_SDPA: Callable[..., tuple[Tensor, None]] = cast("Any", sdpa_attention).sdpa_attention_forward
+
 WORTH_A_CALL = 2**21
 """Scores times their heads' size from which one continuation's attention on a CPU is worth a call of its own."""
 
@@ -43,7 +45,8 @@ def unsupported(model: Any) -> str | None:
         return f"{config.model_type!r} is not one of the architectures {', '.join(MODEL_TYPES)}"
     if text._attn_implementation not in ("sdpa", ATTENTION):
         return f"the model was loaded with attn_implementation={text._attn_implementation!r}; it has to be 'sdpa'"
-    if (entry := AttentionInterface()["sdpa"]) is not sdpa_attention_forward:
+    entry = cast("Any", AttentionInterface())["sdpa"]
+    if entry is not _STOCK_SDPA:
         return f"{getattr(entry, '__qualname__', entry)} stands in for transformers' 'sdpa' attention"
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         return "the model uses sliding-window attention"
@@ -116,7 +119,7 @@ class Layout:
         query, key, value = (self._spread(x[0].transpose(0, 1)) for x in (query, key, value))
 
         def part(x: Tensor, start: int, stop: int | None, width: int) -> Tensor:
-            return x[start:stop].unflatten(0, (-1, width)).transpose(1, 2)
+            return torch.unflatten(x[start:stop], 0, (-1, width)).transpose(1, 2)
 
         prefix_key, prefix_value = part(key, 0, slots, long), part(value, 0, slots, long)
         if self.kept is not None:
@@ -130,7 +133,7 @@ class Layout:
         if short:
             # Query heads that share keys stand one after the other: CUDA's fused kernels take a mask only with as many
             # query heads as key heads, and others would be computed with every score in memory.
-            own = part(query, slots, None, short).unflatten(1, (key.shape[1], -1))
+            own = torch.unflatten(part(query, slots, None, short), 1, (key.shape[1], -1))
             second = scaled_dot_product_attention(
                 own.flatten(2, 3),
                 torch.cat([prefix_key[self.owner], part(key, slots, None, short)], dim=2),
@@ -138,7 +141,7 @@ class Layout:
                 attn_mask=self._mask(query.dtype, own.shape[2]),
                 scale=scaling,
             )
-            parts.append(second.unflatten(2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
+            parts.append(torch.unflatten(second, 2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
         return self._gather(torch.cat(parts))[None]
 
     def _ragged(self, query: Tensor) -> bool:
@@ -151,7 +154,7 @@ class Layout:
         """`attend` with a call for each prompt and each continuation: nothing is padded."""
         attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=True)
         spans = [*pairwise(accumulate([*self.prefixes, *self.segments], initial=0))]
-        owner = self.owner.tolist()
+        owner: list[int] = cast("Any", self.owner).tolist()
         parts: list[Tensor] = []
         for number, (start, stop) in enumerate(spans, -len(self.prefixes)):
             queries, keys, values = (x[:, :, start:stop] for x in (query, key, value))
@@ -228,11 +231,11 @@ class Layout:
 
     def _spread(self, tokens: Tensor) -> Tensor:
         """(S, ...) tokens to (slots, ...); padding holds whatever."""
-        return tokens if self._index is None else _Place.apply(tokens, *self._index)  # pyright: ignore
+        return tokens if self._index is None else cast("Any", _Place).apply(tokens, *self._index)
 
     def _gather(self, slots: Tensor) -> Tensor:
         """(slots, ...) to (S, ...) tokens."""
-        return slots if self._index is None else _Pick.apply(slots, *self._index)  # pyright: ignore
+        return slots if self._index is None else cast("Any", _Pick).apply(slots, *self._index)
 
     def _mask(self, dtype: torch.dtype, times: int) -> Tensor:
         """What continuations may see of [prompt | themselves]: additive, (N or 1, 1, times * C, P + C)."""
@@ -249,7 +252,7 @@ class Layout:
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
+    return cast("Any", torch).compile(function, dynamic=True)
 
 
 class _Place(torch.autograd.Function):
@@ -335,7 +338,7 @@ class Decoding:
         past, own = self.kept[module.layer_idx], self._append(module.layer_idx, key[0], value[0])
         heads, n, dim = query.shape[1:]
         kv = key.shape[1]
-        rows = query[0].transpose(0, 1).unflatten(1, (kv, heads // kv))  # (n, Hkv, H / Hkv, D)
+        rows = torch.unflatten(query[0].transpose(0, 1), 1, (kv, heads // kv))  # (n, Hkv, H / Hkv, D)
         scores = torch.cat([self._prompt_scores(rows, past[0]), _product(rows, own[0].transpose(-1, -2))], dim=-1)
         weights = (scores * scaling).softmax(-1).to(value.dtype)
         long = past[0].shape[2]
@@ -347,9 +350,11 @@ class Decoding:
         """Writes this step's (Hkv, n, D) and gives all steps' (n, Hkv, step + 1, D); room doubles when it runs out."""
         new = key.transpose(0, 1), value.transpose(0, 1)
         if layer not in self.own:
-            self.own[layer] = tuple(x.new_zeros(*x.shape[:2], 32, x.shape[2]) for x in new)  # pyright: ignore
+            keys, values = (x.new_zeros(*x.shape[:2], 32, x.shape[2]) for x in new)
+            self.own[layer] = keys, values
         if self.step == self.own[layer][0].shape[2]:
-            self.own[layer] = tuple(pad(x, (0, 0, 0, self.step)) for x in self.own[layer])  # pyright: ignore
+            keys, values = (pad(x, (0, 0, 0, self.step)) for x in self.own[layer])
+            self.own[layer] = keys, values
         for buffer, x in zip(self.own[layer], new, strict=True):
             buffer[:, :, self.step] = x
         keys, values = self.own[layer]
@@ -366,10 +371,10 @@ class Decoding:
         if not self.uniform:
             room = rows.new_zeros(len(self.lengths) * self.width, *rows.shape[1:])
             rows = room.index_copy(0, self.slots, rows)
-        return rows.unflatten(0, (len(self.lengths), self.width)).transpose(1, 2).flatten(2, 3)
+        return torch.unflatten(rows, 0, (len(self.lengths), self.width)).transpose(1, 2).flatten(2, 3)
 
     def _ungrouped(self, grouped: Tensor, per_row: int) -> Tensor:
-        rows = grouped.unflatten(2, (self.width, per_row)).transpose(1, 2).flatten(0, 1)
+        rows = torch.unflatten(grouped, 2, (self.width, per_row)).transpose(1, 2).flatten(0, 1)
         return rows if self.uniform else rows[self.slots]
 
 
@@ -395,7 +400,8 @@ _HALVES_TO_FLOAT32 = torch.version.hip is None and hasattr(torch.ops.aten.bmm, "
 
 
 def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32).unflatten(0, left.shape[:2])
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+    return torch.unflatten(product, 0, left.shape[:2])
 
 
 def attention_inputs(layout: Layout | Decoding, like: Tensor) -> dict[str, Any]:
@@ -436,7 +442,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     layout = kwargs.pop("shared_prefix", None)
     if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # pyright: ignore
+        return _STOCK_SDPA(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layout.attend(module, query, key, value, scaling), None

@@ -15,12 +15,13 @@ prompt's keys and values for each continuation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 
 from listener_reward.prefix.attention import Layout, attention_inputs, base_model
 
@@ -87,7 +88,7 @@ def pack(
     ids = [prompt.ids[:-1] for prompt in prompts]
     positions = [prompt.positions[:, :-1] for prompt in prompts]
     labels = [torch.full_like(part, IGNORED) for part in ids]
-    lengths = []
+    lengths: list[int] = []
     for prompt, tokens in segments:
         shown = torch.cat([prompt.ids[-1:], tokens if open_end else tokens[:-1]])
         ids.append(shown)
@@ -127,7 +128,7 @@ def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Itera
 
 
 @contextlib.contextmanager
-def read_only_at(model: Any, row: Row, places: Tensor) -> Iterator[None]:
+def read_only_at(model: Any, row: Row, places: Tensor) -> Generator[None]:
     """Inside, only the tokens of `row` at `places` (n,) have a meaningful last hidden state, and the rest cost less.
 
     The last layer needs every token's keys and values; queries, attention's output and MLP only of those that are read.
@@ -145,7 +146,7 @@ def read_only_at(model: Any, row: Row, places: Tensor) -> Iterator[None]:
         return whole.index_copy_(1, places, output)
 
     picked: list[torch.Size] = []
-    hooks = []
+    hooks: list[RemovableHandle] = []
     for module in (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp):
         hooks += [module.register_forward_pre_hook(pick), module.register_forward_hook(place)]
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ def sample(
     last = torch.stack([prompt.positions[0, -1] for prompt in prompts])[owner]
     decoding = Decoding([len(prompt.ids) - 1 for prompt in prompts], kept, owner, device)
     base = base_model(model)
-    return type(base).generate(  # the class's own, for an instance may have been given another
+    return cast("Any", type(base)).generate(  # the class's own, for an instance may have been given another
         base,
         input_ids=torch.stack(padded)[owner],
         attention_mask=torch.stack(seen)[owner],
@@ -169,5 +169,5 @@ def _any_going(going: Tensor, synced: bool) -> bool:
     alive = going.any()
     if synced:
         alive = alive.int()
-        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+        cast("Any", dist).all_reduce(alive, op=dist.ReduceOp.MAX)
     return bool(alive)
