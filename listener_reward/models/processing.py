@@ -9,9 +9,10 @@ elsewhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from listener_reward.errors import InputError
 from listener_reward.models.hub import cannot_load, loading
 from listener_reward.models.templates import check_template
 from listener_reward.models.video_processing import ClipProcessor
+
+_MIXIN: Any = ProcessorMixin
+"""As `Any`: transformers types its own arguments in part only."""
 
 
 def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
@@ -43,8 +47,9 @@ class _EachImageOnce:
     """
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
-        stock = super()._process_images  # pyright: ignore[reportAttributeAccessIssue]
-        flat: list[Any] = list(make_flat_list_of_images(images))  # pyright: ignore[reportArgumentType]
+        parent: Any = super()
+        stock: Callable[..., Any] = parent._process_images
+        flat: list[Any] = list(cast("Any", make_flat_list_of_images)(images))
         place: dict[int, int] = {}
         order = [place.setdefault(id(image), len(place)) for image in flat]
         if len(place) == len(flat):
@@ -72,7 +77,7 @@ class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
         _name_special_tokens(self, tokenizer)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
         _name_special_tokens(self, tokenizer)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,13 +113,13 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
             has no end.
     """
     with loading(model):
-        kind = PreTrainedConfig.get_config_dict(model, **kwargs)[0].get("model_type")
+        kind: str | None = cast("Any", PreTrainedConfig).get_config_dict(model, **kwargs)[0].get("model_type")
     if kind not in _PROCESSORS:
         reason = f"it is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}"
         raise InputError(cannot_load(model, reason))
     with loading(model):
         # A checkpoint's files are data: with None, the default, transformers would offer to run code from them.
-        processor: Any = _PROCESSORS[kind].from_pretrained(
+        processor = cast("Any", _PROCESSORS[kind]).from_pretrained(
             model, padding_side="left", trust_remote_code=False, **kwargs
         )
         templates = processor.chat_template

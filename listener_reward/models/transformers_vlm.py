@@ -9,7 +9,7 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class TransformersVLM:
         processor = load_processor(name, **kwargs)
         with loading(name):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded = cast("Any", AutoModelForImageTextToText).from_pretrained(
                 name,
                 dtype=dtype,
                 output_loading_info=True,
@@ -247,7 +247,8 @@ class TransformersVLM:
             answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
             if likelihood:
                 chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
-                means[flat] = torch.stack([part.mean() for part in chosen.split([len(tokens[m]) for m in flat])]).cpu()
+                parts = torch.split(chosen, [len(tokens[m]) for m in flat])
+                means[flat] = torch.stack([part.mean() for part in parts]).cpu()
         return answers, means
 
     def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
@@ -441,8 +442,8 @@ def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
     """Log-probability (n,) float32 of each token, a chunk at a time: the logits of all would be gigabytes."""
-    parts = []
-    for states, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+    parts: list[Tensor] = []
+    for states, chosen in zip(torch.split(hidden, chunk), torch.split(tokens, chunk), strict=True):
         logits = head(states).float()
         parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_whole
+from transformers.utils.constants import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
@@ -92,7 +97,7 @@ class ClipProcessor:
     @classmethod
     def from_pretrained(cls, stock: str, image_processor: Any, model: str | Path, **kwargs: Any) -> ClipProcessor:
         """With the checkpoint's own settings, from the files and in the order in which transformers looks for them."""
-        saved, _ = VideoProcessorMixin.get_video_processor_dict(str(model), **kwargs)
+        saved, _ = cast("Any", VideoProcessorMixin).get_video_processor_dict(str(model), **kwargs)
         return cls(stock, image_processor, saved)
 
     def to_dict(self) -> dict[str, Any]:

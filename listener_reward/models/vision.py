@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -100,7 +100,7 @@ class ImageFeatures:
 
     def _look(self, features_of: Callable[..., Any], pixels: Tensor, grids: Tensor) -> list[Encoded]:
         """Patches through the vision tower, at most `MAX_PATCHES` at a time where one image or clip is not more."""
-        patches = grids.prod(-1).tolist()
+        patches: list[int] = cast("Any", grids.prod(-1)).tolist()
         encoded: list[Encoded] = []
         for some in _runs(patches, MAX_PATCHES):
             first, last = sum(patches[: some.start]), sum(patches[: some.stop])
@@ -116,7 +116,7 @@ class ImageFeatures:
 
 
 @contextlib.contextmanager
-def patches_by_product(tower: Any) -> Iterator[None]:
+def patches_by_product(tower: Any) -> Generator[None]:
     """Inside, `tower` embeds its patches by one matrix product.
 
     That is what its three-dimensional convolution comes to, whose kernel is a whole patch; torch's own takes seven
