@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from PIL.Image import Image
 
@@ -138,11 +138,14 @@ class EndpointJudge:
             return _Reply("", None, 0.5)
         try:
             choice = answer["choices"][0]
-            text = choice["message"].get("content") or ""
+            text: Any = choice["message"].get("content") or ""
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise JudgeError(f"{self.name} answered without choices: {str(answer)[:200]}") from error
         if isinstance(text, list):
-            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+            parts = cast("list[Any]", text)
+            text = "".join(
+                str(cast("dict[str, Any]", part).get("text", "")) for part in parts if isinstance(part, dict)
+            )
         return _read(str(text), choice.get("logprobs"))
 
     def _post(self, body: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -140,10 +140,10 @@ def _clip_score(checkpoint: str, processor_name: str) -> Score:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(
+        processor = cast("Any", AutoProcessor).from_pretrained(
             processor_name, trust_remote_code=False, **hub_options(processor_name)
         )
-        model: Any = AutoModel.from_pretrained(checkpoint, trust_remote_code=False, **hub_options(checkpoint))
+        model = cast("Any", AutoModel).from_pretrained(checkpoint, trust_remote_code=False, **hub_options(checkpoint))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_cannot_load("CLIP checkpoint", checkpoint, error)) from error
     model.eval().to(_device())
