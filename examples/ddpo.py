@@ -7,6 +7,7 @@ docs/ddpo.md, your prompts, `ListenerReward()` or a checkpoint of yours, and a l
 """
 
 import argparse
+from typing import Any
 
 from PIL import Image
 
@@ -53,7 +54,7 @@ def main() -> None:
     print(f"agreement of the listener, last epoch: {trainer.history[-1]['agreement']:.2f}")
 
     # The LoRA is an ordinary one.
-    pipeline = load_pipeline()
+    pipeline: Any = load_pipeline()
     pipeline.load_lora_weights(args.out)
     picture = pipeline("two red circles", **CALL).images[0]
     picture.resize((384, 384), Image.Resampling.NEAREST).save(f"{args.out}/two-red-circles.png")

@@ -374,7 +374,7 @@ class _Task:
     def matches(self) -> list[_Match]:
         """What to ask the judge: one `(prompt, first, second)` for each meeting."""
         opponents = [*self.pictures, self.reference]  # REFERENCE is the last position
-        return [(self.prompt, self.pictures[i], opponents[j]) for i, j in self.meetings]  # type: ignore[misc]
+        return [(self.prompt, self.pictures[i], opponents[j]) for i, j in self.meetings]
 
 
 def log_odds(p: float, *, prior_std: float = PRIOR_STD) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import linregress
@@ -79,7 +79,7 @@ class HackingGuard:
         trend = self._trend(name, "less")
         return trend is not None and trend[0] - trend[1] > share * abs(trend[0])
 
-    def _trend(self, name: str, direction: str) -> tuple[float, float] | None:
+    def _trend(self, name: str, direction: Literal["less", "greater"]) -> tuple[float, float] | None:
         """The fitted first and last value in the window if the trend is significant."""
         values = self._series(name)
         if len(values) < self.min_epochs or np.ptp(values) == 0:

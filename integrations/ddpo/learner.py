@@ -234,7 +234,7 @@ class Learner:
         for parameter in self.parameters:
             if self.accelerator.num_processes > 1:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.grad = self.accelerator.reduce(grad, "mean")
         if all(parameter.grad is None for parameter in self.parameters):
             return 0.0
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))

@@ -38,13 +38,14 @@ class FixedSamples:
         assert self.base is not None
         pairs = torch.stack([self.base, images], dim=1).flatten(0, 1)
         texts, metadata = zip(*(entry for entry in self.prompts for _ in range(2)), strict=True)
-        remembered = self.reward.state_dict() if remembers(self.reward) else None
+        memory: Any = self.reward
+        remembered = memory.state_dict() if remembers(memory) else None
         with ThreadPoolExecutor(1, "reward") as pool, torch.no_grad():  # rewards are called in no thread but such a one
             scores, _ = pool.submit(
                 score, self.reward, pairs, texts, [dict(m) for m in metadata], missing=True
             ).result()
         if remembered is not None:
-            self.reward.load_state_dict(remembered)
+            memory.load_state_dict(remembered)
         return win_rate(scores[0::2], scores[1::2])
 
 

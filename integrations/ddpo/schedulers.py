@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args
 
 import torch
 
@@ -25,6 +26,8 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise MissingExtraError('DDPO needs diffusers: pip install "listener-reward[diffusers]"') from error
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
 
 Dynamics = Literal["cps", "flow_sde"]
 
@@ -167,25 +170,34 @@ class _DDIM(_LogProb):
         return math.sqrt(alpha) * x0.float() + math.sqrt(1 - alpha) * noise.float()
 
 
-class LogProbDDIMScheduler(_DDIM, DDIMScheduler):
+def _wraps(stock: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """`functools.wraps`, after which type checkers still know a method for one; pipelines look at its signature."""
+    return cast("Any", functools.wraps(stock))
+
+
+class LogProbDDIMScheduler(_DDIM, DDIMScheduler):  # pyright: ignore[reportIncompatibleMethodOverride]
     """DDIM with eta and log-probabilities."""
 
-    @functools.wraps(DDIMScheduler.set_timesteps)
+    @_wraps(DDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self._choose_steps()
 
 
-class LogProbCogVideoXDDIMScheduler(_DDIM, CogVideoXDDIMScheduler):
+class LogProbCogVideoXDDIMScheduler(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _DDIM, CogVideoXDDIMScheduler
+):
     """The same for CogVideoX's DDIM, which rounds otherwise, has no eta of its own and clips nothing."""
 
-    @functools.wraps(CogVideoXDDIMScheduler.set_timesteps)
+    @_wraps(CogVideoXDDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self._choose_steps()
 
 
-class LogProbFlowMatchScheduler(_LogProb, FlowMatchEulerDiscreteScheduler):
+class LogProbFlowMatchScheduler(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _LogProb, FlowMatchEulerDiscreteScheduler
+):
     """Flow matching's Euler steps as stochastic differential equations with the same marginals.
 
     A latent at noise s in [0, 1] is (1 - s) x0 + s noise, and the model gives its velocity, noise - x0.
@@ -193,7 +205,7 @@ class LogProbFlowMatchScheduler(_LogProb, FlowMatchEulerDiscreteScheduler):
 
     dynamics: Dynamics = "cps"
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    @_wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self._choose_steps()

@@ -321,7 +321,8 @@ class DDPOTrainer:
         """The values of all processes, in their order."""
         if self.accelerator.num_processes == 1:
             return values
-        return self.accelerator.gather(torch.as_tensor(values, device=self.accelerator.device)).cpu().numpy()  # pyright: ignore
+        gathered: Any = self.accelerator.gather(torch.as_tensor(values, device=self.accelerator.device))
+        return gathered.cpu().numpy()
 
     def _mean_over_processes(self, row: dict[str, float]) -> dict[str, float]:
         """Each number's mean over the processes that have it: one that learnt nothing has no loss, for example."""

@@ -26,6 +26,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, get_args
 
@@ -116,6 +117,7 @@ def compute(
         check_scheme(reward, scheme, body["prompt"])
         pictures = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
         unreadable = [picture for picture in pictures if isinstance(picture, InputError)]
+        futures: list[Future[tuple[float, dict[str, float]]]] = []
         if isinstance(reward, GroupCollector):
             check_prompts(body["prompt"], len(pictures))
             futures = [

@@ -265,7 +265,7 @@ def calibrate(
             folder = write_calibration(name, out, loaded, result, listener)
             if plot is not None:
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
-                save_svg(reliability_figure(curves), plot)
+                save_svg(reliability_figure(curves), plot)  # pyright: ignore[reportPossiblyUnboundVariable]
         if as_json:
             print_json(result.to_dict() | {"folder": str(folder)})
         else:

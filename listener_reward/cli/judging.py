@@ -145,7 +145,7 @@ def rank_videos(
     """
     with errors_in_one_line(debug):
         with working("judging"):
-            from listener_reward.integrations.video import rank_videos  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.video import rank_videos
 
             loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
             chosen: Any = strategy

@@ -72,10 +72,10 @@ def serve(
     """
     with errors_in_one_line(debug):
         with working("loading the judge"):
-            from listener_reward.integrations.contract import as_reward  # pyright: ignore[reportMissingImports]
-            from listener_reward.integrations.serving.app import make_server  # pyright: ignore[reportMissingImports]
-            from listener_reward.integrations.serving.batching import Batching  # pyright: ignore[reportMissingImports]
-            from listener_reward.integrations.serving.collector import GroupCollector  # pyright: ignore[reportMissingImports]
+            from listener_reward.integrations.contract import as_reward
+            from listener_reward.integrations.serving.app import make_server
+            from listener_reward.integrations.serving.batching import Batching
+            from listener_reward.integrations.serving.collector import GroupCollector
             from listener_reward.references import read_references
             from listener_reward.reward import ListenerReward
 

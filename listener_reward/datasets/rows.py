@@ -222,7 +222,7 @@ def open_hub(name: str, split: str, *, stream: bool, dimension: str | None = Non
         raise InputError(
             f"{quoted(name)}, split {quoted(split)}, cannot be loaded from the Hugging Face Hub: {reason}"
         ) from error
-    return Hub(f"{name}:{split}", data, dimension)  # pyright: ignore[reportArgumentType] - a split, so no dict of them
+    return Hub(f"{name}:{split}", data, dimension)
 
 
 @contextmanager

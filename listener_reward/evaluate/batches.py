@@ -104,7 +104,7 @@ def _is_film(image: Any) -> bool:
 
 def _visual(image: Any) -> Picture | Clip | None:
     if _is_film(image):
-        from listener_reward.media.videos import read_clip  # pyright: ignore[reportMissingImports]
+        from listener_reward.media.videos import read_clip
 
         return read_clip(image.get("bytes") or image["path"], field="a video of the data")
     try:

@@ -154,8 +154,8 @@ def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
     outputs = {}
     for kind, entries in kinds.items():
         deeper = [list(layer) for layer in zip(*(entry.deeper for entry in entries), strict=True)]
-        features = [entry.features for entry in entries]
-        outputs[kind] = EncoderOutput(pooler_output=features, deepstack_features=deeper)  # pyright: ignore
+        features: Any = [entry.features for entry in entries]
+        outputs[kind] = EncoderOutput(pooler_output=features, deepstack_features=deeper)
     return {"mm_encoder_outputs": outputs} if outputs else {}
 
 

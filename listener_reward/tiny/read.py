@@ -146,9 +146,9 @@ def _masks(distance: np.ndarray) -> list[np.ndarray]:
     if strongest < 40:
         return []
     mask = ndimage.binary_fill_holes(distance > np.clip(0.45 * strongest, 33, 110))
-    cores, n = ndimage.label(ndimage.binary_erosion(mask, iterations=2))  # pyright: ignore[reportGeneralTypeIssues]
+    cores, n = ndimage.label(ndimage.binary_erosion(mask, iterations=2))
     nearest = ndimage.distance_transform_edt(cores == 0, return_distances=False, return_indices=True)
-    owners = np.where(mask, cores[tuple(nearest)], 0)  # pyright: ignore[reportArgumentType]
+    owners = np.where(mask, cores[tuple(nearest)], 0)
     pieces = [owners == k for k in range(1, n + 1)]
     return sorted((m for m in pieces if m.sum() > LEAST_AREA * SIDE**2), key=lambda m: -m.sum())
 

@@ -31,7 +31,7 @@ def as_examples(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset
         [{"role": "assistant", "content": [{"type": "text", "text": _completion(card, p_first)}]}]
         for p_first in chats["p_first"]
     ]
-    chats = chats.select_columns(["prompt", "images"]).add_column("completion", completions)  # pyright: ignore[reportCallIssue]
+    chats = chats.select_columns(["prompt", "images"]).add_column("completion", completions)
     return chats.with_transform(_decode)
 
 

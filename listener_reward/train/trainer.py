@@ -73,7 +73,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
 
     _tag_names = ("trl", "grpo", "listener-reward")
     _name = "Listener-shaped GRPO"
-    args: ListenerGRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    args: ListenerGRPOConfig
 
     def __init__(
         self,
@@ -349,7 +349,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if adapter is not None:
             model = model.merge_and_unload()
         model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
         self.card.save(folder)
 
     def _made_whole(self, gathered: dict[str, torch.Tensor], adapter: Path | None) -> Any:
@@ -402,7 +402,7 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
         raise InputError("train_dataset has no pairs")
     messages = [card.format.messages(prompt, reserved) for prompt in pairs["prompt"]]
     pairs = pairs.cast_column("images", List(Image(decode=decode))).rename_column("prompt", "caption")
-    return pairs.add_column("prompt", messages)  # pyright: ignore[reportCallIssue]
+    return pairs.add_column("prompt", messages)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
