@@ -98,7 +98,8 @@ class Fixed(ListenerGRPOTrainer):
     """
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-        tokenizer: Any = self.processing_class.tokenizer  # pyright: ignore
+        processor: Any = self.processing_class
+        tokenizer = processor.tokenizer
         size, whole = len(prompt_ids), len(prompt_ids) * self.accelerator.num_processes
         completions = []
         for row in range(size):

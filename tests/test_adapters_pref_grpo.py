@@ -129,7 +129,7 @@ def _written(folder: Path, data: bytes) -> dict[str, str]:
 def test_pref_grpo_stops_on_bad_input(FakeJudge, shade, tmp_path, name):
     bad = BAD_ITEMS[name]
     dispatcher = ListenerDispatcher(FakeJudge(), modality="video" if bad is None else "image")
-    items = dispatcher.build_reward_inputs()
+    items: Any = dispatcher.build_reward_inputs()
     for index in range(4):
         shade(index).save(tmp_path / f"{index}.jpg")
         items["listener"].append({"path": str(tmp_path / f"{index}.jpg"), "prompt": "a"})

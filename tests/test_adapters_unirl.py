@@ -22,8 +22,8 @@ def unirl_request(red=None, text: Any = "a", **turn) -> dict:
     return {"history": [{"text": text, **media, **turn}], "required_rewards": ["listener"], "metadata": None}
 
 
-def unirl_host(url: str, requests: list[dict]) -> tuple[list[float | None], list[str | None]]:
-    """Rewards and errors of a batch; None for a sample that failed, of which the host is told the reason."""
+def unirl_host(url: str, requests: list[dict]) -> tuple[list[Any], list[str | None]]:
+    """Rewards (float) and errors of a batch; None for a sample that failed, of which the host is told the reason."""
     status, health = http(f"{url}/health")
     assert status == 200 and "listener" in health["rewards"]
     identities = [
@@ -98,7 +98,7 @@ def test_unirl_fails_the_samples_that_the_judge_broke_on(FakeJudge):
     with serving(ListenerReward(broken(FakeJudge), scheme="group", on_failure="nan")) as url:
         rewards, errors = unirl_host(url, requests)
     assert rewards[2] is None and "broke" in str(errors[2])
-    assert rewards[0] > rewards[3] > rewards[1]  # type: ignore[operator]
+    assert rewards[0] > rewards[3] > rewards[1]
     reply = unirl.answer(ListenerReward(broken(FakeJudge), scheme="group"), {"requests": requests})
     assert reply["results"] == [{}] * 4 and all(error["listener"] for error in reply["errors"])
 
@@ -125,7 +125,7 @@ def test_unirl_ranks_meet_in_a_collector(FakeJudge):
     """Four processes with one image each of the same prompt: together they are a group."""
     with serving(GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 4)) as url, ThreadPoolExecutor(4) as ranks:
         rewards = list(ranks.map(lambda red: unirl_host(url, [unirl_request(red)])[0][0], REDS))
-    assert order(rewards) == BETTER and sum(rewards) == pytest.approx(0, abs=1e-5)  # type: ignore[arg-type]
+    assert order(rewards) == BETTER and sum(rewards) == pytest.approx(0, abs=1e-5)
 
 
 def test_unirl_unreadable_sample_takes_its_place_in_the_collector(FakeJudge):

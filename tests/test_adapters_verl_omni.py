@@ -37,6 +37,7 @@ async def verl_omni_host(visuals, extra_infos, ground_truths, **entry):
             **entry,
         }
         keywords = {key: value for key, value in keywords.items() if takes_all or key in signature.parameters}
+        result: Any
         if inspect.iscoroutinefunction(compute_score):
             result = await compute_score(**keywords)
         else:

@@ -36,6 +36,7 @@ def test_a_step_of_a_rollout_attends_as_rightly_as_sdpa(dtype: torch.dtype, key_
     prompt_values = torch.randn(1, KV_HEADS, PROMPT, DIM).to(dtype)
     cache = Decoding([PROMPT], {0: (prompt_keys, prompt_values)}, [0] * rows, "cpu")
     own_keys, own_values = [], []
+    query = ours = torch.empty(0)
     for _ in range(3):
         query = (torch.randn(1, HEADS, rows, DIM) + biased(query_norm)).to(dtype)
         own_keys.append((torch.randn(1, KV_HEADS, rows, DIM) + biased(key_norm)).to(dtype))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
     """The points of each line that has a name."""
     return {
-        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]  # pyright: ignore
+        str(line.get_label()): [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
         for line in axes.lines
         if not str(line.get_label()).startswith("_")
     }
@@ -42,8 +42,8 @@ def test_ddpo_draws_each_run_and_their_mean():
     ]
     axes = ddpo.curve(results).axes[0]
     assert lines(axes) == {"judge": [(0, 5.5), (10, 5.75)], "random": [(0, 5.5), (10, 2)]}
-    runs = [line.get_ydata() for line in axes.lines if str(line.get_label()).startswith("_")]
-    assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 2]]  # pyright: ignore
+    runs = [np.asarray(line.get_ydata()) for line in axes.lines if str(line.get_label()).startswith("_")]
+    assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 2]]
     assert list(axes.get_xticks()) == [0, 10]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,9 +186,9 @@ def test_what_is_no_pipeline_is_named(FakeJudge):
 def test_contact_sheet_shows_the_best_first_and_every_candidate(FakeJudge):
     pipeline = Stub({0: 40, 1: 250, 2: 90, 3: 0}, {0: 40, 1: 250, 2: 90, 3: 0})
     best = best_of_n(pipeline, PROMPT, 4, reward=FakeJudge(slope=12.0))
-    sheet = best.contact_sheet(columns=4, width=100)
+    sheet: Any = best.contact_sheet(columns=4, width=100)
     step = sheet.width // 4
-    shown = [sheet.getpixel((step * k + 50, 50))[0] for k in range(4)]  # type: ignore[index]
+    shown = [sheet.getpixel((step * k + 50, 50))[0] for k in range(4)]
     assert shown == [250, 90, 40, 0]
     text = np.asarray(sheet.convert("L"))[104:]
     assert (text < 128).any(axis=0).reshape(4, step).any(axis=1).all()  # something is written under each

@@ -10,6 +10,7 @@ import sys
 import warnings
 import xml.etree.ElementTree
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,11 +298,12 @@ def test_a_position_bias_is_found_and_taken_out(tiny, raw):
 
 def test_too_little_to_calibrate_on_is_said(tiny):
     pairs = load_pairs("tiny:id", limit=60)
-    for kwargs, rows, named in (
+    cases: list[tuple[dict[str, Any], int, str]] = [
         ({"method": "beta"}, 60, "method"),
         ({"sure": 0.3}, 60, "sure"),
         ({}, 20, "20 rows"),
-    ):
+    ]
+    for kwargs, rows, named in cases:
         with pytest.raises(InputError, match=named):
             calibrate(tiny, pairs.select(range(rows)), **kwargs)
     with pytest.raises(InputError, match="prompts"):

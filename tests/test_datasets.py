@@ -8,10 +8,12 @@ import json
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from listener_reward.datasets import FEATURES, TINY_PAIRS, load_pairs
@@ -26,9 +28,10 @@ from listener_reward.tiny.world import split_pairs
 GALLERY = Path(__file__).resolve().parents[2] / "shared" / "data" / "hpdv2"
 
 
-def shade(row: dict, place: int) -> int:
+def shade(row: Any, place: int) -> int:
     """The gray level of a row's image: files made here tell their images apart by it."""
-    return to_pil(row["images"][place]).getpixel((0, 0))[0]
+    pixel: Any = to_pil(row["images"][place]).getpixel((0, 0))
+    return pixel[0]
 
 
 def gray_png(level: int) -> bytes:
@@ -67,7 +70,7 @@ def written(folder: Path, rows: list, name: str = "pairs.jsonl") -> str:
     return str(path)
 
 
-def dark_wins(row: dict) -> float:
+def dark_wins(row: Any) -> float:
     """The share for the darker image, whichever place the shuffle gave it."""
     return row["p_first"] if shade(row, 0) < shade(row, 1) else 1 - row["p_first"]
 
@@ -76,7 +79,7 @@ def dark_wins(row: dict) -> float:
 
 
 def test_the_tiny_world_is_its_pairs_and_pictures_in_their_order():
-    data = load_pairs("tiny:ood", limit=6, seed=3)
+    data: Any = load_pairs("tiny:ood", limit=6, seed=3)
     assert data.features == FEATURES
     for row, pair in zip(data, split_pairs("ood", 6, seed=3), strict=True):
         assert (row["prompt"], row["p_first"], row["source"]) == (pair.wording, pair.p_first, "tiny:ood")
@@ -102,7 +105,7 @@ def test_a_split_that_the_tiny_world_has_not(spec):
 
 @pytest.mark.skipif(not GALLERY.is_dir(), reason="the HPDv2 gallery is not on this machine")
 def test_the_hpdv2_gallery_gives_the_annotators_shares():
-    data = load_pairs(f"hpdv2:{GALLERY}")
+    data: Any = load_pairs(f"hpdv2:{GALLERY}")
     records = json.loads((GALLERY / "annotations.json").read_text())
     assert len(data) == 12 * 36
     for row in data.select(range(0, len(data), 29)):
@@ -124,7 +127,7 @@ def hpdv2(folder: Path, **fields) -> str:
     return f"hpdv2:{folder}"
 
 
-def shares(spec: str) -> dict[tuple[int, int], float]:
+def shares(spec: str) -> dict[tuple[int, ...], Any]:
     """Dark and light level of each pair to the share for the dark one."""
     rows = list(load_pairs(spec))
     return {tuple(sorted((shade(r, 0), shade(r, 1)))): pytest.approx(dark_wins(r)) for r in rows}
@@ -338,7 +341,7 @@ def test_a_hub_data_set_with_embedded_images(hub):
     ("error", "says"),
     [
         (ConnectionError("no route"), "org/name: the Hugging Face Hub cannot be reached"),
-        (datasets.exceptions.DatasetNotFoundError("no such"), "cannot be loaded .*no such"),
+        (DatasetNotFoundError("no such"), "cannot be loaded .*no such"),
         (ValueError("Unknown split"), "split 'train', cannot be loaded .*Unknown split"),
     ],
 )

@@ -8,6 +8,7 @@ import io
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -43,10 +44,11 @@ def pictures(folder: Path, *names: str) -> None:
 
 
 def shade(image: dict) -> int:
-    return to_pil(image).getpixel((0, 0))[0]
+    pixel: Any = to_pil(image).getpixel((0, 0))
+    return pixel[0]
 
 
-def as_published(row: dict) -> dict:
+def as_published(row: Any) -> dict:
     """A row with the images, the label and the columns of the file's own order."""
     if not row["swapped"]:
         return dict(row)
@@ -80,7 +82,7 @@ def test_the_shuffle_turns_the_columns_with_the_images(tmp_path):
     files = [f"{level}.png" for level in range(10, 250, 10)]
     pictures(tmp_path, *files)
     path = as_json(tmp_path / "test.json", [{"id": "a", "prompt": "x", "generations": files, "ranking": [*range(24)]}])
-    data = load_pairs(f"imagereward:{path}")
+    data: Any = load_pairs(f"imagereward:{path}")
     swapped = np.array(data["swapped"])
     assert 0.3 < swapped.mean() < 0.7
     for row in data:
@@ -376,7 +378,8 @@ def test_genai_bench_keeps_the_two_ties_apart(tmp_path):
 def genai_videos(folder: Path, first: bytes = MP4) -> str:
     """Two rows as the Hub's `video_generation` has them: videos are strings."""
     (folder / "videos").mkdir()
-    (folder / "videos" / "a.mp4").write_bytes(first), (folder / "videos" / "b.mp4").write_bytes(MP4)
+    (folder / "videos" / "a.mp4").write_bytes(first)
+    (folder / "videos" / "b.mp4").write_bytes(MP4)
     sides = {"left_video": "videos/a.mp4", "right_video": "videos/b.mp4", "left_model": "x", "right_model": "y"}
     rows = [{"prompt": f"cat {k}", "vote_type": vote, **sides} for k, vote in enumerate(("leftvote", "bothbad_vote"))]
     return parquet(folder / "test_v1-00000-of-00001.parquet", rows)
@@ -398,10 +401,12 @@ def test_a_genai_bench_video_that_is_none_is_told(tmp_path):
 def test_genai_bench_videos_on_the_hub_need_no_file_for_scores(tmp_path):
     """The Hub's rows may not name files of this machine, and these do not: their address is kept instead."""
     hub = Hub("org/name:video_generation/test_v1", datasets.Dataset.from_parquet(genai_videos(tmp_path)))
+    one: Any
     one, _ = read_pairs(hub, FORMATS["genai-bench"])
     assert one.pair.first == {"bytes": None, "path": "hf://datasets/org/name/videos/a.mp4"}
     assert one.columns["item_first"] == "videos/a.mp4"
-    assert "download the videos" in fault("0", one.pair.first)
+    said = fault("0", one.pair.first)
+    assert said is not None and "download the videos" in said
     still = Hub("org/name:image_generation/test_v1", datasets.Dataset.from_list(
         [{"prompt": "x", "vote_type": "tievote", "left_image": "/etc/a.png", "right_image": "/etc/b.png"}]
     ))  # fmt: skip

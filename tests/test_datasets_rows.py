@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from datasets import config
 from PIL import Image
 
 from listener_reward.datasets import load_pairs, rows
@@ -196,11 +197,11 @@ def test_a_sample_holds_no_more_than_it_keeps_and_is_fair(pairs):
 
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    before = datasets.config.HF_HUB_OFFLINE
+    before = config.HF_HUB_OFFLINE
     for stream in (False, True):
         with pytest.raises(InputError, match="org/name: the Hugging Face Hub cannot be reached"):
             load_pairs("org/name", stream=stream)
-    assert before == datasets.config.HF_HUB_OFFLINE, "later calls may find it again"
+    assert before == config.HF_HUB_OFFLINE, "later calls may find it again"
 
 
 def test_hub_names_splits_and_configurations(monkeypatch):

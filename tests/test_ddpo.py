@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from listener_reward.integrations.video import VideoReward
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 
 
-def brightness(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+def brightness(images: Any, prompts: Sequence[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
     return images.flatten(1).mean(1), {}
 
 
@@ -45,7 +45,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., DDPOConfig]:
     def make(family: str = "sd15", *, guided: bool = False, **fields: Any) -> DDPOConfig:
-        return DDPOConfig(**({"output_dir": str(tmp_path / "run")} | tiny.short_run(family, guided) | fields))
+        options: dict[str, Any] = {"output_dir": str(tmp_path / "run")} | tiny.short_run(family, guided) | fields
+        return DDPOConfig(**options)
 
     return make
 
@@ -170,7 +171,8 @@ def painter() -> dict[str, torch.Tensor]:
         time = scheduler.schedule[index].expand(16)
         output = transformer(scheduler.diffuse(index, x0, noise), embeds, pooled, time, return_dict=False)[0]
         ((output - (noise - x0)) ** 2).mean().backward()
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return transformer.state_dict()
 
 
@@ -225,7 +227,7 @@ def test_rewards_are_computed_while_the_next_batch_is_sampled(config: Callable[.
     threads, overlapped = set(), []
     sampling = threading.Event()
 
-    def reward(images: Any, prompts: list[str], metadata: Any) -> Any:
+    def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
         threads.add(threading.current_thread().name)
         overlapped.append(sampling.wait(20))  # only another thread can end this wait
         return brightness(images, prompts, metadata)
@@ -251,7 +253,7 @@ def test_rewards_are_computed_while_the_next_batch_is_sampled(config: Callable[.
 def test_a_prompts_images_come_in_one_call_with_their_metadata(config: Callable[..., DDPOConfig]):
     seen = []
 
-    def reward(images: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    def reward(images: Any, prompts: Sequence[str], metadata: list[dict[str, Any]]) -> Any:
         assert images.shape == (len(prompts), 3, 16, 16) and images.dtype == torch.float32
         assert images.min() >= 0 and images.max() <= 1
         seen.append((prompts, [entry["id"] for entry in metadata]))
@@ -303,13 +305,17 @@ def test_what_is_no_reward_stops_the_run(given: Any, config: Callable[..., DDPOC
 # --- the self-check
 
 
+def shake(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + 0.1 * torch.randn_like(output)
+
+
 def test_a_replay_that_differs_is_caught_before_anything_is_learnt(config: Callable[..., DDPOConfig]):
     pipeline = tiny.build("sd3")
     trainer = DDPOTrainer(pipeline, brightness, PROMPTS, config("sd3"))
     before = weights(pipeline)
     for module in pipeline.transformer.modules():
         if isinstance(module, torch.nn.SiLU):  # as dropout does: another output each time
-            module.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.randn_like(output))
+            module.register_forward_hook(shake)
     with pytest.raises(ReplayError, match="dropout"):
         trainer.train()
     assert not changed(before, weights(pipeline))
@@ -319,7 +325,7 @@ def shaken(pipeline: Any) -> Any:
     """A pipeline that gives another output each time, as with dropout."""
     for module in pipeline.transformer.modules():
         if isinstance(module, torch.nn.SiLU):
-            module.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.randn_like(output))
+            module.register_forward_hook(shake)
     return pipeline
 
 
@@ -449,7 +455,7 @@ def test_a_killed_run_resumes_to_the_same_result(name: str, tmp_path: Path):
         assert all(row[name] == other[name] for name in row if not name.startswith("seconds_"))
     for file in ("epoch-00000.png", "epoch-00002.png", "epoch-00004.png"):
         drawn = [np.asarray(Image.open(folder / "samples" / file)) for folder in (whole, cut)]
-        assert drawn[0].shape[1] == 2 * drawn[0].shape[0] and np.array_equal(*drawn)
+        assert drawn[0].shape[1] == 2 * drawn[0].shape[0] and np.array_equal(drawn[0], drawn[1])
 
 
 TWO_PROCESSES = """
@@ -530,7 +536,7 @@ def test_what_a_reward_remembers_is_kept_in_the_checkpoints(config: Callable[...
     class Counting:
         calls = 0
 
-        def __call__(self, images: Any, prompts: list[str], metadata: Any) -> Any:
+        def __call__(self, images: Any, prompts: Sequence[str], metadata: Any) -> Any:
             self.calls += 1
             return brightness(images, prompts, metadata)
 
@@ -609,7 +615,7 @@ def test_hacking_stops_the_run_where_asked(
     calls = {"first": 0, "second": 0}
 
     def made_up(name: str, sign: int) -> Any:
-        def reward(images: Any, prompts: list[str], metadata: Any) -> Any:
+        def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
             calls[name] += 1
             return [sign * calls[name] + 0.1 * k for k in range(len(prompts))], {}
 

@@ -112,14 +112,15 @@ def test_kl_is_that_of_two_gaussians_by_its_weight(make: MakeTrainer):
     for kl in (0.5, 1.0):
         trainer = make(equal, kl=kl, batch_size=4)
         push(trainer)
-        transition = trainer.scheduler.transition
+        scheduler: Any = trainer.scheduler
+        transition = scheduler.transition
 
         def watch(*args: Any, transition: Any = transition) -> Any:
             mean, std = transition(*args)
             means.append((mean.detach(), std))
             return mean, std
 
-        trainer.scheduler.transition = watch
+        scheduler.transition = watch
         trainer.train()
         norms.append(trainer.history[0]["grad_norm"])
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3)

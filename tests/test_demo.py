@@ -34,7 +34,7 @@ def break_down(report: Report) -> None:
 
 def test_jobs_run_side_by_side_and_come_back_in_order() -> None:
     jobs = {name: (count_to, {"n": n}) for name, n in (("long", 30), ("short", 2), ("none", 0))}
-    assert run_side_by_side(jobs) == {"long": 30, "short": 2, "none": 0}  # pyright: ignore[reportArgumentType]
+    assert run_side_by_side(jobs) == {"long": 30, "short": 2, "none": 0}
 
 
 def test_a_job_that_fails_is_named_with_its_reason() -> None:

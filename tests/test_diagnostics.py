@@ -20,7 +20,7 @@ from listener_reward.evaluate.measure import Answers
 @pytest.fixture(scope="module")
 def record() -> Any:
     """`record(p_first, people)` is an evaluation of a judge that said so, a prompt a pair; more fields of `Answers`."""
-    base = evaluate(_Fixed(), load_pairs("tiny:id", limit=2), progress=False, swap_check=0)  # pyright: ignore
+    base = evaluate(_Fixed(), load_pairs("tiny:id", limit=2), progress=False, swap_check=0)
 
     def make(p_first: Any, people: Any, **more: Any) -> Any:
         p_first, people = np.asarray(p_first, float), np.asarray(people, float)

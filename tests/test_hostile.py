@@ -201,8 +201,8 @@ def made(source: Any, folder: Path) -> Any:
     return source(folder) if callable(source) else source
 
 
-def assert_is_an_answer(p: float) -> None:
-    assert math.isfinite(p)
+def assert_is_an_answer(p: float | None) -> None:
+    assert p is not None and math.isfinite(p)
     assert 0 < p < 1
 
 
@@ -302,7 +302,7 @@ def test_thoughts_of_any_text(judge, says):
 
 @pytest.mark.parametrize("broken", ["reasoner", "listener"])
 def test_nan_is_never_a_score(random_judge, broken):
-    judge = Judge.from_pretrained(random_judge, max_new_tokens=4)
+    judge: Any = Judge.from_pretrained(random_judge, max_new_tokens=4)
     with torch.no_grad():
         (judge.reasoner if broken == "reasoner" else judge.listener.vlm).model.lm_head.weight.fill_(math.nan)
     for call in (
@@ -413,7 +413,7 @@ def test_evaluate_only_ties_has_no_accuracy(judge, data):
     evaluation = evaluate(judge, load_pairs(data([{**ROW, "label": "tie"}] * 3)), progress=False, think=False)
     assert evaluation.n == evaluation.n_ties == 3
     assert evaluation.accuracy is None
-    assert math.isfinite(evaluation.nll)
+    assert evaluation.nll is not None and math.isfinite(evaluation.nll)
 
 
 def test_nothing_here_needs_a_warning(judge):

@@ -114,9 +114,11 @@ def test_sixteen_bits_are_scaled_and_not_cut():
 
 
 def test_mode_f_follows_the_rule_for_floats():
-    np.testing.assert_array_equal(pixels(to_pil(Image.fromarray(np.float32([[0, 0.2, 1]]))))[0, :, 0], [0, 51, 255])
+    np.testing.assert_array_equal(
+        pixels(to_pil(Image.fromarray(np.array([[0, 0.2, 1]], np.float32))))[0, :, 0], [0, 51, 255]
+    )
     with pytest.raises(InputError, match="divide by 255"):
-        to_pil(Image.fromarray(np.float32([[0, 51, 255]])))
+        to_pil(Image.fromarray(np.array([[0, 51, 255]], np.float32)))
 
 
 def transparent(mode: str) -> Image.Image:
@@ -176,7 +178,11 @@ def test_a_broken_exif_block_does_not_spoil_the_picture():
 
 @pytest.mark.parametrize(
     "image",
-    [np.uint8([[[9, 8, 7]]]), np.uint8([9, 8, 7]).reshape(3, 1, 1), encoded(Image.new("RGB", (1, 1), (9, 8, 7)))],
+    [
+        np.array([[[9, 8, 7]]], np.uint8),
+        np.array([9, 8, 7], np.uint8).reshape(3, 1, 1),
+        encoded(Image.new("RGB", (1, 1), (9, 8, 7))),
+    ],
 )
 def test_one_pixel(image):
     assert pixels(to_pil(image)).tolist() == [[[9, 8, 7]]]
@@ -331,8 +337,8 @@ def test_unreadable_images_are_refused_by_name(image, says):
         (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
         (torch.zeros(3, 8, 8, device="meta"), "tensor that numpy cannot hold"),
         (torch.zeros(3, 8, 8).to_sparse(), "tensor that numpy cannot hold"),
-        (Image.fromarray(np.int32([[-5, 9]])), "from -5 to 9"),
-        (Image.fromarray(np.int32([[0, 70000]])), "to 70000; scale it to 16 bits"),
+        (Image.fromarray(np.array([[-5, 9]], np.int32)), "from -5 to 9"),
+        (Image.fromarray(np.array([[0, 70000]], np.int32)), "to 70000; scale it to 16 bits"),
     ],
 )
 def test_arrays_of_the_wrong_kind_are_refused_by_name(array, says):

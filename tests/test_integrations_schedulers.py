@@ -92,6 +92,7 @@ def test_replayed_log_probabilities_are_the_recorded_ones(family: tuple[Any, Any
     def on_step(step: Step, output: Any) -> None:
         value, _, _ = replayed_log_prob(pipeline.scheduler, step, output)
         value.sum().backward()
+        assert step.log_prob is not None
         replayed.append((value.detach() - step.log_prob).abs().max())
         denoisers = [m for m in (getattr(pipeline, "unet", None), getattr(pipeline, "transformer", None)) if m]
         gradients.append(
@@ -119,9 +120,11 @@ def test_log_prob_is_the_gaussian_density_by_dimension():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_ddim_steps_are_those_of_diffusers_with_eta(prediction_type: str, clip: bool):
     """Against diffusers' own eta, its noise given as zeros for the mean."""
-    stock = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=clip)
+    kind: Any = diffusers.DDIMScheduler
+    stock = kind(prediction_type=prediction_type, clip_sample=clip)
     ours = log_prob_scheduler(stock, noise_level=0.6)
-    stock.set_timesteps(10), ours.set_timesteps(10)
+    stock.set_timesteps(10)
+    ours.set_timesteps(10)
     x, output = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     for index, timestep in enumerate(stock.timesteps[:-1]):
         mean, std = ours.transition(index, output, x)
@@ -153,16 +156,18 @@ def test_a_linspace_schedule_becomes_steps_that_meet():
     """DDIM's own "linspace" would go 166 down from each timestep where the next one begins 200 below."""
     released = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace")
     ours = log_prob_scheduler(released)
-    released.set_timesteps(6), ours.set_timesteps(6)
+    released.set_timesteps(6)
+    ours.set_timesteps(6)
     assert (ours.schedule - released.timesteps).abs().max() <= 1
     step = ours.config.num_train_timesteps // 6
     assert all(abs(int(a) - step - int(b)) <= 1 for a, b in zip(ours.schedule, ours.schedule[1:], strict=False))
 
 
 def test_cps_at_full_noise_is_diffusers_stochastic_sampling():
-    stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    stock: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     ours = log_prob_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), noise_level=1.0)
-    stock.set_timesteps(5), ours.set_timesteps(5)
+    stock.set_timesteps(5)
+    ours.set_timesteps(5)
     x, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     torch.manual_seed(0)
     expected = stock.step(v, stock.timesteps[0], x).prev_sample
@@ -180,9 +185,10 @@ def test_noisy_flow_steps_keep_the_marginals(dynamics: Any, tolerance: float):
     scheduler = log_prob_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), noise_level=0.7, dynamics=dynamics)
     assert isinstance(scheduler, LogProbFlowMatchScheduler)
     scheduler.set_timesteps(200)
+    sigmas: Any = scheduler.sigmas
     x0 = 2.0
     for index in range(60, 140):
-        s, after = float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1])
+        s, after = float(sigmas[index]), float(sigmas[index + 1])
         noise = torch.tensor([[-1.0], [1.0]])  # a deviation of 1 around 0
         mean, std = scheduler.transition(index, noise - x0, (1 - s) * x0 + s * noise)
         assert float(mean.mean()) == pytest.approx((1 - after) * x0, abs=1e-5)
@@ -210,7 +216,8 @@ def test_inverted_schedules_are_the_same_process():
     usual = log_prob_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
     inverted = log_prob_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     x, v = torch.randn(2, 3), torch.randn(2, 3)
-    usual.set_timesteps(6), inverted.set_timesteps(6)
+    usual.set_timesteps(6)
+    inverted.set_timesteps(6)
     for index in range(5):
         (mean, std), (other, other_std) = usual.transition(index, v, x), inverted.transition(index, -v, x)
         assert torch.allclose(mean, other, atol=1e-5) and std == pytest.approx(other_std, abs=1e-5)
@@ -292,16 +299,13 @@ def test_any_of_the_steps_can_be_replayed_and_the_prompts_are_encoded_once(
     options = {"num_inference_steps": 6, **tiny.FAMILIES["sd3"].call(True)}
     rollout = record(pipeline, PROMPTS, options, seeded(0))
     seen = []
+
+    def on_step(step: Step, output: Any) -> None:
+        assert step.log_prob is not None
+        seen.append((replayed_log_prob(pipeline.scheduler, step, output)[0] - step.log_prob).abs().max())
+
     for steps in (rollout.steps, rollout.steps[3:4], rollout.steps[1::2]):
-        replay(
-            pipeline,
-            rollout,
-            steps,
-            lambda step, output: seen.append(
-                (replayed_log_prob(pipeline.scheduler, step, output)[0] - step.log_prob).abs().max()
-            ),
-            grad=False,
-        )
+        replay(pipeline, rollout, steps, on_step, grad=False)
     assert len(seen) == 5 + 1 + 2 and max(seen) < 1e-4
     assert len(encoded) == 1
     assert "encode_prompt" not in vars(pipeline)

@@ -58,7 +58,7 @@ def test_the_bootstrap_worked_out_sample_by_sample():
     rights = np.concatenate([np.arange(c) < g for g, c in zip(got, could, strict=True)]).astype(float)
     samples = np.random.default_rng(7).integers(6, size=(500, 6))
     shares = [sum(got[k] for k in sample) / sum(could[k] for k in sample) for sample in samples]
-    expected = pytest.approx(np.quantile(shares, (0.025, 0.975)), abs=1e-12)
+    expected = pytest.approx(np.quantile(np.array(shares), (0.025, 0.975)), abs=1e-12)
     assert clustered_interval(rights, np.ones(24), prompts, resamples=500, seed=7) == expected
     # Against a judge that is never right, the difference is the share itself, drawn the same.
     found = paired_test((rights, np.ones(24)), (np.zeros(24), np.ones(24)), prompts, resamples=500, seed=7)

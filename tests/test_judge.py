@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, load_listener
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import ImageLike, to_pil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
@@ -57,8 +58,9 @@ def pairs() -> tuple[list[str], list[Image.Image], list[Image.Image]]:
     return [pair.wording for pair in pairs], list(firsts), list(seconds)
 
 
-def red(image: Image.Image) -> int:
-    return to_pil(image).getpixel((0, 0))[0]  # pyright: ignore[reportIndexIssue]
+def red(image: ImageLike) -> int:
+    pixel: Any = to_pil(image).getpixel((0, 0))
+    return pixel[0]
 
 
 class RedVLM:
@@ -133,7 +135,7 @@ def assert_mirrored(one: Verdict, other: Verdict) -> None:
         assert (yours.answer, mine.answer) in ((1, 2), (2, 1), (None, None))
         assert yours.p_first == 1 - mine.p_first
         assert mine.p_first == 1 - yours.p_first
-        assert yours.listener_p_first == 1 - mine.listener_p_first
+        assert mine.listener_p_first is not None and yours.listener_p_first == 1 - mine.listener_p_first
         assert yours.contradicted == mine.contradicted
 
 
@@ -286,7 +288,7 @@ class NaNVLM(RedVLM):
         return super().answer_logprobs(chats, prefixes, answers) * float("nan")
 
 
-def poison(vlm: TransformersVLM) -> None:
+def poison(vlm: Any) -> None:
     with torch.no_grad():
         vlm.model.lm_head.weight[3] = float("nan")
 
@@ -300,7 +302,7 @@ def test_a_broken_reasoner_is_no_score(random_judge, pairs, think):
 
 
 def test_a_broken_listener_is_no_score(random_judge, pairs):
-    judge = Judge.from_pretrained(random_judge)
+    judge: Any = Judge.from_pretrained(random_judge)
     poison(judge.listener.vlm)
     with pytest.raises(JudgeError, match="the listener gave NaN"):
         judge.compare(pairs[0][0], pairs[1][0], pairs[2][0])
@@ -359,7 +361,8 @@ def test_pickles_by_configuration(random_judge, pairs):
     pickled = pickle.dumps(judge)
     assert len(pickled) < 2000
     prompt, first, second = (column[0] for column in pairs)
-    for twin in (pickle.loads(pickled), copy.deepcopy(judge)):
+    twins: list[Any] = [pickle.loads(pickled), copy.deepcopy(judge)]
+    for twin in twins:
         assert (twin.seed, twin.think, twin.card, twin.reasoner.batch_size) == (5, True, judge.card, 3)
         assert twin.compare(prompt, first, second) == judge.compare(prompt, first, second)
 
@@ -389,7 +392,7 @@ def small_vlm(kind: str) -> TransformersVLM:
     """Random weights at the real patch and image sizes, and the tiny tokenizer's words."""
     tokenizer = build_tokenizer()
     vocabulary = tokenizer.get_vocab()
-    ids = {
+    ids: dict[str, Any] = {
         "image_token_id": vocabulary["<|image_pad|>"],
         "video_token_id": vocabulary["<|video_pad|>"],
         "vision_start_token_id": vocabulary["<|vision_start|>"],
@@ -441,7 +444,7 @@ def small_judge(request, tmp_path_factory) -> Judge:
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
     Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=6).save(folder)
-    judge = Judge.from_pretrained(folder, device="cpu", batch_size=8)
+    judge: Any = Judge.from_pretrained(folder, device="cpu", batch_size=8)
     assert judge.reasoner.model.config.model_type == request.param
     return judge
 
@@ -502,7 +505,7 @@ def test_evaluates_real_pictures_at_their_resolution(small_judge):
     assert evaluation.swap_checked == 4
     assert evaluation.malformed_rate is not None and evaluation.malformed_rate > 0.5  # random weights
     assert evaluation.accuracy is not None and 0 <= evaluation.accuracy <= 1
-    assert 0 < evaluation.nll < 3
+    assert evaluation.nll is not None and 0 < evaluation.nll < 3
     assert evaluation.listener_accuracy is not None
 
 

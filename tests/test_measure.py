@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from listener_reward.evaluate.measure import (
 )
 
 
-def answers(judge: list[float], people: list[float], **more: Any) -> Answers:
+def answers(judge: Sequence[float], people: Sequence[float], **more: Any) -> Answers:
     prompts = more.pop("prompts", range(len(judge)))
     return Answers(judge=np.array(judge, float), people=np.array(people, float), prompts=np.array(prompts), **more)
 

@@ -45,7 +45,7 @@ def test_a_prompt_that_no_tokenizer_could_read_is_refused(prompt):
 
 def test_a_pair_cannot_be_changed():
     with pytest.raises(AttributeError):
-        pair().p_first = 0.5  # type: ignore[misc]
+        pair().p_first = 0.5  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_importing_pairs_and_images_loads_no_model_library():

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_clip_and_pickscore_are_the_softmax_of_transformers_own_logits(
     firsts, seconds = [noise(0), noise(1, (64, 20))], [noise(2), noise(3)]
     judge = make(str(tiny_clip))
     verdicts = judge.compare_many(prompts, firsts, seconds)
-    model, processor = CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip)
+    model, processor = CLIPModel.from_pretrained(tiny_clip), cast("Any", CLIPProcessor).from_pretrained(tiny_clip)
     for verdict, prompt, first, second in zip(verdicts, prompts, firsts, seconds, strict=True):
         inputs: Any = processor(
             text=[prompt], images=[first, second], return_tensors="pt", padding=True, truncation=True, max_length=12
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path):
 
 
 @pytest.fixture
-def imscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def imscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package with imscore's layout and interface; its models score the mean red times the prompt's length."""
     package = tmp_path / "imscore" / "imreward"
     package.mkdir(parents=True)
@@ -279,7 +279,7 @@ def server() -> Iterator[Callable[[Answer], tuple[str, list[dict[str, Any]]]]]:
                 self.end_headers()
                 self.wfile.write(payload)
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:
                 pass
 
         started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
@@ -303,7 +303,7 @@ def pictures(body: dict[str, Any]) -> list[Image.Image]:
     return found
 
 
-def said(text: str | None, **more: Any) -> dict[str, Any]:
+def said(text: Any, **more: Any) -> dict[str, Any]:
     return {"choices": [{"message": {"role": "assistant", "content": text}, **more}]}
 
 
@@ -324,7 +324,7 @@ def test_both_orders_are_asked_and_put_together(server, shade):
     assert [v.p_first for v in verdicts] == [1.0, 0.0] and [v.preferred for v in verdicts] == [1, 2]
     assert len(requests) == 4 and {request["path"] for request in requests} == {"/v1/chat/completions"}
     assert {request["model"] for request in requests} == {"vlm"}
-    shown = sorted([tuple(image.getpixel((0, 0))[0] for image in pictures(request)) for request in requests])
+    shown = sorted([tuple(np.asarray(image)[0, 0, 0] for image in pictures(request)) for request in requests])
     assert shown == [(10, 90), (50, 200), (90, 10), (200, 50)]
     assert [(t.order, t.answer, t.p_first) for t in verdicts[1].thoughts] == [("as given", 2, 0.0), ("swapped", 2, 0.0)]
     assert verdicts[0].thoughts[0].text == "I see red."

@@ -57,7 +57,12 @@ def build(kind: str, **text_options: Any) -> Any:
         "temporal_patch_size": 2,
         "out_hidden_size": 64,
     }
-    ids = {"image_token_id": IMAGE, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13}
+    ids: dict[str, Any] = {
+        "image_token_id": IMAGE,
+        "video_token_id": 11,
+        "vision_start_token_id": 12,
+        "vision_end_token_id": 13,
+    }
     torch.manual_seed(0)
     if kind == "qwen2_5_vl":
         text |= {"rope_parameters": rope} | text_options

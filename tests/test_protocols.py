@@ -320,7 +320,12 @@ def test_people_s_shares_give_the_order_of_their_mean_ranks():
     shares = (ranks[:, firsts] < ranks[:, seconds]).mean(0)
     scores = [0.9, 0.1, 0.5, 0.2]
     credits = p.rank_correlation(
-        p.all_pairs(scores), shares - 0.5, np.zeros(6), firsts.tolist(), seconds.tolist(), "spearman"
+        p.all_pairs(scores),
+        shares - 0.5,
+        np.zeros(6),
+        firsts.astype(str).tolist(),
+        seconds.astype(str).tolist(),
+        "spearman",
     )
     assert credits.value == pytest.approx(spearmanr(scores, -ranks.mean(0)).statistic)
 
@@ -356,7 +361,8 @@ def test_the_agreement_of_people_on_the_hpdv2_pictures():
     for number, record in enumerate(records):
         ranks = np.array(record["annotator_ranks"])
         for one, other in combinations(ranks, 2):
-            ones.append(p.all_pairs(-one)), others.append(p.all_pairs(-other))
+            ones.append(p.all_pairs(-one))
+            others.append(p.all_pairs(-other))
             prompts.append(np.full(len(ones[-1]), number))
             expected.append((kendalltau(one, other).statistic + 1) / 2)
         for person in range(len(ranks)):

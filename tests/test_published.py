@@ -128,7 +128,7 @@ def test_videogen_by_dimension():
 
 def test_mmrb2_counts_both_orders(tmp_path: Path):
     shutil.copy(FIXTURES / "mmrb2_t2i.json", tmp_path / "t2i.json")
-    pairs = load_pairs(f"mmrb2:{tmp_path}", check_images=False)
+    pairs: Any = load_pairs(f"mmrb2:{tmp_path}", check_images=False)
     by_id = {row["id"]: row for row in pairs}
     votes = {
         name: (row["votes_first"], row["votes_second"])[:: -1 if row["swapped"] else 1] for name, row in by_id.items()

@@ -667,7 +667,8 @@ def test_a_browser_is_looked_for_in_playwright_s_cache(tmp_path: Path, monkeypat
     assert browser.find_chromium() is None
     program = tmp_path / "cache/chromium-1200/chrome-linux/chrome"
     program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\n"), program.chmod(0o755)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
     assert browser.find_chromium() == str(program)
     monkeypatch.setenv("CHROMIUM", str(tmp_path / "gone"))
     assert browser.find_chromium() is None, "what is named and not there is not replaced by another"

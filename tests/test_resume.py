@@ -33,7 +33,8 @@ Train = Callable[..., Result]
 
 
 def result_of(trainer: ListenerGRPOTrainer) -> Result:
-    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    model: Any = trainer.model
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return weights, [
         {name: value for name, value in entry.items() if name not in CLOCK} for entry in trainer.state.log_history
     ]

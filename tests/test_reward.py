@@ -167,7 +167,7 @@ def test_reads_what_trainers_send(FakeJudge, make):
 
 
 def test_numpy_strings_are_prompts(FakeJudge, shade):
-    scores, _ = ListenerReward(FakeJudge())([shade(0), shade(9)], np.array(["a", "a"]))
+    scores, _ = ListenerReward(FakeJudge())([shade(0), shade(9)], np.array(["a", "a"]))  # pyright: ignore[reportArgumentType]
     assert scores[1] > scores[0]
 
 
@@ -222,7 +222,7 @@ def test_refuses_a_configuration_that_makes_no_sense(FakeJudge, options, words):
 
 def test_refuses_what_is_no_judge():
     with pytest.raises(InputError, match="judge is a int"):
-        ListenerReward(3)  # type: ignore[arg-type]
+        ListenerReward(3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("reference", [{"b": 1}, lambda prompt: None])
@@ -326,7 +326,7 @@ def test_its_state_is_the_images_it_has_kept(FakeJudge, shade, tmp_path):
     assert reward.state_dict()["references"].keys() == {"a", "b"}, "a copy: calls of the other do not reach it"
     for state in (None, {}, {"references": {"a": "an image"}}, {"references": [b""]}):
         with pytest.raises(InputError, match="state_dict"):
-            other.load_state_dict(state)  # type: ignore[arg-type]
+            other.load_state_dict(state)  # pyright: ignore[reportArgumentType]
 
 
 def test_pickles_by_its_configuration_without_the_judge(loads, shade):

@@ -138,7 +138,7 @@ def test_published_sets_take_scores_by_prompt_and_image(write, tmp_path, columns
     lines = [{name: line[name] for name in (*columns, "image", "score")} for line in lines]
     record = evaluate_scores(read_scores(write(lines)), pairs)
     assert (record.missing, record.protocols[0].value, record.accuracy) == (0, 1.0, 1.0)
-    margins = np.where(pairs["swapped"], -1, 1) * record.answers.judge  # pyright: ignore[reportOptionalMemberAccess]
+    margins = np.where(pairs["swapped"], -1, 1) * record.answers.judge
     assert margins.tolist() == [1.0, 5.0]
 
 
@@ -271,7 +271,8 @@ def test_one_annotator_as_a_model_of_all_ten(write):
 
 
 def test_a_streamed_data_set_gives_the_same(write, tmp_path, shade):
-    shade(9).save(tmp_path / "a.png"), shade(1).save(tmp_path / "b.png")
+    shade(9).save(tmp_path / "a.png")
+    shade(1).save(tmp_path / "b.png")
     row = {"image_first": "a.png", "image_second": "b.png"}
     rows = [row | {"prompt": f"p{k % 4}", "p_first": k / 20, "id": f"n{k}"} for k in range(21)]
     data = str(write(rows, "pairs.jsonl"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -35,7 +36,7 @@ def test_examples_answer_as_most_people_do_and_leave_ties_out(random_judge: Path
     card = Card.load(random_judge)
     pairs = load_pairs("tiny:train", limit=4).remove_columns(["p_first", "source"])
     pairs = pairs.add_column("p_first", [1.0, 0.5, 0.49, 0.51])
-    examples = as_examples(pairs, card, frozenset())
+    examples: Any = as_examples(pairs, card, frozenset())
     said = [row["completion"][0]["content"][0]["text"] for row in examples]
     assert said == [f"<think></think><answer>{answer}</answer>" for answer in (1, 2, 1)]
     assert [image.mode for row in examples for image in row["images"]] == ["RGB"] * 6

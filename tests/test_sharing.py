@@ -65,9 +65,10 @@ def train(judge: Path, config: Any, pairs: Dataset, lora: bool = False) -> tuple
         torch.manual_seed(3)
         peft = LoraConfig(target_modules=LORA_TARGETS, r=4, init_lora_weights=False)
     trainer = ListenerGRPOTrainer(judge, config, pairs, peft_config=peft, callbacks=[Gradients()])
-    if trainer.ref_model is not None:
+    reference: Any = trainer.ref_model
+    if reference is not None:
         torch.manual_seed(4)
-        for weight in trainer.ref_model.parameters():
+        for weight in reference.parameters():
             weight.data += 0.02 * torch.randn_like(weight)
     rollout, logprobs = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
 
@@ -196,8 +197,9 @@ def test_rollouts_encode_images_in_the_precision_of_stock_trl(
     for name, switches in {"shared": {}, "stock": ALL_OFF}.items():
         trainer = ListenerGRPOTrainer(formed_judge, grpo_config(max_steps=1, bf16=True, **switches), tiny_pairs)
         dtypes: list[Any] = []
-        linear = trainer.model.model.visual.merger.mlp[0]
-        language = trainer.model.model.language_model.layers[0].mlp.up_proj
+        model: Any = trainer.model
+        linear = model.model.visual.merger.mlp[0]
+        language = model.model.language_model.layers[0].mlp.up_proj
         linear.register_forward_hook(lambda *call, to=dtypes: to.append(("vision", call[2].dtype)))
         language.register_forward_hook(lambda *call, to=dtypes: to.append(("language", call[2].dtype)))
         trainer.train()
@@ -277,7 +279,7 @@ def test_a_step_of_a_qwen3_vl_is_that_of_stock_trl(
     qwen3_judge: Path, tiny_pairs: Dataset, grpo_config: Config, monkeypatch, lora: bool
 ):
     # What random weights write is never well-formed: here all of it is, and its words decide which answer it gives.
-    monkeypatch.setattr(rewards, "parse", lambda text, _: Trace(text, 1 + len(text) % 2))
+    monkeypatch.setattr(rewards, "parse", lambda text, _: Trace(text, 2 if len(text) % 2 else 1))
     options = {"max_steps": 1, "scale_rewards": "none", "reward_weights": [1, 1, 1], "beta": 0.1, "token_budget": 150}
     trainer, ours = train(qwen3_judge, grpo_config(**options), tiny_pairs, lora)
     _, stock = train(qwen3_judge, grpo_config(**(options | ALL_OFF)), tiny_pairs, lora)
@@ -296,7 +298,8 @@ def test_the_work_is_done_once(formed_judge: Path, tiny_pairs: Dataset, grpo_con
         def counted(module: Any, args: Any, kwargs: Any, count: list[int] = count) -> None:
             count[0] += len(args[0] if args else kwargs["hidden_states"])
 
-        trainer.model.model.visual.register_forward_pre_hook(counted, with_kwargs=True)
+        model: Any = trainer.model
+        model.model.visual.register_forward_pre_hook(counted, with_kwargs=True)
         trainer.train()
         patches[name] = count[0]
     assert patches["stock"] == 4 * patches["shared"] > 0, "groups of four"
@@ -317,8 +320,8 @@ def test_the_language_model_reads_a_prompt_once(formed_judge: Path, tiny_pairs: 
 
 def prompt_lengths(trainer: ListenerGRPOTrainer, pairs: Dataset) -> list[int]:
     """Tokens of each pair's prompt, with two images of nine."""
-    template = trainer.processing_class.apply_chat_template  # pyright: ignore
-    tokenizer = trainer.processing_class.tokenizer  # pyright: ignore
+    processor: Any = trainer.processing_class
+    template, tokenizer = processor.apply_chat_template, processor.tokenizer
     messages = [trainer.card.format.messages(prompt, frozenset()) for prompt in pairs["prompt"]]
     texts = [template(chat, tokenize=False, add_generation_prompt=True) for chat in messages]
     return [len(tokenizer(text)["input_ids"]) + 2 * (9 - 1) for text in texts]
@@ -331,13 +334,14 @@ def test_a_token_budget_bounds_every_pass(formed_judge: Path, tiny_pairs: Datase
     def run(budget: int) -> list[tuple[int, bool]]:
         heard.clear()
         config = grpo_config(max_steps=1, token_budget=budget)
-        listener = load_listener(str(formed_judge), Card.load(formed_judge), token_budget=budget)
+        listener: Any = load_listener(str(formed_judge), Card.load(formed_judge), token_budget=budget)
         count = lambda _, __, kwargs: heard.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
         hook = listener.vlm.model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
         trainer = ListenerGRPOTrainer(formed_judge, config, tiny_pairs, listener=listener)
         assert trainer.listener is listener
         passes: list[tuple[int, bool]] = []
-        trainer.model.model.language_model.register_forward_pre_hook(
+        model: Any = trainer.model
+        model.model.language_model.register_forward_pre_hook(
             lambda _, __, kwargs: passes.append((kwargs["inputs_embeds"].shape[1], torch.is_grad_enabled())),
             with_kwargs=True,
         )
@@ -392,10 +396,11 @@ def test_split_rows_keep_the_activations_of_one(
             grads.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
         trainer._compute_loss = counted
-        trainer.create_optimizer().register_step_pre_hook(keep)  # pyright: ignore
+        trainer.create_optimizer().register_step_pre_hook(keep)
         trainer.train()
         kept[budget], found[budget] = size[0], grads
-    weights = sum(p.numel() for p in trainer.model.parameters())  # saved for the products of each pass that is kept
+    model: Any = trainer.model
+    weights = sum(p.numel() for p in model.parameters())  # saved for the products of each pass that is kept
     assert kept[1] - weights < (kept[16384] - weights) / 2
     apart = sum((found[1][name] - grad).norm() ** 2 for name, grad in found[16384].items()) ** 0.5
     assert apart <= 1e-5 * sum(grad.norm() ** 2 for grad in found[16384].values()) ** 0.5
@@ -555,7 +560,7 @@ def test_each_reason_to_fall_back_is_said(
 
 def test_a_listener_that_cannot_share_says_so(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, caplog):
     with caplog.at_level(logging.WARNING, "listener_reward"):
-        listener = load_listener(str(formed_judge), Card.load(formed_judge), attn_implementation="eager")
+        listener: Any = load_listener(str(formed_judge), Card.load(formed_judge), attn_implementation="eager")
     assert "every chat pays for its own prompt, because the model was loaded with attn_implementation='eager'" in (
         caplog.text
     )
@@ -624,9 +629,11 @@ def test_groups_stay_together_and_the_random_numbers_are_those_of_trl():
         "number": torch.tensor(3),
     }
     torch.manual_seed(0)
-    ours, after = shuffle_groups(batch), torch.rand(1)
+    ours: Any = shuffle_groups(batch)
+    after = torch.rand(1)
     torch.manual_seed(0)
-    stock, after_stock = shuffle_sequence_dict(batch), torch.rand(1)
+    stock: Any = shuffle_sequence_dict(batch)
+    after_stock = torch.rand(1)
     assert torch.equal(after, after_stock)
     assert sorted(ours["row"].tolist()) == list(range(12)) and ours["row"].tolist() != list(range(12))
     assert all(len(set(ours["prompt_ids"][i : i + 4, 0].tolist())) == 1 for i in (0, 4, 8))

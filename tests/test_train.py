@@ -39,7 +39,8 @@ Config = Callable[..., ListenerGRPOConfig]
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    model: Any = trainer.model
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -93,7 +94,7 @@ def test_completions_are_kept_with_ids_and_not_printed(
     labels = dict(zip(tiny_pairs["id"], tiny_pairs["p_first"], strict=True))
     assert [labels[pair] for pair in table["id"]] == list(table["p_first"])
     assert len(table) == 8 and set(table["id"].value_counts()) == {4}
-    heard = table[table["format"] == 1]
+    heard: Any = table[table["format"] == 1]
     confidence = 1 - (heard["listener_p_first"] - heard["p_first"]).abs()
     assert confidence.to_numpy() == pytest.approx(heard["listener"].to_numpy(), abs=1e-6)
 
@@ -270,7 +271,7 @@ class BreaksOn:
 def fragile(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config) -> ListenerGRPOTrainer:
     """A trainer whose listener is sound when asked first, and can be broken afterwards."""
     card = Card.load(formed_judge)
-    listener = load_listener(str(card.listener), card, device="cpu")
+    listener: Any = load_listener(str(card.listener), card, device="cpu")
     listener.vlm = BreaksOn(listener.vlm)
     return ListenerGRPOTrainer(formed_judge, grpo_config(max_steps=4), tiny_pairs, listener=listener)
 
@@ -278,7 +279,8 @@ def fragile(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config) -> Lis
 def test_a_listener_that_breaks_on_some_pairs_does_not_stop_the_run(
     fragile: ListenerGRPOTrainer, tiny_pairs: Dataset, start: dict[str, torch.Tensor]
 ):
-    fragile.listener.vlm.breaks = lambda text: tiny_pairs[0]["prompt"] in text
+    listener: Any = fragile.listener
+    listener.vlm.breaks = lambda text: tiny_pairs[0]["prompt"] in text
     with pytest.warns(UserWarning, match="left out of their groups"):
         fragile.train()
     log = metrics(fragile)
@@ -292,7 +294,8 @@ def test_a_listener_that_breaks_for_good_leaves_the_weights_alone(
     fragile: ListenerGRPOTrainer, start: dict[str, torch.Tensor]
 ):
     """Only malformed completions still have a reward, zero, and so no advantage over one another."""
-    fragile.listener.vlm.breaks = lambda text: True
+    listener: Any = fragile.listener
+    listener.vlm.breaks = lambda text: True
     with pytest.warns(UserWarning, match="left out of their groups"):
         fragile.train()
     assert fragile.state.global_step == 4

@@ -30,6 +30,9 @@ class ParrotVLM:
     def generate(self, *_: Any, **__: Any) -> list[str]:
         raise AssertionError("a listener does not speak")
 
+    def read(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("no weight is put on how likely the thought was")
+
     def answer_logprobs(self, chats: Any, prefixes: Any, answers: Any) -> torch.Tensor:
         said = [float(re.findall(r"nan|[0-9.]+", prefix)[0]) for prefix in prefixes]
         self.heard.append(said)

@@ -20,7 +20,7 @@ from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
 from listener_reward.trace import Trace
-from listener_reward.verdict import Mode
+from listener_reward.verdict import Aggregate, Mode
 
 RED, DARK, BLUE = (Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (100, 0, 0), (0, 0, 255)))
 
@@ -153,7 +153,7 @@ def said(*supports: float, flipped: bool = False) -> list[Answer]:
 
 
 def test_certain_by_hand():
-    def certain(answers, remaining, aggregate="mean", **calibration):
+    def certain(answers, remaining, aggregate: Aggregate = "mean", **calibration):
         mode = Mode(thoughts=len(answers) + remaining, aggregate=aggregate, orders="one", early_stop=1.0)
         return settled(answers, mode, Calibration(**calibration))
 

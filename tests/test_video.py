@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -363,15 +364,15 @@ def test_an_avif_picture_is_no_video(tmp_path, kind):
 @pytest.mark.parametrize("size", [(48, 32), (1280, 720), (720, 1280), (3, 3000)])
 def test_a_storyboard_holds_its_frames_in_reading_order(n, size):
     values = [10 + 12 * k for k in range(n)]
-    board = storyboard(shades(values, size))
+    board: Any = storyboard(shades(values, size))
     assert max(board.size) <= 2048
     rows = math.isqrt(n)
     columns = math.ceil(n / rows)
     width, height = (board.width + 4) // columns, (board.height + 4) // rows
     corners = [(k % columns * width, k // columns * height) for k in range(n)]
-    assert [board.getpixel(corner)[0] for corner in corners] == values  # pyright: ignore[reportIndexIssue]
+    assert [board.getpixel(corner)[0] for corner in corners] == values
     ends = [(left + width - 5, top + height - 5) for left, top in corners]
-    assert [board.getpixel(corner)[0] for corner in ends] == values  # pyright: ignore[reportIndexIssue]
+    assert [board.getpixel(corner)[0] for corner in ends] == values
 
 
 def test_frames_that_fit_are_kept_to_the_pixel():
@@ -500,7 +501,7 @@ def test_clips_are_judged_by_whom_the_card_says(clips):
 
 
 def test_clip_puts_all_frames_of_a_side_into_the_chat():
-    judge = judge_of(lambda one, other: 0.5, lambda one, other: 0.5).with_clips("clip")
+    judge: Any = judge_of(lambda one, other: 0.5, lambda one, other: 0.5).with_clips("clip")
     judge.compare("a", clip_of(shades([10, 20, 30])), clip_of(shades([40, 50, 60])))
     for chat in (judge.reasoner.chats[0], judge.listener.vlm.chats[0]):
         blocks = [block["type"] for turn in chat.messages if turn["role"] == "user" for block in turn["content"]]
@@ -652,7 +653,7 @@ def large_random_judge(tmp_path_factory) -> Path:
     images = processor.image_processor
     images.patch_size, images.size = 14, {"shortest_edge": 56 * 56, "longest_edge": 320 * 28 * 28}
     torch.manual_seed(0)
-    configuration = build_model(processor.tokenizer).config
+    configuration: Any = build_model(processor.tokenizer).config
     configuration.vision_config.patch_size = 14
     Qwen2_5_VLForConditionalGeneration(configuration).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -57,12 +57,18 @@ def judge(request, tmp_path_factory) -> Judge:
     token = tokenizer.get_vocab()
     names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
     words = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    ids = {f"{name}_id": token[word] for name, word in zip(names, words, strict=True)}
+    ids: dict[str, Any] = {f"{name}_id": token[word] for name, word in zip(names, words, strict=True)}
     text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
     text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
     torch.manual_seed(0)
     model: Any
     if request.param == "qwen3_vl":
@@ -164,7 +170,7 @@ def test_a_checkpoints_own_limits_are_read_and_saved(judge, tmp_path):
     assert load_processor_of(judge, tmp_path).video_processor.config["size"]["longest_edge"] == 54321
 
 
-def load_processor_of(judge: Judge, folder: Any) -> Any:
+def load_processor_of(judge: Any, folder: Any) -> Any:
     judge.reasoner.model.config.save_pretrained(folder)
     return load_processor(folder)
 

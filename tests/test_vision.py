@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_digest_tells_size_from_content():
 
 
 def test_ranking_n_images_encodes_n_images(random_judge):
-    judge = Judge.from_pretrained(random_judge, device="cpu")
+    judge: Any = Judge.from_pretrained(random_judge, device="cpu")
     judge.rank("two red circles", [picture(seed) for seed in range(5)])
     assert judge.reasoner.features.encoded == 5, "in ten pairs, both orders, to think and to answer"
     assert judge.listener.vlm.features.encoded == 5

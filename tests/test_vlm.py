@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_the_budget_of_tokens_splits_thoughts_and_prompts(random_judge, chats):
 
 def test_the_judge_hands_on_how_its_models_run(random_judge):
     options = {"batch_size": 3, "shared_prefix": False, "token_budget": 77, "vision_bytes": 1000}
-    judge = Judge.from_pretrained(random_judge, device="cpu", **options)
+    judge: Any = Judge.from_pretrained(random_judge, device="cpu", **options)
     for vlm in (judge.reasoner, judge.listener.vlm):
         assert (vlm.batch_size, vlm.shared_prefix, vlm.token_budget, vlm.features.max_bytes) == (3, False, 77, 1000)
     again = pickle.loads(pickle.dumps(judge))

@@ -12,7 +12,11 @@ import tempfile
 import numpy as np
 import tiny_pipelines
 from accelerate import PartialState
-from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from trl import (  # an older release than what is checked here
+    DDPOConfig,  # pyright: ignore[reportAttributeAccessIssue]
+    DDPOTrainer,  # pyright: ignore[reportAttributeAccessIssue]
+    DefaultDDPOStableDiffusionPipeline,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from listener_reward.integrations.trl import ddpo_reward
 

@@ -105,7 +105,7 @@ def run(name: str, seed: int, folder: Path, **changes: Any) -> None:
     curve = {0: evaluate(load_pipeline())}
     for epoch, checkpoint in tqdm(checkpoints(folder / "checkpoints").items(), "evaluating"):
         pipeline = load_pipeline()
-        pipeline.load_lora_weights(checkpoint)
+        pipeline.load_lora_weights(str(checkpoint))
         curve[epoch] = evaluate(pipeline)
     result = {"reward": name, "seed": seed, "seconds": seconds, "settings": settings, "utility": curve}
     (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -176,7 +176,7 @@ def curve(results: list[dict[str, Any]]) -> Figure:
 def before_and_after(folder: Path) -> Image.Image:
     """Two rows for each of three held-out prompts: the base's pictures, and the trained model's from the same seeds."""
     base, trained = load_pipeline(), load_pipeline()
-    trained.load_lora_weights(folder)
+    trained.load_lora_weights(str(folder))
     shown = [p for text in prompts(held=True)[::4] for model in (base, trained) for p in pictures(model, text, 8)]
     return grid(shown)
 

@@ -85,7 +85,7 @@ def main() -> None:
         loaded, before = time.perf_counter(), peak()
         gallery = Gallery("redder")
         watch = gallery.add if options.html else None
-        record = evaluate(Redder(), pairs, progress=False, watch=watch)  # pyright: ignore[reportArgumentType]
+        record = evaluate(Redder(), pairs, progress=False, watch=watch)
         if options.html:
             row = record.to_dict() | {"model": "redder", "split": record.data, "diagnostics": diagnose(record)}
             write_report(options.html, {"title": "redder", "table": [row], "pairs": gallery.pairs})
