@@ -63,7 +63,7 @@ def test_dance_grpo_scripts_of_hpsv3_need_no_change_in_their_loop(FakeJudge, sha
     reward_model, all_rewards = ListenerScorer(FakeJudge()), []
     for index, red in enumerate(REDS):
         shade(red).save(tmp_path / f"flux_0_{index}.png")
-        hps_score = reward_model.reward([str(tmp_path / f"flux_0_{index}.png")], ["a"])
+        hps_score: Any = reward_model.reward([str(tmp_path / f"flux_0_{index}.png")], ["a"])
         if hps_score.ndim == 2:
             hps_score = hps_score[:, 0]
         all_rewards.append(hps_score)
@@ -75,7 +75,7 @@ def test_dance_grpo_scores_are_where_the_host_gathers_them(FakeJudge, shade, tmp
     shade(3).save(tmp_path / "a.png")
     for red in REDS:
         scorer.add(shade(red), "a")
-    given = (scorer.collect(), scorer(shade(3), "a"), scorer.reward([str(tmp_path / "a.png")], ["a"]))
+    given: Any = (scorer.collect(), scorer(shade(3), "a"), scorer.reward([str(tmp_path / "a.png")], ["a"]))
     assert [one.device.type for one in given] == ["meta"] * 3
     assert ListenerScorer(FakeJudge(), device=1).device == torch.device("cuda:1")
 

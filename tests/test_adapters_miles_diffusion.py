@@ -66,7 +66,8 @@ def test_miles_diffusion_by_url_takes_the_scheme_and_refuses_what_is_the_servers
             miles_host(listener_rm(url), group)
         for option in ("device", "reference", "on_failure", "thoughts", "grup_size"):
             with pytest.raises(InputError, match=f"{option}: no option for a URL, which takes scheme, timeout"):
-                listener_rm(url, **{option: "x"})
+                options: dict[str, Any] = {option: "x"}
+                listener_rm(url, **options)
 
 
 def test_miles_diffusion_image_that_cannot_be_read_keeps_no_neighbour_from_its_group(FakeJudge):

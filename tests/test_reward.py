@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -443,7 +444,8 @@ def test_what_is_no_file_of_references_is_named(FakeJudge, shade, tmp_path):
         with pytest.raises(InputError, match=r"state .* cannot be opened"):
             ListenerReward(FakeJudge(), scheme="reference", state=path)
     reward = ListenerReward(FakeJudge(), scheme="reference", state=tmp_path / "b.db")
-    reward._kept._connection.execute('DROP TABLE "references"')
+    kept: Any = reward._kept
+    kept._connection.execute('DROP TABLE "references"')
     with pytest.raises(JudgeError, match="references cannot be kept"):
         reward([shade(3)], ["a"])
 

@@ -37,7 +37,7 @@ Batch = dict[str, list[Any]]
 
 def batches_of(pairs: datasets.Dataset | datasets.IterableDataset, size: int) -> Iterator[Batch]:
     """The rows of a data set, `size` at a time, nothing decoded."""
-    return iter(pairs.iter(batch_size=size))  # pyright: ignore[reportReturnType] - without a format it gives dicts
+    return iter(pairs.iter(batch_size=size))  # dicts, for no format is set
 
 
 def shown(batches: Iterable[Batch], labels: Labels | None = None) -> Iterator[Batch]:

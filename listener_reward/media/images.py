@@ -95,8 +95,9 @@ def identity(image: ImageLike) -> str:
     """
     if isinstance(image, Mapping):
         content = _content(image)
-        embedded = isinstance(content, bytes | bytearray | memoryview)
-        return hashlib.sha256(content).hexdigest() if embedded else str(content)
+        if isinstance(content, bytes | bytearray | memoryview):
+            return hashlib.sha256(cast("bytes", content)).hexdigest()
+        return str(content)
     return to_picture(image).digest.hex()
 
 

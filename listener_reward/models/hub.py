@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,15 @@ from listener_reward.files import quoted
 EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
 
-_JSON = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
-_JSON += ("video_preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+_JSON = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
 
 
 def resolve(name: str | Path) -> str:
@@ -59,7 +66,7 @@ def hub_options(name: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loading(name: str | Path) -> Iterator[None]:
+def loading(name: str | Path) -> Generator[None]:
     """Around a library's call that reads the checkpoint `name`: its complaint becomes one `InputError`.
 
     Only what libraries raise of files is taken for a fault of the files. A `TypeError` or an `AttributeError` is a bug,
@@ -92,7 +99,7 @@ def _check_json(name: str | Path) -> None:
     """
     for path in (Path(name, file) for file in _JSON):
         try:
-            saved = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else {}
+            saved: Any = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else {}
         except ValueError:  # no JSON, or no text at all, which transformers says itself
             continue
         if not isinstance(saved, dict):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations import sdpa_attention
-from transformers.masking_utils import sdpa_mask
 
 from listener_reward.errors import InputError
 
@@ -448,8 +447,8 @@ def _attention(
     return layout.attend(module, query, key, value, scaling), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+cast("Any", AttentionInterface).register(ATTENTION, _attention)
+cast("Any", AttentionMaskInterface).register(ATTENTION, cast("Any", masking_utils).sdpa_mask)
 
 
 def base_model(model: Any) -> Any:
