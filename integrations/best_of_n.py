@@ -17,7 +17,6 @@ from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from listener_reward.errors import InputError, JudgeError
@@ -183,6 +182,8 @@ def _sample(pipeline: Any, prompt: str, seeds: Sequence[int], batch_size: int, c
         raise InputError(
             f"pipeline is a {type(pipeline).__name__}, whose call has no generator; give a diffusers pipeline"
         )
+    import torch  # the pipeline's own, so that the rest of this module needs none
+
     samples: list[Any] = []
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]

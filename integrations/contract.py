@@ -52,7 +52,7 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
             already made, or `on_failure="group-mean"` in a host that scatters groups, unless the scheme is `group`.
     """
     if isinstance(reward, str) and "://" in reward:
-        from .serving.client import RemoteReward
+        from listener_reward.remote import RemoteReward
 
         if others := [name for name in options if name not in CLIENT_OPTIONS]:
             raise InputError(

@@ -27,9 +27,7 @@ train_grpo_qwenimage_edit.py hands over no source image, so nothing here can ref
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
@@ -38,6 +36,9 @@ from listener_reward.pairs import check_prompts
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ListenerScorer:
@@ -49,6 +50,8 @@ class ListenerScorer:
             reward, options: as in `contract.as_reward`; the scheme is `auto`: groups, and else the reference.
             device: where the host wants its tensors: NCCL gathers none of the CPU's. A number is a GPU's.
         """
+        import torch  # the host's
+
         self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         wanted = None if self.device.type == "cpu" else self.device
         self._scorer = as_reward(reward, options, scheme="auto", device=wanted)
@@ -66,6 +69,8 @@ class ListenerScorer:
             InputError: nothing was added.
             JudgeError: the judge broke. What was added is forgotten either way, so the next group starts afresh.
         """
+        import torch
+
         added, self._added = self._added, []
         if not added:
             raise InputError("nothing was added; call add(image, caption) for each image of the group")
@@ -76,6 +81,8 @@ class ListenerScorer:
 
     def __call__(self, image: Any, caption: str, device: str | int | torch.device | None = None) -> torch.Tensor:
         """The score of one image against the first one of its caption: float32 `(1,)`, 0 for that first one."""
+        import torch
+
         scores, _ = score(self._scorer, [image], [caption])
         return torch.as_tensor(scores, device=self.device if device is None else device)
 
@@ -90,6 +97,8 @@ class ListenerScorer:
         verdict and not three, so `VQ`, `MQ`, `TA` and `Overall` are all of them its score: set the host's weights of
         all but one to 0. The host turns an exception of this call into -1 for the sample.
         """
+        import torch
+
         check_prompts(prompts, len(paths))
         scores, _ = score(
             self._scorer, [as_picture(path, field=f"paths[{i}]") for i, path in enumerate(paths)], prompts

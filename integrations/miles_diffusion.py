@@ -20,8 +20,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import torch
-
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
 from listener_reward.pairs import check_prompts
@@ -90,6 +88,8 @@ def _picture(sample: Any, position: int) -> Any:
     """
     field = f"samples[{position}].generated_output"
     pixels = getattr(sample, "generated_output", None)
+    import torch  # the host's
+
     if not isinstance(pixels, torch.Tensor):
         raise InputError(f"{field} is a {type(pixels).__name__}; it has to be a tensor: was the sample generated?")
     pixels = pixels.detach().cpu()

@@ -17,15 +17,16 @@ the reward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "listener"
 
@@ -50,6 +51,8 @@ class ListenerDispatcher:
             host: the host's dispatcher, if other rewards are asked for beside this one.
             modality: "image", or "video" for files of videos, each judged as a storyboard.
         """
+        import torch  # the host's
+
         if modality not in ("image", "video"):
             raise InputError(f"modality is {modality!r}; choose 'image' or 'video'")
         self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
@@ -72,6 +75,8 @@ class ListenerDispatcher:
                 rewards have no pair either), or a judge that broke. The host's rewards raise `ValueError` likewise, and
                 so stop the step.
         """
+        import torch
+
         others = {name: items for name, items in reward_inputs.items() if name != NAME}
         tensors, logged = self.host.compute_rewards(others) if others and self.host else ({}, {})
         if others and not self.host:

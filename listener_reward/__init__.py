@@ -1,7 +1,7 @@
 """An image-preference judge that thinks, is checked by a listener, and serves as a reward for image generators.
 
     reward = ListenerReward("tiny")
-    scores, info = reward(images, prompts)
+    scores, info = reward(images, prompts)    # or RemoteReward("http://127.0.0.1:8300"), of `listener-reward serve`
 
     judge = Judge.from_pretrained("tiny")
     verdict = judge.compare(prompt, first, second)
@@ -19,12 +19,22 @@ if TYPE_CHECKING:
     from listener_reward.judge import Judge
     from listener_reward.pairs import PreferencePair
     from listener_reward.ranking import Ranking
+    from listener_reward.remote import RemoteReward
     from listener_reward.reward import ListenerReward
     from listener_reward.verdict import Verdict
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "Judge", "JudgeError", "ListenerReward", "PreferencePair", "Ranking", "Verdict"]
+__all__ = [
+    "InputError",
+    "Judge",
+    "JudgeError",
+    "ListenerReward",
+    "PreferencePair",
+    "Ranking",
+    "RemoteReward",
+    "Verdict",
+]
 
 _HOME = {
     "InputError": "errors",
@@ -33,6 +43,7 @@ _HOME = {
     "ListenerReward": "reward",
     "PreferencePair": "pairs",
     "Ranking": "ranking",
+    "RemoteReward": "remote",
     "Verdict": "verdict",
 }
 

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "data": ("datasets",),
+    "judge": ("torch", "transformers", "tokenizers", "safetensors"),
+    "train": ("torch", "transformers", "datasets", "trl", "peft", "accelerate"),
+    "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),
+}
+"""What has to be importable for each extra, in the order in which a missing package is named."""
+
 
 class InputError(ValueError):
     """What the caller gave cannot be used. The message names the field, the value and the fix."""
@@ -13,6 +24,17 @@ class JudgeError(RuntimeError):
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed. The message holds the pip line that installs it."""
+
+
+def missing(extra: str, what: str) -> MissingExtraError | None:
+    """The error that `what` cannot be had, in one line, where a package of `extra` is not installed; else None.
+
+    A module raises it before it imports those packages. One that is installed and broken still shows its own error.
+    """
+    for package in EXTRAS[extra]:
+        if find_spec(package) is None:
+            return MissingExtraError(f'{what} needs {package}: pip install "listener-reward[{extra}]"')
+    return None
 
 
 class UnknownWordsWarning(UserWarning):

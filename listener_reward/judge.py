@@ -10,6 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a judge in this process"):
+    raise fault
+
 import torch
 
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
@@ -430,7 +435,7 @@ class Judge:
             for number in range(thoughts):
                 key = f"{self.seed}/{number}/".encode() + prompt.encode("utf-8", "replace")
                 seed = hashlib.blake2b(key + digests[left] + digests[right], digest_size=8).digest()
-                views.append(_Shown(place, left == 1, chat, heard, number, int.from_bytes(seed), twin))
+                views.append(_Shown(place, left == 1, chat, heard, number, int.from_bytes(seed, "big"), twin))
         return views
 
 

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a listener in this process"):
+    raise fault
+
 import torch
 from torch import Tensor
 

@@ -34,16 +34,16 @@ from adapter_hosts import (
 )
 from typer.testing import CliRunner
 
+from listener_reward import remote as client
 from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import as_reward, score
 from listener_reward.integrations.serving import app as server
-from listener_reward.integrations.serving import client
 from listener_reward.integrations.serving.app import make_server
 from listener_reward.integrations.serving.batching import Batching
-from listener_reward.integrations.serving.client import RemoteReward
 from listener_reward.integrations.serving.collector import ClientGone, GroupCollector
 from listener_reward.integrations.trl import ddpo_reward
+from listener_reward.remote import RemoteReward
 from listener_reward.reward import ListenerReward
 
 

@@ -40,6 +40,7 @@ FLOORS = (
     # the reward, and training a judge
     ("references",),
     ("reward",),
+    ("remote",),
     ("train",),
     # the public names, and what is made of everything
     ("",),

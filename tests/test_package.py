@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import json
 import re
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomllib
 import yaml
 
 import listener_reward
+from listener_reward.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
 LIGHT = (
     "errors pairs media.images media.storyboards chat trace shaping verdict calibration.fit card ranking conclude "
-    "reward evaluate evaluate.protocols evaluate.intervals evaluate.measure evaluate.scores evaluate.leaderboard "
-    "report peers"
+    "reward remote evaluate evaluate.protocols evaluate.intervals evaluate.measure evaluate.scores "
+    "evaluate.leaderboard report peers"
 ).split()
 
 
@@ -70,6 +73,147 @@ def test_help_loads_nothing_heavy():
 def test_the_guard_notices_what_it_guards_against():
     assert heavy_after("import listener_reward, torch") == {"torch"}
     assert {"torch", "transformers"} <= heavy_after("from listener_reward import Judge")
+
+
+# --- what runs without an extra
+
+ABSENT = sorted({*sum(EXTRAS.values(), ()), *"huggingface_hub pyarrow pandas yaml tqdm av matplotlib requests".split()})
+"""What `pip install listener-reward` does not bring, and a trainer's environment may lack."""
+
+WITHOUT = """
+import sys
+
+absent = sys.argv[1:]
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *where):
+        return None if name in absent else self.finder.find_spec(name, *where)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+"""In front of a script: the packages that are its arguments are not found, as if they were not installed."""
+
+NEEDS = {
+    "data": "datasets",
+    "judge": "bench judge listener models.processing models.transformers_vlm models.video_processing models.vision "
+    "models.vlm peers.scorers prefix tiny.models",
+    "train": "recipes train",
+    "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
+    "plot": "evaluate.plotting",
+}
+"""The modules that need an extra, a folder for all of its own; every other one can be imported without any."""
+
+
+def test_a_module_can_be_imported_without_an_extra_or_says_which_one_it_needs():
+    script = """
+import importlib, json, pkgutil
+from listener_reward.errors import MissingExtraError
+
+found = {}
+for folder in ("listener_reward", "listener_reward.integrations"):  # which an editable installation keeps elsewhere
+    path = importlib.import_module(folder).__path__
+    for module in pkgutil.walk_packages(path, folder + ".", onerror=lambda name: None):
+        if not module.name.endswith("__main__"):
+            try:
+                importlib.import_module(module.name)
+            except MissingExtraError as error:
+                found[module.name.removeprefix("listener_reward.")] = str(error)
+print(json.dumps(found))
+"""
+    found = json.loads(run_python(WITHOUT + script, *ABSENT))
+    assert "Flow-Factory's classes" in found.pop("integrations.flow_factory")  # which a host brings, and no extra
+    assert found.keys() == set(" ".join(NEEDS.values()).split())
+    for extra, modules in NEEDS.items():
+        for module in modules.split():
+            assert found[module].endswith(f': pip install "listener-reward[{extra}]"'), module
+            assert "\n" not in found[module]
+
+
+def test_the_client_and_the_adapters_by_url_need_no_extra():
+    script = """
+import listener_reward
+from listener_reward.integrations.contract import as_reward
+
+assert listener_reward.RemoteReward is type(as_reward("http://127.0.0.1:1", {}, scheme="group"))
+for name in listener_reward.__all__:
+    try:
+        getattr(listener_reward, name)
+    except ImportError as error:
+        print(name, error)
+"""
+    needs = run_python(WITHOUT + script, *ABSENT).splitlines()
+    assert needs == ['Judge a judge in this process needs torch: pip install "listener-reward[judge]"']
+
+
+COMMANDS = {
+    "compare --judge tiny -p fox a.png b.png": "judge",
+    "rank --judge tiny -p fox a.png b.png": "judge",
+    "rank-videos --judge tiny -p fox a.gif b.gif": "judge",
+    "serve --judge tiny": "judge",
+    "bench rank": "judge",
+    "eval --judge tiny --data tiny:id": "data",
+    "calibrate --judge tiny --data tiny:id": "data",
+    "data check pairs.jsonl": "data",
+    "demo": "train",
+    "bench grpo": "train",
+    "train --config train.yaml": "train",
+    "launch-config ddp": None,
+    "train -h": None,
+}
+"""Commands and the extra that each misses first."""
+
+
+def test_a_command_without_its_extra_is_one_line_and_exit_code_two():
+    script = """
+import contextlib, io, json
+from listener_reward.cli import main
+
+def run(command):
+    sys.argv, out, code = ["listener-reward", *command.split()], io.StringIO(), 0
+    with contextlib.redirect_stderr(out), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code or 0
+    return code, out.getvalue()
+
+print(json.dumps({command: run(command) for command in json.loads(sys.argv[-1])}))
+"""
+    ended: dict[str, Any] = json.loads(run_python(WITHOUT + script, *ABSENT, json.dumps([*COMMANDS])))
+    for command, extra in COMMANDS.items():
+        code, said = ended[command]
+        assert code == (2 if extra else 0), command
+        assert len(said.splitlines()) == (1 if extra else 0), command
+        assert extra is None or said.endswith(f'pip install "listener-reward[{extra}]"\n'), command
+
+
+def test_the_extras_that_are_asked_for_bring_what_is_missed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+
+    def brought(requirements: list[str]) -> set[str]:
+        names: set[str] = set()
+        for requirement in requirements:
+            own = re.fullmatch(r"listener-reward\[(.+)\]", requirement)
+            names |= (
+                set().union(*(brought(extras[extra]) for extra in own[1].split(",")))
+                if own
+                else set(re.findall(r"^[\w-]+", requirement))
+            )
+        return names
+
+    for extra, packages in EXTRAS.items():
+        assert set(packages) <= brought(extras[extra]), extra
+    assert brought(extras["judge"]) <= brought(extras["train"]) & brought(extras["diffusers"]) & brought(
+        extras["serve"]
+    )
+    assert brought(project["dependencies"]).isdisjoint(ABSENT)
 
 
 # --- the public names

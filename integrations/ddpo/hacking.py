@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from scipy.stats import linregress
@@ -84,7 +84,7 @@ class HackingGuard:
         values = self._series(name)
         if len(values) < self.min_epochs or np.ptp(values) == 0:
             return None
-        fit: Any = linregress(np.arange(len(values)), values, alternative=direction)
+        fit: Any = linregress(np.arange(len(values)), values, alternative=cast(Any, direction))
         return (fit.intercept, fit.intercept + fit.slope * (len(values) - 1)) if fit.pvalue < SIGNIFICANT else None
 
     def _message(self, name: str) -> str:

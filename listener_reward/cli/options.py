@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from listener_reward.judge import Judge
 
 JudgeName = Annotated[

@@ -162,7 +162,7 @@ def launch_config(
     Each says in its first lines what it shards and when to choose it. docs/launch.md has the rest, vLLM too.
     """
     with errors_in_one_line(debug):
-        folder = resources.files("listener_reward").joinpath("train", "launch")
+        folder = resources.files("listener_reward") / "train" / "launch"
         names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
         if name not in names:
             raise InputError(f"name is {name!r}; choose one of {', '.join(names)}")

@@ -70,7 +70,7 @@ def check_page(option: str, path: Path) -> None:
 
 def write_html(path: Path, data: str, measured: Measured, asked: Mapping[str, Any]) -> None:
     """The page of `eval`. It names the data and the judges as they were asked for."""
-    from datetime import UTC, datetime
+    from datetime import datetime, timezone
 
     from listener_reward.evaluate.diagnostics import diagnose
     from listener_reward.report import write_report
@@ -83,7 +83,7 @@ def write_html(path: Path, data: str, measured: Measured, asked: Mapping[str, An
     ties = f", {first.n_ties} of them ties between people" if first.n_ties else ""
     results = {
         "title": ", ".join(list(order)[:3]) + (f" and {len(order) - 3} more" if len(order) > 3 else "") + f" on {data}",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["listener-reward", *sys.argv[1:]]),
         "summary": f"{first.n} labelled pairs{ties}. "
         f"By {protocol.protocol}, {protocol.pairs} pairs of {protocol.prompts} prompts count.",

@@ -184,7 +184,7 @@ def calibrate(
 def _part(prompt: str, seed: int) -> int:
     """0 to fit on, 1 to validate, 2 to measure: half, a fifth and the rest of the prompts."""
     share = hashlib.blake2b(f"{seed}/{prompt}".encode("utf-8", "replace"), digest_size=2).digest()
-    return int(np.searchsorted([0.5, 0.7], int.from_bytes(share) / 2**16, side="right"))
+    return int(np.searchsorted([0.5, 0.7], int.from_bytes(share, "big") / 2**16, side="right"))
 
 
 def _preferences(labels: np.ndarray, sides: np.ndarray) -> dict[str, float]:

@@ -11,8 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from listener_reward.errors import InputError
 from listener_reward.files import quoted
 
@@ -76,6 +74,7 @@ def loading(name: str | Path) -> Generator[None]:
         InputError: the checkpoint cannot be fetched, or what is there cannot be read.
     """
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     _check_json(name)
     try:

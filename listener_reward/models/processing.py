@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images

@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList

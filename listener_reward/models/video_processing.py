@@ -15,6 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 import torch
 from PIL import Image
 from transformers import BatchFeature

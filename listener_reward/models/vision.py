@@ -8,6 +8,11 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 import torch
 from torch import Tensor
 

@@ -1,1 +1,6 @@
 """The shared-prefix engine: images and prompt once for a group, then its continuations, exactly."""
+
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault

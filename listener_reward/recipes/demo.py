@@ -95,7 +95,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
     console.print("[bold]4/4[/] Writing the report")
     results = {
         "title": "listener-reward demo",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "listener-reward demo" + (" --quick" if quick else "") + f" --steps {recipe.steps} --seed {seed}",
         "versions": versions,
         "settings": {**asdict(recipe), "seed": seed, "arms": {name: list(weights) for name, weights in ARMS.items()}},

@@ -25,8 +25,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from listener_reward.errors import missing
+
+if fault := missing("diffusers", "the tiny diffusion model"):
+    raise fault
+
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -34,19 +41,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from listener_reward.errors import MissingExtraError
 from listener_reward.files import write_text
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.read import asked, read
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES, Scene, sample_candidate, sample_prompt, wording
-
-try:
-    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from diffusers.utils import logging
-except ImportError as error:
-    raise MissingExtraError(
-        'the tiny diffusion model needs diffusers: pip install "listener-reward[diffusers]"'
-    ) from error
 
 WEIGHTS = Path(__file__).parent / "weights" / "diffusion"
 

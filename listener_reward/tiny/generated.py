@@ -12,6 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from listener_reward.errors import missing
+
+if fault := missing("diffusers", "the tiny diffusion model"):
+    raise fault
+
 import torch
 from PIL import Image
 

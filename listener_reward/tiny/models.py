@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "the tiny judge"):
+    raise fault
+
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,

@@ -1,7 +1,7 @@
 """`RemoteReward`: a reward that lives in another process or on another machine, behind `listener-reward serve`.
 
-Reward models need versions of transformers that trainers often cannot have. This side needs numpy, scipy and Pillow
-only. Pictures travel as PNG in JSON: nothing that is received can run.
+Judges need versions of transformers that trainers often cannot have. This side needs no more than `pip install
+listener-reward` without an extra. Pictures travel as PNG in JSON: nothing that is received can run.
 """
 
 from __future__ import annotations
