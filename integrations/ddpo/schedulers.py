@@ -1,7 +1,7 @@
 """Schedulers that draw the next latent from a Gaussian whose density is known, as reinforcement learning needs.
 
 Each is a subclass of a diffusers scheduler and is set on the user's own pipeline. A step without noise is the stock
-scheduler's own `step`, so at noise level zero the images are the stock sampler's bit for bit. A noisy step is
+scheduler's own `step`, so at noise level zero a batch's images are the stock sampler's bit for bit. A noisy step is
 
 - for DDIM (epsilon, sample and v-prediction): equation 16 of Song et al. (arXiv 2010.02502), the noise level being eta;
 - for flow matching, "cps": the coefficient-preserving step of Wang and Yu (arXiv 2509.05952), a level in [0, 1];

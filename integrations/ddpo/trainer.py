@@ -120,7 +120,8 @@ class DDPOTrainer:
 
         Args:
             resume: go on from the newest checkpoint in `output_dir`, if it has one. A run that was killed and resumed
-                ends as it would have ended (bit for bit where the kernels are deterministic, as on CPU).
+                ends as it would have ended (bit for bit where kernels repeat themselves, as on one CPU
+                with as many threads).
 
         Returns:
             `output_dir`; `pipeline.load_lora_weights` reads it (see `lora.save_lora`).

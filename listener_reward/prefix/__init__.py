@@ -1,4 +1,4 @@
-"""The shared-prefix engine: images and prompt once for a group, then its continuations, exactly."""
+"""The shared-prefix engine: images and prompt once for a group, then its continuations."""
 
 from listener_reward.errors import missing
 

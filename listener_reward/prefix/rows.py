@@ -1,4 +1,4 @@
-"""The shared-prefix engine: images and prompt once per group, then G continuations, exactly.
+"""The shared-prefix engine: images and prompt once per group, then G continuations.
 
 A group is one prompt (a chat with its images, tokenised) and G continuations of it. Stock code runs G copies of the
 prompt; here a forward pass sees one row
