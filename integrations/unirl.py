@@ -142,7 +142,7 @@ def _picture(history: Any, field: str) -> Any:
     if not turn:
         raise InputError(f"{field}.history is empty; its last turn is the generated image with its prompt")
     check_no_source(**{f"{field}.history[0]": history[:-1]})
-    check_prompts([turn.get("text")], 1)  # pyright: ignore[reportArgumentType]
+    check_prompts([turn.get("text")], 1)
     for key in ("image_b64", "video_b64"):
         if turn.get(key) is not None:
             return as_picture(decode(turn[key], f"{field}.{key}"), field=f"{field}.{key}")

@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -495,7 +496,7 @@ def test_colours_of_a_profile_become_those_of_srgb(kind):
 
 def test_colours_of_a_profile_under_transparency_and_in_a_palette():
     layer = Image.new("RGBA", (16, 16), (*GREEN, 255))
-    layer.putalpha(Image.linear_gradient("L").resize((16, 16)).point(lambda value: 255 if value > 127 else 0))
+    layer.putalpha(Image.linear_gradient("L").resize((16, 16)).point([0] * 128 + [255] * 128))
     shown = pixels(to_pil(encoded(layer, icc_profile=ADOBE_RGB)))
     assert shown[0, 0].tolist() == [255, 255, 255] and np.abs(shown[-1, 0].astype(int) - AS_SRGB).max() <= 1
     palette = Image.new("RGB", (16, 16), GREEN).quantize(4)
@@ -575,7 +576,8 @@ def test_a_container_is_told_by_its_list_of_brands(head, container, unread):
 def test_heic_is_refused_by_name(tmp_path, brand):
     data = branded(brand, b"mif1")
     (tmp_path / "a.heic").write_bytes(data)
-    for image in (data, bytearray(data), tmp_path / "a.heic", {"bytes": data, "path": None}):
+    forms: list[Any] = [data, bytearray(data), tmp_path / "a.heic", {"bytes": data, "path": None}]
+    for image in forms:
         with pytest.raises(InputError, match=r"^second .*HEIC is not read; save it as PNG, JPEG or WebP"):
             to_pil(image, field="second")
 

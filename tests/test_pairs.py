@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from listener_reward.errors import InputError
-from listener_reward.integrations.serving.client import RemoteReward
 from listener_reward.judge import Judge
 from listener_reward.pairs import PreferencePair, check_prompts, check_questions
+from listener_reward.remote import RemoteReward
 from listener_reward.reward import ListenerReward
 
 

@@ -86,8 +86,9 @@ def test_every_loader_that_could_run_code_is_told_not_to():
     for package in ("listener_reward", "integrations"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                loads = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                if not loads or node.func.attr != "from_pretrained" or not ast.unparse(node.func).startswith("Auto"):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                if node.func.attr != "from_pretrained" or not ast.unparse(node.func).startswith("Auto"):
                     continue
                 told = [word.value for word in node.keywords if word.arg == "trust_remote_code"]
                 if [isinstance(value, ast.Constant) and value.value is False for value in told] != [True]:

@@ -257,7 +257,8 @@ def corners(picture: Image.Image) -> str:
     width, height = picture.size
     found = ""
     for place in ((4, 4), (width - 5, 4), (width - 5, height - 5), (4, height - 5)):
-        red, green, blue = picture.getpixel(place)
+        pixel: Any = picture.getpixel(place)
+        red, green, blue = pixel
         found += "w" if blue > 160 else "r" if red > green else "g"
     return found
 
@@ -352,7 +353,8 @@ def test_an_avif_picture_is_no_video(tmp_path, kind):
     shades([120])[0].save(tmp_path / "a.avif", quality=100)
     media = (tmp_path / "a.avif").read_bytes() if kind == "bytes" else tmp_path / "a.avif"
     assert not is_video(media)
-    assert isinstance(to_visual(media), Picture) and as_picture(media).getpixel((5, 5))[0] == pytest.approx(120, abs=3)
+    pixel: Any = as_picture(media).getpixel((5, 5))
+    assert isinstance(to_visual(media), Picture) and pixel[0] == pytest.approx(120, abs=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class GroupCollector:
         try:
             if isinstance(image, InputError):
                 raise image
-            check_prompts([prompt], 1)  # pyright: ignore[reportArgumentType]
+            check_prompts([prompt], 1)
             picture = to_pil(image)
         except InputError as error:
             if group is None and not (isinstance(prompt, str) and prompt.strip()):

@@ -128,7 +128,7 @@ def _decoded(image: Any, field: str) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        source: Any = _content(image) if isinstance(image, Mapping) else image
+        source: Any = _content(cast("Mapping[str, Any]", image)) if isinstance(image, Mapping) else image
         if name := unread_image(head_of(source)):
             raise InputError(
                 f"{field} is {_shown(image)}, and {name} is not read; save it as PNG, JPEG or WebP"
@@ -262,7 +262,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 @cache
 def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return ImageCms.ImageCmsProfile(cast("Any", ImageCms).createProfile("sRGB"))
 
 
 def _deep_gray(picture: Image.Image, field: str) -> np.ndarray:

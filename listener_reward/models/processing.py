@@ -129,7 +129,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
             model, padding_side="left", trust_remote_code=False, **kwargs
         )
         templates = processor.chat_template
-        for template in templates.values() if isinstance(templates, dict) else [templates]:
+        for template in cast("dict[str, Any]", templates).values() if isinstance(templates, dict) else [templates]:
             if isinstance(template, str):
                 check_template(template)
         processor.video_processor = ClipProcessor.from_pretrained(

@@ -9,7 +9,7 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from listener_reward.errors import missing
 
@@ -135,7 +135,7 @@ class TransformersVLM:
         processor = load_processor(name, **kwargs)
         with loading(name):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
-            loaded = cast("Any", AutoModelForImageTextToText).from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
                 name,
                 dtype=dtype,
                 output_loading_info=True,

@@ -145,12 +145,15 @@ def _clip_score(checkpoint: str, processor_name: str) -> Score:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        processor = cast("Any", AutoProcessor).from_pretrained(
+        found = AutoProcessor.from_pretrained(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             processor_name, trust_remote_code=False, **hub_options(processor_name)
         )
-        model = cast("Any", AutoModel).from_pretrained(checkpoint, trust_remote_code=False, **hub_options(checkpoint))
+        loaded = AutoModel.from_pretrained(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            checkpoint, trust_remote_code=False, **hub_options(checkpoint)
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(_cannot_load("CLIP checkpoint", checkpoint, error)) from error
+    processor, model = cast("Any", found), cast("Any", loaded)
     model.eval().to(_device())
     longest = model.config.text_config.max_position_embeddings
 
