@@ -9,7 +9,7 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from listener_reward.errors import missing
 
@@ -39,6 +39,15 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 _Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
 """Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
+
+
+class _Slot(NamedTuple):
+    """A place at which an answer is read."""
+
+    tokens: list[int]
+    """What stands before it in the assistant's turn."""
+    closed: str
+    """The same as text, with one of the answers behind it."""
 
 
 class TransformersVLM:
@@ -201,14 +210,14 @@ class TransformersVLM:
         self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str], *, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
-        ids = self._tokens_of(answers)
         texts = self._texts(chats)
-        last, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        slots, ids = self._at_slots(prefixes, answers)
+        last, means = torch.empty(len(chats), len(answers)), torch.zeros(len(chats))
         read = self._read_groups if self.shared_prefix else self._read_copies
         for rows in self._batches(chats, texts):
-            some = [chats[row] for row in rows], [texts[row] for row in rows], [prefixes[row] for row in rows]
+            some = [chats[row] for row in rows], [texts[row] for row in rows], [slots[row] for row in rows]
             with self._adapters():
-                last[rows], means[rows] = read(*some, ids, likelihood)
+                last[rows], means[rows] = read(*some, ids[rows], likelihood)
         return last, means
 
     # ------------------------------------------------------------------------------------------- with a shared prefix
@@ -230,13 +239,12 @@ class TransformersVLM:
         return draw
 
     def _read_groups(
-        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+        self, chats: list[Chat], texts: list[str], slots: list[_Slot], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
         prompts, groups = self._prompts(chats, texts)
-        encoded = self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]
-        tokens = [torch.tensor(part, dtype=torch.long, device=self.model.device) for part in encoded]
+        tokens = [torch.tensor(slot.tokens, dtype=torch.long, device=self.model.device) for slot in slots]
         lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
-        answers, means = torch.empty(len(chats), len(ids)), torch.zeros(len(chats))
+        answers, means = torch.empty(ids.shape), torch.zeros(len(chats))
         core = base_model(self.model)
         for row in budgeted(lengths, self.token_budget):
             shown = [prompts[group] for group, _ in row]
@@ -249,7 +257,8 @@ class TransformersVLM:
                 hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]
-            answers[flat] = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)[:, ids].cpu()
+            given = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)
+            answers[flat] = given.gather(-1, ids[flat].to(given.device)).cpu()
             if likelihood:
                 chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
                 parts = torch.split(chosen, [len(tokens[m]) for m in flat])
@@ -319,16 +328,17 @@ class TransformersVLM:
         return draw
 
     def _read_copies(
-        self, chats: list[Chat], texts: list[str], prefixes: list[str], ids: list[int], likelihood: bool
+        self, chats: list[Chat], texts: list[str], slots: list[_Slot], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        inputs = self._encode(chats, [text + prefix for text, prefix in zip(texts, prefixes, strict=True)])
-        lengths = [len(part) for part in self.tokenizer(prefixes, add_special_tokens=False)["input_ids"]]
+        # Written with a label behind it, a slot has the tokens that it is to have; the label's own place is not read.
+        inputs = self._encode(chats, [text + slot.closed for text, slot in zip(texts, slots, strict=True)])
+        lengths = [len(slot.tokens) for slot in slots]
         keep = max(lengths) if likelihood else 0
-        logits = self.model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits.float()
-        answers = logits[:, -1].log_softmax(-1)[:, ids].cpu()
+        logits = self.model(**inputs, logits_to_keep=keep + 2, use_cache=False).logits[:, :-1].float()
+        answers = logits[:, -1].log_softmax(-1).gather(-1, ids.to(logits.device)).cpu()
         if not likelihood:
             return answers, torch.zeros(len(chats))
-        tokens = inputs["input_ids"][:, -keep:]
+        tokens = inputs["input_ids"][:, -keep - 1 : -1]
         # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
         chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
         from_end = torch.arange(keep, 0, -1, device=tokens.device)
@@ -348,16 +358,53 @@ class TransformersVLM:
         ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
         return [token for token in ids if token is not None]
 
-    def _tokens_of(self, answers: Sequence[str]) -> list[int]:
-        ids: list[int] = []
+    def _at_slots(self, prefixes: Sequence[str], answers: Sequence[str]) -> tuple[list[_Slot], Tensor]:
+        """The tokens that each prefix begins an answer with, and the answers' ids (B, A) after them.
+
+        They are the tokens of prefix and answer together: a prefix's end may merge with a label, as `<answer>A` ends in
+        one token `>A`, and then the model stands one token before the prefix's end when it chooses.
+
+        Raises:
+            InputError: an answer that is not one token there, or two that are the same.
+        """
+        slots: list[_Slot] = []
+        chosen = torch.empty(len(prefixes), len(answers), dtype=torch.long)
+        if not prefixes:
+            return slots, chosen
+        whole = [
+            self.tokenizer([prefix + answer for prefix in prefixes], add_special_tokens=False)["input_ids"]
+            for answer in answers
+        ]
+        for row, written in enumerate(zip(*whole, strict=True)):
+            slot = written[0][:-1]
+            ids = [tokens[-1] for tokens in written if tokens[:-1] == slot]
+            if len(ids) < len(answers):
+                self._refuse_labels(prefixes[row], answers)
+            if len(set(ids)) < len(ids):
+                raise InputError(
+                    f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell"
+                )
+            slots.append(_Slot(slot, prefixes[row] + answers[0]))
+            chosen[row] = torch.tensor(ids)
+        return slots, chosen
+
+    def _refuse_labels(self, prefix: str, answers: Sequence[str]) -> NoReturn:
+        """Names the label of several tokens where there is one, and what the tokenizer makes of each."""
+        before = self.tokenizer.encode(prefix, add_special_tokens=False)
+        told, where = [], f"after {prefix[-20:]!r}"
         for answer in answers:
-            pieces = self.tokenizer.encode(answer, add_special_tokens=False)
+            tokens = self.tokenizer.encode(prefix + answer, add_special_tokens=False)
+            pieces = self.tokenizer.convert_ids_to_tokens(tokens[_shared(before, tokens) :])
             if len(pieces) != 1:
-                raise InputError(f"label {answer!r} is {len(pieces)} tokens of this tokenizer; choose labels of one")
-            ids += pieces
-        if len(set(ids)) != len(ids):
-            raise InputError(f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell")
-        return ids
+                raise InputError(
+                    f"label {answer!r} is {len(pieces)} tokens of this tokenizer {where}, {pieces}; choose labels of "
+                    "one"
+                )
+            told.append(f"{answer!r} ends in {pieces[0]!r}")
+        raise InputError(
+            f"labels {tuple(answers)} do not follow the same tokens {where}: {', '.join(told)}; choose labels that the "
+            "tokenizer treats alike there"
+        )
 
     def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
         """Warns at the first batch that has such words. A listener with the reasoner's words says the same of it, which
@@ -425,6 +472,12 @@ def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
 
 def _grids(shown: Sequence[Encoded]) -> Tensor | None:
     return torch.stack([each.grid for each in shown]) if shown else None
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (mine, yours) in pairs if mine != yours), min(len(one), len(other)))
 
 
 def default_device() -> torch.device:

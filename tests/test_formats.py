@@ -1,0 +1,111 @@
+"""Formats of models that exist: where a label stands in a vocabulary that merges, and how completions are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+
+from listener_reward.chat import QWEN_RESERVED, ChatFormat
+from listener_reward.errors import InputError
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, QUESTION, build_model
+
+RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(special: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Qwen's splitting, in which `>A`, `>B`, ` A`, ` B` and `><` are merges, as in Qwen's own."""
+    merges = [(">", "A"), (">", "B"), (">", "C"), ("Ġ", "A"), ("Ġ", "B"), (">", "<"), (">", "Ċ"), ("e", "r")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: index for index, piece in enumerate([*alphabet, *map("".join, merges)])}
+    tokenizer: Any = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_RESERVED])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def build_vlm(tokenizer: PreTrainedTokenizerFast, template: str = CHAT_TEMPLATE, **options: Any) -> TransformersVLM:
+    images = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+        patch_size=PATCH,
+        merge_size=MERGE,
+        temporal_patch_size=2,
+    )
+    torch.manual_seed(0)
+    model = build_model(tokenizer).eval().requires_grad_(False)
+    return TransformersVLM(model, ImageOnlyQwen2_5_VLProcessor(images, tokenizer, chat_template=template), **options)
+
+
+@pytest.fixture(scope="module")
+def vlm() -> TransformersVLM:
+    return build_vlm(build_tokenizer())
+
+
+def ids(vlm: TransformersVLM, *tokens: str) -> list[int]:
+    return [vlm.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+# ---------------------------------------------------------------- labels in context
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize(
+    ("slot", "labels", "merged", "dropped"),
+    [
+        ("<answer>", ("1", "2"), ("1", "2"), 0),
+        ("<answer>", ("A", "B"), (">A", ">B"), 1),
+        ("<answer>Image ", ("A", "B"), ("ĠA", "ĠB"), 1),
+        ("<answer>Image ", ("1", "2"), ("1", "2"), 0),
+        ("<answer>\n", ("A", "B"), ("A", "B"), 0),
+    ],
+)
+def test_labels_are_read_where_the_model_writes_them(vlm, shared_prefix, slot, labels, merged, dropped):
+    """`<answer>A` ends in one token `>A`, which stands where `>` would; after `>` the model writes no A."""
+    chat = ChatFormat(question=QUESTION).chat("a fox", RED, BLUE, vlm.reserved)
+    reader = TransformersVLM(vlm.model, vlm.processor, shared_prefix=shared_prefix)
+    text = vlm.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
+    prefixes = [f"<think>{thought}</think>{slot}" for thought in ("", "a red fox stands", "no")]
+    asked = [chat] * len(prefixes)
+    found, (again, means) = reader.answer_logprobs(asked, prefixes, labels), reader.read(asked, prefixes, labels)
+    torch.testing.assert_close(found, again, atol=1e-5, rtol=1e-5)
+    for prefix, row, mean in zip(prefixes, found, means, strict=True):
+        inputs = vlm.processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
+        written = vlm.tokenizer.encode(prefix, add_special_tokens=False)
+        written = written[: len(written) - dropped]
+        whole = torch.cat([inputs.pop("input_ids"), torch.tensor([written])], 1)
+        types = torch.nn.functional.pad(inputs.pop("mm_token_type_ids"), (0, len(written)))
+        inputs.pop("attention_mask")
+        with torch.no_grad():
+            logprobs = vlm.model(input_ids=whole, mm_token_type_ids=types, **inputs).logits[0].log_softmax(-1)
+        torch.testing.assert_close(row, logprobs[-1, ids(vlm, *merged)], atol=2e-5, rtol=1e-4)
+        own = logprobs[-len(written) - 1 : -1].gather(-1, torch.tensor(written)[:, None]).clamp(min=-5).mean()
+        torch.testing.assert_close(mean, own, atol=2e-5, rtol=1e-4)
+
+
+def test_labels_that_do_not_share_a_slot_are_refused(vlm):
+    """`>A` is one token and `>D` two: no place has a probability for both."""
+    chat = ChatFormat(question=QUESTION).chat("a fox", RED, BLUE, vlm.reserved)
+    with pytest.raises(InputError, match=r"labels \('A', 'D'\) do not follow the same tokens after '<answer>'.*'>A'"):
+        vlm.answer_logprobs([chat], ["<answer>"], ("A", "D"))
+    with pytest.raises(InputError, match=r"label '12' is 2 tokens of this tokenizer after '<answer>'.*\['1', '2'\]"):
+        vlm.answer_logprobs([chat], ["<answer>"], ("12", "2"))
