@@ -166,7 +166,7 @@ class Judge:
             "token_budget": token_budget,
             "vision_bytes": vision_bytes,
         }
-        reasoner = TransformersVLM.from_pretrained(folder, **options)
+        reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
         loaded = load_listener(chosen, card, **options) if isinstance(chosen, str | Path) else chosen
         judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips)
         if not isinstance(listener, Listener):

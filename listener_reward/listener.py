@@ -108,7 +108,7 @@ def load_listener(name: str | Path, card: Card, **options: Any) -> Listener:
     folder = resolve(name)
     own = Card.load(folder)
     chat_format: ChatFormat = card.format if own == Card() else own.format
-    vlm = TransformersVLM.from_pretrained(folder, **options)
+    vlm = TransformersVLM.from_pretrained(folder, think_tag=chat_format.think[0], **options)
     return make_listener(vlm, chat_format, card)
 
 

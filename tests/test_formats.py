@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat
 from listener_reward.errors import InputError
-from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, QUESTION, build_model
+from listener_reward.train.rewards import ShapedReward
+from listener_reward.train.trainer import ListenerGRPOTrainer
 
 RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 
@@ -109,3 +112,51 @@ def test_labels_that_do_not_share_a_slot_are_refused(vlm):
         vlm.answer_logprobs([chat], ["<answer>"], ("A", "D"))
     with pytest.raises(InputError, match=r"label '12' is 2 tokens of this tokenizer after '<answer>'.*\['1', '2'\]"):
         vlm.answer_logprobs([chat], ["<answer>"], ("12", "2"))
+
+
+# ---------------------------------------------------------------- prompts that open the thought themselves
+
+OPENS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+"""Qwen3-VL-Thinking's: the generation prompt ends in an open thought."""
+
+
+def test_what_a_prompt_opens():
+    assert opened_thought("<|im_start|>assistant\n<think>\n", "<think>") == "<think>\n"
+    assert opened_thought("<|im_start|>assistant\n<think>", "<think>") == "<think>"
+    assert opened_thought("<|im_start|>user\n<think>\n<|im_start|>assistant\n", "<think>") == ""
+    assert opened_thought("<|im_start|>assistant\n<think>\n", "[t]") == ""
+    assert opened_thought("<|im_start|>assistant\n<think>\n", None) == ""
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_thought_that_the_prompt_opens_is_opened_once(vlm, shared_prefix):
+    """Both models get the tokens that a model without such a template gets when it writes them itself."""
+    opening = build_vlm(vlm.tokenizer, OPENS, shared_prefix=shared_prefix)
+    chat = ChatFormat(question=QUESTION).chat("a fox", RED, BLUE, vlm.reserved)
+    (said,) = opening.generate([chat], seeds=[0], max_new_tokens=4, temperature=1.0)
+    assert said.startswith("<think>\n") and len(said) > len("<think>\n")
+    closed = [f"<think>\n{thought}</think><answer>" for thought in ("a fox", "")]
+    expected, found = (each.answer_logprobs([chat] * 2, closed, ("1", "2")) for each in (vlm, opening))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    bare = [slot.replace("<think>\n", "<think>") for slot in closed]
+    torch.testing.assert_close(opening.answer_logprobs([chat] * 2, bare, ("1", "2")), expected, atol=2e-5, rtol=1e-4)
+    at_once = [each.answer_logprobs([chat], ["<answer>"], ("1", "2")) for each in (vlm, opening)]
+    torch.testing.assert_close(*at_once, atol=2e-5, rtol=1e-4)
+
+
+def test_training_reads_a_completion_with_what_the_prompt_opened():
+    columns = {"p_first": [1.0], "caption": ["a fox"], "images": [[RED, BLUE]], "id": ["x"]}
+    completion = ["a fox</think><answer>1</answer>"]
+    form, accuracy, _ = ShapedReward(ChatFormat(), None, opened="<think>\n").functions
+    assert (form(completion, **columns), accuracy(completion, **columns)) == ([1.0], [1.0])
+    (form, *_) = ShapedReward(ChatFormat(), None).functions
+    assert form(completion, **columns) == [0.0]
+
+
+def test_the_trainer_sees_what_its_template_opens(random_judge, tiny_pairs, grpo_config, tmp_path):
+    folder = tmp_path / "thinking"
+    shutil.copytree(random_judge, folder)
+    (folder / "chat_template.jinja").write_text(OPENS, encoding="utf-8")
+    trainer = ListenerGRPOTrainer(folder, grpo_config(), tiny_pairs)
+    assert trainer.reward.opened == "<think>\n"
+    assert ListenerGRPOTrainer(random_judge, grpo_config(), tiny_pairs).reward.opened == ""

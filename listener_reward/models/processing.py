@@ -136,3 +136,10 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
             processor.stock_video_processor, processor.image_processor, model, **kwargs
         )
     return processor
+
+
+def opened_thought(text: str, think_tag: str | None) -> str:
+    """What a rendered generation prompt itself writes of the thought, as `<think>` and a line break; "" for nothing."""
+    if not think_tag or not text.rstrip().endswith(think_tag):
+        return ""
+    return text[text.rindex(think_tag) :]

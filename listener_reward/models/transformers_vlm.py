@@ -24,7 +24,7 @@ from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
 from listener_reward.models.hub import cannot_load, hub_options, loading
-from listener_reward.models.processing import load_processor
+from listener_reward.models.processing import load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
@@ -70,6 +70,7 @@ class TransformersVLM:
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
         keep_memory: bool = True,
+        think_tag: str | None = "<think>",
     ):
         """
         Args:
@@ -84,6 +85,9 @@ class TransformersVLM:
             vision_bytes: how much of the images' features to keep between calls, in bytes.
             keep_memory: with a shared prefix on a CPU, ask glibc to keep memory that was freed, up to 32 MiB a block,
                 see `keep_freed_memory`. That is a setting of the whole process; False leaves it alone.
+            think_tag: the tag that opens a thought. Some chat templates write it themselves at the end of the
+                generation prompt (Qwen3-VL-Thinking); completions begin with it all the same, and a prefix that begins
+                with it continues the prompt. None where thoughts have no tag.
         """
         self.model = model
         self.processor = processor
@@ -91,6 +95,7 @@ class TransformersVLM:
         self.adapters_off = adapters_off
         self.token_budget = token_budget
         self.attention = attention
+        self.think_tag = think_tag
         self.tokenizer = processor.tokenizer
         if self.tokenizer.padding_side != "left":
             raise InputError(
@@ -126,6 +131,7 @@ class TransformersVLM:
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
         keep_memory: bool = True,
+        think_tag: str | None = "<think>",
         **kwargs: Any,
     ) -> TransformersVLM:
         """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
@@ -168,6 +174,7 @@ class TransformersVLM:
             attention=attention,
             vision_bytes=vision_bytes,
             keep_memory=keep_memory,
+            think_tag=think_tag,
         )
 
     @torch.inference_mode()
@@ -196,7 +203,7 @@ class TransformersVLM:
                     rows = [batch[place] for place in places]
                     new = sampler(places, options(rows))
                     for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                        completions[row] = text
+                        completions[row] = opened_thought(texts[row], self.think_tag) + text
         return completions
 
     def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
@@ -210,7 +217,8 @@ class TransformersVLM:
         self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str], *, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
-        texts = self._texts(chats)
+        turns = [self._continued(*turn) for turn in zip(self._texts(chats), prefixes, strict=True)]
+        texts, prefixes = [text for text, _ in turns], [prefix for _, prefix in turns]
         slots, ids = self._at_slots(prefixes, answers)
         last, means = torch.empty(len(chats), len(answers)), torch.zeros(len(chats))
         read = self._read_groups if self.shared_prefix else self._read_copies
@@ -300,6 +308,20 @@ class TransformersVLM:
                     f"{len(chat.videos)}; add them to its chat_template.jinja, or show the frames as images"
                 )
         return texts
+
+    def _continued(self, text: str, prefix: str) -> tuple[str, str]:
+        """A rendered chat and a beginning of the assistant's turn, without a thought's tag that both would open.
+
+        A turn that begins otherwise is written as it is given, in place of the thought that the template opens.
+        """
+        opened = opened_thought(text, self.think_tag)
+        if not opened:
+            return text, prefix
+        tag = opened.rstrip()
+        if not prefix.startswith(tag):
+            return text.removesuffix(opened), prefix
+        after = prefix.removeprefix(tag)
+        return text, after.removeprefix(opened.removeprefix(tag))
 
     def _batches(self, chats: Sequence[Chat], texts: Sequence[str]) -> Iterator[list[int]]:
         """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.

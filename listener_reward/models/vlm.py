@@ -31,7 +31,7 @@ class VLM(Protocol):
     def generate(
         self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        """One completion per chat, special tokens left out.
+        """One completion per chat, special tokens left out: the assistant's turn, with what the prompt began of it.
 
         The completion is a function of its chat and its seed, not of what else is in the batch (up to rounding).
         `temperature` 0 is greedy.

@@ -37,7 +37,17 @@ class ShapedReward:
     listener failed; trl then leaves the row out of its group, which a zero would not.
     """
 
-    def __init__(self, chat_format: ChatFormat, listener: Listener | None, *, on_failure: str = "mask"):
+    def __init__(
+        self, chat_format: ChatFormat, listener: Listener | None, *, on_failure: str = "mask", opened: str = ""
+    ):
+        """
+        Args:
+            chat_format: how completions are written.
+            listener: who reads the thoughts; None for nobody.
+            on_failure: "mask" or "raise", when the listener breaks.
+            opened: what the generation prompt itself writes of each completion (`processing.opened_thought`).
+        """
+        self.opened = opened
         self.chat_format = chat_format
         self.listener = listener
         self.on_failure = on_failure
@@ -57,7 +67,7 @@ class ShapedReward:
         return self._last[1]
 
     def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
-        traces = [parse(text_of(completion), self.chat_format) for completion in completions]
+        traces = [parse(self.opened + text_of(completion), self.chat_format) for completion in completions]
         heard: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]

@@ -32,7 +32,7 @@ from listener_reward.errors import InputError
 from listener_reward.listener import Listener, choose_listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
 from listener_reward.models.hub import lasting, resolve
-from listener_reward.models.processing import load_processor
+from listener_reward.models.processing import load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
 from listener_reward.prefix.allocator import keep_freed_memory
@@ -111,7 +111,12 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if args.use_vllm:
             given: Any = args.generation_kwargs
             args.generation_kwargs = without_image_token(given, processor.image_token_id)
-        self.reward = ShapedReward(self.card.format, listener, on_failure=args.listener_on_failure)
+        self.reward = ShapedReward(
+            self.card.format,
+            listener,
+            on_failure=args.listener_on_failure,
+            opened=_opened(processor, self.card),
+        )
         super().__init__(
             model=folder,
             reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
@@ -133,6 +138,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 shared_prefix=args.share_listener,
                 token_budget=args.token_budget,
                 attention=self.kernel,
+                think_tag=self.card.format.think[0],
             )
             listener = make_listener(base, self.card.format, self.card)
             self.reward.listener = listener
@@ -446,6 +452,12 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listene
             token_budget=args.token_budget,
             attention=kernel,
         )
+
+
+def _opened(processor: Any, card: Card) -> str:
+    """What the chat template itself writes of each completion."""
+    asked = processor.apply_chat_template(card.format.messages(""), tokenize=False, add_generation_prompt=True)
+    return opened_thought(asked, card.format.think[0])
 
 
 def _forget_images(listener: Listener | None) -> None:
