@@ -89,8 +89,8 @@ class ChatFormat:
     """The system turn; None leaves it to the chat template."""
 
     labels: tuple[str, str] = ("1", "2")
-    """The answers that mean "the first" and "the second". Each must be one token after `answer[0]`, or one with its last
-    characters."""
+    """The answers that mean "the first" and "the second". Each must be one token after `answer[0]`, or one with
+    its last characters."""
 
     think: tuple[str, str] = ("<think>", "</think>")
     answer: tuple[str, str] = ("<answer>", "</answer>")

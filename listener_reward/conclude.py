@@ -38,6 +38,8 @@ class Answer:
     """The reasoner's probability at its answer slot, in (0, 1)."""
     p_heard: float | None
     """The listener's; None without one."""
+    label_mass: float | None = None
+    """Both labels' probability at the reasoner's answer slot, in [0, 1]; None where it is not known."""
     frame: int = 0
     """The frame that it is about, where clips are judged frame by frame."""
 
@@ -95,6 +97,7 @@ class Weighed:
     """The reasoner's p_first - 1/2, where it is not itself what decides."""
     thoughts: tuple[Thought, ...] = ()
     malformed: int = 0
+    label_mass: float | None = None
 
 
 def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
@@ -122,6 +125,7 @@ def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
         position_gap=math.fsum(part.position_gap for part in parts) / len(parts),
         malformed=sum(part.malformed for part in parts),
         by_order=(_mean([part.by_order[0] for part in parts]), _mean([part.by_order[1] for part in parts])),
+        label_mass=_mean([part.label_mass for part in parts]),
     )
 
 
@@ -136,6 +140,7 @@ def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
                 verdict.listener_p_first,
                 thoughts=verdict.thoughts,
                 malformed=verdict.malformed,
+                label_mass=verdict.label_mass,
             )
             for verdict in verdicts
         ]
@@ -166,6 +171,7 @@ def _weighed(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Wei
         lead=own.margin if mode.aggregate in LISTENING else None,
         thoughts=tuple(_thought(view) for view in views) if mode.think else (),
         malformed=sum(not view.trace.well_formed for view in views) if mode.think else 0,
+        label_mass=_mean([view.label_mass for view in views]),
     )
 
 

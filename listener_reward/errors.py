@@ -39,3 +39,7 @@ def missing(extra: str, what: str) -> MissingExtraError | None:
 
 class UnknownWordsWarning(UserWarning):
     """A judge's tokenizer does not know words of a prompt, and the judge reads a placeholder in their place."""
+
+
+class FormatWarning(UserWarning):
+    """A model's answers are not in the format that they are read by; see `misfits`."""

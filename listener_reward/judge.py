@@ -26,6 +26,7 @@ from listener_reward.listener import Listener, choose_listener, load_listener, r
 from listener_reward.media.clips import Clip, ClipView
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
+from listener_reward.misfits import Misfits
 from listener_reward.models.hub import resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
@@ -84,6 +85,7 @@ class Judge:
         think: bool = True,
         seed: int = 0,
         clips: ClipView = "storyboard",
+        strict: bool = False,
     ):
         self.reasoner = reasoner
         self.listener = listener
@@ -95,6 +97,7 @@ class Judge:
         self.seed = seed
         self.clips: ClipView = _checked(clips)
         """How clips are looked at; pictures do not care."""
+        self.misfits = Misfits("the judge", strict=strict)
         self._origin: dict[str, Any] | None = None
         self._told_of_mode = False
 
@@ -118,6 +121,7 @@ class Judge:
         max_new_tokens: int | None = None,
         seed: int = 0,
         clips: ClipView = "storyboard",
+        strict: bool = False,
     ) -> Judge:
         """Loads a judge by embedded name ("tiny"), folder, or Hub name.
 
@@ -138,6 +142,8 @@ class Judge:
             seed: seeds the thoughts, together with the pair's content.
             clips: how clips are looked at; see `ClipView`. A judge trained on pairs of single images has never been
                 asked by "video" or "clip": measure it first.
+            strict: raise where most of the first thoughts are malformed, or the labels have next to no probability at
+                the answer slot; else that is a `FormatWarning`.
 
         Raises:
             InputError: a checkpoint that cannot be found, reached or read; an aggregate that needs a listener without
@@ -168,7 +174,7 @@ class Judge:
         }
         reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
         loaded = load_listener(chosen, card, **options) if isinstance(chosen, str | Path) else chosen
-        judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips)
+        judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict)
         if not isinstance(listener, Listener):
             judge._origin = {"name": name, "listener": listener, **options, **given}
         return judge
@@ -181,7 +187,12 @@ class Judge:
                 "save them to folders and load it by Judge.from_pretrained, or hand on the folder's name"
             )
         return partial(
-            type(self).from_pretrained, **self._origin, think=self.think, seed=self.seed, clips=self.clips
+            type(self).from_pretrained,
+            **self._origin,
+            think=self.think,
+            seed=self.seed,
+            clips=self.clips,
+            strict=self.misfits.strict,
         ), ()
 
     def with_clips(self, clips: ClipView) -> Judge:
@@ -215,7 +226,8 @@ class Judge:
 
         Raises:
             InputError: unequal lengths, a prompt that is no text, an image that cannot be read, or one beside a clip.
-            JudgeError: the reasoner or the listener gave NaN or infinite probabilities.
+            JudgeError: the reasoner or the listener gave NaN or infinite probabilities; or the judge is strict, and its
+                first judgements are not in its format.
         """
         answers = self.answers(prompts, firsts, seconds, think=think, early_stop=self.card.early_stop)
         return [self.conclude(views, think=think) for views in answers]
@@ -320,6 +332,7 @@ class Judge:
         if not shown:
             return
         chats = [view.chat for view in shown]
+        completions: list[str] = []
         if thinks:
             completions = self.reasoner.generate(
                 chats,
@@ -336,14 +349,18 @@ class Judge:
             chats,
             [trace.thought for trace in traces],
             who="the reasoner",
-        ).tolist()
+        )
+        malformed = [not trace.well_formed for trace in traces] if thinks else []
+        bad = next((said for said, is_bad in zip(completions, malformed, strict=True) if is_bad), "")
+        self.misfits.see(own.label_mass.tolist(), malformed, bad)
         heard: list[Any] = [None] * len(chats)
         if self.listener is not None:
             asked = [view.heard for view in shown if view.heard is not None]
             heard = check_finite(self.listener.p_first(asked, traces), "the listener").tolist()
-        for view, trace, p_own, p_heard in zip(shown, traces, own, heard, strict=True):
+        said = zip(traces, own.p_first.tolist(), own.label_mass.tolist(), heard, strict=True)
+        for view, (trace, p_own, mass, p_heard) in zip(shown, said, strict=True):
             p_heard = None if p_heard is None else on_grid(p_heard)
-            answer = Answer(view.flipped, view.number, trace, on_grid(p_own), p_heard)
+            answer = Answer(view.flipped, view.number, trace, on_grid(p_own), p_heard, mass)
             gathered[view.match].append(answer)
             if view.twin:
                 gathered[view.match].append(replace(answer, flipped=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from listener_reward.errors import missing
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat, neutralise
+from listener_reward.misfits import Misfits
 from listener_reward.models.hub import resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
@@ -48,6 +49,7 @@ class Listener:
         self.temperature = temperature
         """Divides the log-odds; 1 is the raw model. See `Card.listener_temperature`."""
         self.masking: Masking = masking
+        self.misfits = Misfits("the listener")
         self.grounding = grounding
         """How much less a thought counts that the listener, looking at the images, would not have written itself.
 
@@ -66,14 +68,26 @@ class Listener:
         """
         thoughts = [trace.for_listener(self.masking) for trace in traces]
         if self.grounding == 0:
-            return read_answers(
+            read = read_answers(
                 self.vlm, self.chat_format, chats, thoughts, temperature=self.temperature, who="the listener"
             )
+            self.misfits.see(read.label_mass.tolist())
+            return read.p_first
         prefixes = _prefixes(self.vlm, self.chat_format, thoughts)
         answers, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
         check_finite(torch.cat([answers, likelihood[:, None]], dim=-1), "the listener")
+        self.misfits.see(_mass(answers).tolist())
         raw = torch.softmax(answers / self.temperature, dim=-1)[:, 0]
         return 0.5 + (raw - 0.5) * torch.exp(self.grounding * likelihood)
+
+
+class ReadAnswers(NamedTuple):
+    """What a model says at its answer slots."""
+
+    p_first: Tensor
+    """(B,) float32 in [0, 1]: the first label's share of both labels' probability."""
+    label_mass: Tensor
+    """(B,) float32 in [0, 1]: both labels' probability, among all that could stand there."""
 
 
 def read_answers(
@@ -84,11 +98,15 @@ def read_answers(
     *,
     who: str,
     temperature: float = 1.0,
-) -> Tensor:
-    """p(first shown image) (B,) float32 that `vlm` gives at the answer slot after each thought."""
+) -> ReadAnswers:
+    """What `vlm` says at the answer slot after each thought."""
     prefixes = _prefixes(vlm, chat_format, thoughts)
     log_probs = check_finite(vlm.answer_logprobs(chats, prefixes, chat_format.labels), who)
-    return torch.softmax(log_probs / temperature, dim=-1)[:, 0]
+    return ReadAnswers(torch.softmax(log_probs / temperature, dim=-1)[:, 0], _mass(log_probs))
+
+
+def _mass(log_probs: Tensor) -> Tensor:
+    return log_probs.exp().sum(-1).clamp(0, 1)
 
 
 def _prefixes(vlm: VLM, chat_format: ChatFormat, thoughts: Sequence[str]) -> list[str]:

@@ -42,12 +42,21 @@ PAPER_CHECKPOINT = "alexgambashidze/qwen2.5vl_image_preference_reasoner"
 Scheme = Literal["auto", "group", "reference"]
 FailurePolicy = Literal["raise", "nan", "group-mean"]
 
-INFO = ("standard_error", "comparisons", "position_gap", "contradicted", "listener_p_first", "failed")
+INFO = (
+    "standard_error",
+    "comparisons",
+    "position_gap",
+    "contradicted",
+    "listener_p_first",
+    "malformed",
+    "label_mass",
+    "failed",
+)
 """What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
 
 JUDGE_OPTIONS = (
     "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
-    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips",
+    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips", "strict",
 )  # fmt: skip
 """What `Judge.from_pretrained` takes, known without its module, which imports torch."""
 
@@ -156,6 +165,8 @@ class ListenerReward:
             - `position_gap`: mean absolute position gap of those comparisons, in [0, 1];
             - `contradicted`: share of them in which the listener prefers the other image than the verdict;
             - `listener_p_first`: the listener's mean probability that this image is the better one;
+            - `malformed`: share of the thoughts that were malformed;
+            - `label_mass`: the two labels' total probability at the judge's answer slot, see `Verdict.label_mass`;
             - `failed`: 1 where the judge broke on every comparison of the image, else 0.
 
         Raises:
@@ -416,6 +427,8 @@ def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
                 _mean(abs(verdict.position_gap) for verdict, _ in met),
                 _mean(verdict.contradicted for verdict, _ in met),
                 _mean(_from_side(verdict.listener_p_first, first) for verdict, first in met),
+                _mean(verdict.malformed / len(verdict.thoughts) if verdict.thoughts else None for verdict, _ in met),
+                _mean(verdict.label_mass for verdict, _ in met),
                 failed,
             )
         )

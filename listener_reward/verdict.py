@@ -109,6 +109,9 @@ class Verdict:
     by_order: tuple[float | None, float | None] = (None, None)
     """p_first with the pair shown in order, and with it shown swapped, each in [0, 1], whose difference is
     `position_gap`; None for an order that was not asked."""
+    label_mass: float | None = None
+    """The two labels' total probability at the reasoner's answer slot, in [0, 1], the mean over its judgements; near 0
+    the model would have answered in another format. None for a judge that has no answer slot."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values; the thoughts become a list of dicts."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 import shutil
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +15,15 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-from listener_reward.chat import QWEN_RESERVED, ChatFormat
-from listener_reward.errors import InputError
+from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat
+from listener_reward.errors import FormatWarning, InputError, JudgeError
+from listener_reward.evaluate.run import evaluate
+from listener_reward.judge import Judge
+from listener_reward.listener import Listener
+from listener_reward.misfits import Misfits
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, QUESTION, build_model
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.trainer import ListenerGRPOTrainer
@@ -160,3 +169,102 @@ def test_the_trainer_sees_what_its_template_opens(random_judge, tiny_pairs, grpo
     trainer = ListenerGRPOTrainer(folder, grpo_config(), tiny_pairs)
     assert trainer.reward.opened == "<think>\n"
     assert ListenerGRPOTrainer(random_judge, grpo_config(), tiny_pairs).reward.opened == ""
+
+
+# ---------------------------------------------------------------- a format that does not fit
+
+
+class Speaker:
+    """Says `said` of every pair, and gives the two labels `mass` together at the slot."""
+
+    reserved: frozenset[str] = frozenset()
+
+    def __init__(self, said: str, mass: float = 1.0):
+        self.said, self.mass = said, mass
+        self.prefixes: list[str] = []
+
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        return [self.said] * len(chats)
+
+    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+        self.prefixes += prefixes
+        return torch.tensor([[0.75, 0.25]] * len(chats)).reshape(-1, 2).mul(self.mass).log()
+
+    def read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+
+
+GOOD, BAD = "<think>a fox</think><answer>1</answer>", "Image **1** is better"
+PAIRS = ["a fox"] * 8, [RED] * 8, [BLUE] * 8
+
+
+def test_a_verdict_has_the_mass_of_its_labels():
+    verdict = Judge(Speaker(GOOD, 0.4)).compare("a fox", RED, BLUE)
+    assert verdict.label_mass == pytest.approx(0.4)
+    assert verdict.to_dict()["label_mass"] == verdict.label_mass
+    assert Judge(Speaker(GOOD, 0.4)).compare("a fox", BLUE, RED).label_mass == verdict.label_mass
+    assert Judge(Speaker(GOOD, 0.4), think=False).compare("a fox", RED, BLUE).label_mass == verdict.label_mass
+    _, info = ListenerReward(Judge(Speaker(BAD, 0.4)))([RED, BLUE], ["a fox"] * 2)
+    assert info["malformed"].tolist() == [1, 1] and info["label_mass"] == pytest.approx([0.4, 0.4])
+    _, info = ListenerReward(Judge(Speaker(GOOD), think=False))([RED, BLUE], ["a fox"] * 2)
+    assert math.isnan(info["malformed"][0]), "no thoughts, so no share of them"
+
+
+@pytest.mark.parametrize(
+    ("said", "mass", "think", "message"),
+    [
+        (
+            BAD,
+            1.0,
+            True,
+            r"(30|16) of the judge's first \1 thoughts are malformed, such as 'Image \*\*1\*\* is better'",
+        ),
+        (GOOD, 0.002, True, r"the judge gives the two labels a probability of 0.002 together"),
+        (GOOD, 0.002, False, r"the judge gives the two labels a probability of 0.002 together"),
+    ],
+)
+def test_a_format_that_does_not_fit_is_said_once(said, mass, think, message):
+    judge = Judge(Speaker(said, mass), think=think)
+    judge.compare_many(PAIRS[0][:7], PAIRS[1][:7], PAIRS[2][:7])
+    with pytest.warns(FormatWarning, match=message):
+        judge.compare_many(*PAIRS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge.compare_many(*PAIRS)
+    strict = Judge(Speaker(said, mass), think=think, strict=True)
+    for _ in range(2):
+        with pytest.raises(JudgeError, match=message):
+            strict.compare_many(*PAIRS)
+
+
+def test_a_format_that_fits_and_a_few_slips_are_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Judge(Speaker(GOOD, 0.02), strict=True).compare_many(*PAIRS)
+        misfits = Misfits("the judge", strict=True)
+        misfits.see([1.0] * 16, [True] * 8 + [False] * 8)
+        misfits.see([0.0] * 16, [True] * 16)
+
+
+def test_a_listener_of_another_format_is_said_too():
+    judge = Judge(Speaker(GOOD), Listener(Speaker(GOOD, 0.001), ChatFormat()), strict=True)
+    with pytest.warns(FormatWarning, match="the listener gives the two labels a probability of 0.001"):
+        judge.compare_many(*PAIRS)
+
+
+def test_strict_is_an_option_of_a_judge_by_name(random_judge):
+    judge = Judge.from_pretrained(random_judge, device="cpu", strict=True, listener="none")
+    assert pickle.loads(pickle.dumps(judge)).misfits.strict
+    with pytest.raises(JudgeError, match="thoughts are malformed"):
+        judge.compare_many(
+            ["two red circles"] * 8, [Image.new("RGB", (9, 9), (20 * n, 0, 0)) for n in range(8)], PAIRS[2]
+        )
+
+
+def test_an_evaluation_has_the_mass_of_the_labels(tiny_pairs):
+    record = evaluate(Judge(Speaker(GOOD, 0.4)), tiny_pairs, progress=False, swap_check=0)
+    assert record.label_mass == pytest.approx(0.4) and record.to_dict()["label_mass"] == record.label_mass

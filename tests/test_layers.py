@@ -21,7 +21,7 @@ FLOORS = (
     ("media",),
     ("pairs", "verdict"),
     ("chat",),
-    ("trace",),
+    ("trace", "misfits"),
     # arithmetic on what models say
     ("shaping", "calibration"),
     # models

@@ -68,7 +68,8 @@ def print_verdict(verdict: Verdict, first: str, second: str) -> None:
         Text.assemble(
             "listener ",
             _listener_cell(verdict.listener_p_first, verdict.contradicted),
-            f"   position gap {verdict.position_gap:+.3f}   malformed {verdict.malformed} of {len(verdict.thoughts)}",
+            f"   position gap {verdict.position_gap:+.3f}   malformed {verdict.malformed} of {len(verdict.thoughts)}"
+            + ("" if verdict.label_mass is None else f"   label mass {verdict.label_mass:.2f}"),
         )
     )
 
@@ -145,9 +146,9 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
             table.add_row(_name(evaluation.judge), *values)
         _add_baselines(table, board, columns)
         tables.append(table)
-    habits = _table("judge", "ece", "position gap", "malformed", "missing")
+    habits = _table("judge", "ece", "position gap", "malformed", "label mass", "missing")
     for evaluation in board.evaluations:
-        found = evaluation.ece, evaluation.position_gap, evaluation.malformed_rate
+        found = evaluation.ece, evaluation.position_gap, evaluation.malformed_rate, evaluation.label_mass
         habits.add_row(_name(evaluation.judge), *map(_number, found), str(evaluation.missing))
     return [*tables, habits]
 

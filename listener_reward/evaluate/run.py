@@ -88,6 +88,9 @@ class Evaluation:
     """Wall-clock time of the whole evaluation, the swapped pairs included."""
     verdicts: tuple[Verdict, ...] | None = None
     """One for each pair, in order, if they were asked for."""
+    label_mass: float | None = None
+    """The two labels' total probability at the judge's answer slot, in [0, 1], the mean over the pairs; near 0 the
+    judge would have answered in another format. None for a judge that has no answer slot."""
     missing: int = 0
     """Pairs that a file of scores says nothing about. They count as wrong, except where a protocol says otherwise."""
     protocols: tuple[ProtocolResult, ...] = ()
@@ -193,6 +196,7 @@ def evaluate(
         contradiction_rate=_rate(int(contradictions.sum()), int(listened.sum())),
         contradiction_interval=clustered_interval(contradictions, listened, answers.prompts),
         malformed_rate=_rate(tally.malformed, tally.thoughts),
+        label_mass=sum(tally.masses) / len(tally.masses) if tally.masses else None,
         swap_consistency=_rate(mirrored, checked),
         swap_checked=checked,
         position_gap=float(np.nanmean(np.abs(gaps))) if not np.isnan(gaps).all() else None,
@@ -356,7 +360,7 @@ def _rate(count: int, n: int) -> float | None:
 
 
 class _Tally:
-    """What the record needs of the verdicts: eight numbers a pair, and two counts over the thoughts."""
+    """What the record needs of the verdicts: nine numbers a pair, and two counts over the thoughts."""
 
     def __init__(self) -> None:
         self.p_first: list[float] = []
@@ -367,6 +371,7 @@ class _Tally:
         self.reverse: list[float] = []
         self.listened: list[int] = []
         self.contradictions: list[int] = []
+        self.masses: list[float] = []
         self.thoughts = self.malformed = 0
 
     def add(self, verdicts: Sequence[Verdict]) -> None:
@@ -380,6 +385,8 @@ class _Tally:
             self.reverse.append(reverse)
             self.thoughts += len(verdict.thoughts)
             self.malformed += verdict.malformed
+            if verdict.label_mass is not None:
+                self.masses.append(verdict.label_mass)
             heard = [thought.contradicted for thought in verdict.thoughts if thought.contradicted is not None]
             self.listened.append(len(heard))
             self.contradictions.append(sum(heard))

@@ -64,6 +64,7 @@ COLUMNS = (
     Column("ece", "ECE", "expected calibration error: the gap between how sure the judge is and how often it is right"),
 )
 MORE_COLUMNS = (
+    Column("label_mass", "label mass", "the two labels' total probability at the answer slot", best="highest"),
     Column("brier", "Brier score", ""),
     Column("nll", "log loss", ""),
     Column("listener_accuracy", "listener accuracy, %", "", digits=1, percent=True, best="highest"),
