@@ -171,6 +171,34 @@ def test_the_trainer_sees_what_its_template_opens(random_judge, tiny_pairs, grpo
     assert ListenerGRPOTrainer(random_judge, grpo_config(), tiny_pairs).reward.opened == ""
 
 
+def test_training_that_earns_nothing_stops_with_a_completion(random_judge, tiny_pairs, grpo_config):
+    """Random weights write no tags in eight tokens."""
+    trainer = ListenerGRPOTrainer(random_judge, grpo_config(max_steps=4, malformed_rounds=2), tiny_pairs)
+    with pytest.raises(
+        InputError, match=r"all completions of 2 rounds in a row are malformed, such as '.+'; they earn"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    trainer = ListenerGRPOTrainer(random_judge, grpo_config(max_steps=3, malformed_rounds=0), tiny_pairs)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    with pytest.raises(InputError, match="malformed_rounds is -1"):
+        grpo_config(malformed_rounds=-1)
+
+
+def test_one_well_formed_completion_begins_the_count_anew(random_judge, tiny_pairs, grpo_config):
+    trainer = ListenerGRPOTrainer(random_judge, grpo_config(malformed_rounds=2), tiny_pairs)
+    trainer.model.train()
+    for rate in (1.0, 0.9, 1.0, 0.0, 1.0):
+        trainer._metrics["train"]["malformed_rate"].append(rate)
+        trainer._stop_where_all_is_malformed()
+    trainer.model.eval()
+    trainer._stop_where_all_is_malformed()
+    trainer.model.train()
+    with pytest.raises(InputError, match="2 rounds"):
+        trainer._stop_where_all_is_malformed()
+
+
 # ---------------------------------------------------------------- a format that does not fit
 
 

@@ -67,6 +67,13 @@ class ListenerGRPOConfig(GRPOConfig):
             "counts it, 'raise' stops the run. It is never a reward of zero."
         },
     )
+    malformed_rounds: int = field(
+        default=20,
+        metadata={
+            "help": "Stop, with one of the completions, after so many rounds of rollouts in a row whose completions "
+            "are all malformed: they earn nothing, and nothing is learnt from them. 0 goes on."
+        },
+    )
     decode_images_once: bool = field(
         default=True,
         metadata={
@@ -147,6 +154,8 @@ class ListenerGRPOConfig(GRPOConfig):
         if self.listener_batch_size < 1:
             raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
         _one_of("share_attention", self.share_attention, KERNELS)
+        if self.malformed_rounds < 0:
+            raise InputError(f"malformed_rounds is {self.malformed_rounds}; give a number of rounds, or 0 to go on")
         if self.token_budget < 1:
             raise InputError(f"token_budget is {self.token_budget}; it must be at least 1, and a prompt is hundreds")
         if not _three_numbers(self.reward_weights):

@@ -66,6 +66,11 @@ class ShapedReward:
             _log(scored, **columns)
         return self._last[1]
 
+    @property
+    def last_completion(self) -> str:
+        """One completion of the batch that was read last, as it was parsed; "" before the first."""
+        return self.opened + text_of(self._last[0][0]) if self._last is not None and len(self._last[0]) else ""
+
     def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
         traces = [parse(self.opened + text_of(completion), self.chat_format) for completion in completions]
         heard: list[float | None] = [None] * len(traces)

@@ -98,6 +98,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
                 "use_peft: true, or name a checkpoint as the listener"
             )
+        self._malformed_rounds = 0
+        """Rounds in a row, up to now, in which every completion was malformed."""
         self.kernel = self._kernel(args)
         if listener is None and not own_base:
             listener = _load_listener(args, self.card, self.kernel)
@@ -192,9 +194,29 @@ class ListenerGRPOTrainer(GRPOTrainer):
             args, kwargs = (self._decoded(*args, **kwargs),), {}
         try:
             with self._light_gathering():
-                return super()._generate_and_score_completions(*args, **kwargs)
+                scored = super()._generate_and_score_completions(*args, **kwargs)
         finally:
             _forget_images(self.listener)
+        self._stop_where_all_is_malformed()
+        return scored
+
+    def _stop_where_all_is_malformed(self) -> None:
+        """Counts rounds without a well-formed completion on any process, and ends a run that has only such.
+
+        Raises:
+            InputError: `malformed_rounds` of them in a row.
+        """
+        rates = self._metrics["train"].get("malformed_rate")
+        if not (self.model.training and rates):
+            return
+        self._malformed_rounds = self._malformed_rounds + 1 if rates[-1] == 1 else 0
+        if self._malformed_rounds == self.args.malformed_rounds:
+            raise InputError(
+                f"all completions of {self._malformed_rounds} rounds in a row are malformed, such as "
+                f"{self.reward.last_completion[:500]!r}; they earn nothing, so nothing is learnt. Give the checkpoint "
+                "a card (listener_reward.json) with the tags and labels that it writes, a larger max_completion_length "
+                "where completions are cut, or some supervised steps first (train_sft); malformed_rounds: 0 goes on"
+            )
 
     def _decoded(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         decoded: dict[Any, Any] = {}
