@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -93,18 +93,26 @@ class ChatFormat:
     its last characters."""
 
     think: tuple[str, str] = ("<think>", "</think>")
+    """What opens and closes a thought; two empty strings, or None, where a completion may open with the answer.
+
+    Tags may hold white space, as JSON does, and words, as `("<answer>Image ", " is better</answer>")`. White space
+    inside a tag stands for any white space; at a tag's ends none is needed."""
     answer: tuple[str, str] = ("<answer>", "</answer>")
 
     max_prompt_chars: int = 4000
     """Longer prompts are cut here, with a warning: no generator reads more, and one row must not fill the memory."""
 
     def __post_init__(self) -> None:
-        for name in ("labels", "think", "answer"):
-            words: tuple[Any, ...] = getattr(self, name)
-            if not isinstance(words, tuple) or len(words) != 2 or not all(map(_is_word, words)):
-                raise InputError(f"{name} is {words!r}; give two strings that hold no white space")
-        if len({*self.think, *self.answer}) != 4:
-            raise InputError(f"think is {self.think!r} and answer {self.answer!r}; four different tags are needed")
+        if self.think in (None, "", ("", "")):
+            object.__setattr__(self, "think", ("", ""))
+        elif not _are_two(self.think, _is_tag):
+            raise InputError(f"think is {self.think!r}; give two tags that are not blank, or null for no thoughts")
+        if not _are_two(self.answer, _is_tag):
+            raise InputError(f"answer is {self.answer!r}; give two tags that are not blank")
+        if not _are_two(self.labels, _is_word):
+            raise InputError(f"labels is {self.labels!r}; give two strings that hold no white space")
+        if len({tag.strip() for tag in self.tags}) != len(self.tags):
+            raise InputError(f"think is {self.think!r} and answer {self.answer!r}; all the tags must differ")
         if not isinstance(self.question, str):
             raise InputError(f"question is a {type(self.question).__name__}; give the text of the question")
         if not isinstance(self.max_prompt_chars, int) or self.max_prompt_chars < 1:
@@ -162,10 +170,18 @@ class ChatFormat:
 
     def answer_slot(self, thought: str) -> str:
         """The assistant's turn up to the place where the answer's label stands."""
+        if thought and not any(self.think):
+            return f"{thought}\n{self.answer[0]}"
         return f"{self.think[0]}{thought}{self.think[1]}{self.answer[0]}"
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Both pairs of tags, or the answer's alone."""
+        return (*self.think, *self.answer) if any(self.think) else self.answer
+
     def reserved(self, more: Collection[str] = ()) -> frozenset[str]:
-        return frozenset((*QWEN_RESERVED, *self.think, *self.answer, *more))
+        markup = [part for tag in self.tags for part in _MARKUP.findall(tag)]
+        return frozenset((*QWEN_RESERVED, *self.tags, *markup, *more))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -253,6 +269,18 @@ def _blocks(side: Side) -> tuple[tuple[dict[str, Any], ...], tuple[Visual, ...]]
     if isinstance(side, tuple):
         return _IMAGE * len(side), side
     return _IMAGE, (to_picture(side),)
+
+
+_MARKUP = re.compile(r"<[^<>\s]+>")
+"""The part of a tag that no text may hold where the tag has words beside it."""
+
+
+def _are_two(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, tuple) and len(values) == 2 and all(map(fits, values))
+
+
+def _is_tag(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
 
 
 def _is_word(value: Any) -> bool:

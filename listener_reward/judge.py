@@ -86,6 +86,7 @@ class Judge:
         seed: int = 0,
         clips: ClipView = "storyboard",
         strict: bool = False,
+        lenient: bool = False,
     ):
         self.reasoner = reasoner
         self.listener = listener
@@ -97,6 +98,8 @@ class Judge:
         self.seed = seed
         self.clips: ClipView = _checked(clips)
         """How clips are looked at; pictures do not care."""
+        self.lenient = lenient
+        """Whether answers such as `**1**` or `Image 1` count, see `parse`; off, they are malformed."""
         self.misfits = Misfits("the judge", strict=strict)
         self._origin: dict[str, Any] | None = None
         self._told_of_mode = False
@@ -122,6 +125,7 @@ class Judge:
         seed: int = 0,
         clips: ClipView = "storyboard",
         strict: bool = False,
+        lenient: bool = False,
     ) -> Judge:
         """Loads a judge by embedded name ("tiny"), folder, or Hub name.
 
@@ -144,6 +148,8 @@ class Judge:
                 asked by "video" or "clip": measure it first.
             strict: raise where most of the first thoughts are malformed, or the labels have next to no probability at
                 the answer slot; else that is a `FormatWarning`.
+            lenient: count answers such as `**1**`, `Image 1` or `\\boxed{1}`, which a checkpoint gives that was never
+                trained as a judge; see `trace.parse`.
 
         Raises:
             InputError: a checkpoint that cannot be found, reached or read; an aggregate that needs a listener without
@@ -174,7 +180,9 @@ class Judge:
         }
         reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
         loaded = load_listener(chosen, card, **options) if isinstance(chosen, str | Path) else chosen
-        judge = cls(reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict)
+        judge = cls(
+            reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict, lenient=lenient
+        )
         if not isinstance(listener, Listener):
             judge._origin = {"name": name, "listener": listener, **options, **given}
         return judge
@@ -193,6 +201,7 @@ class Judge:
             seed=self.seed,
             clips=self.clips,
             strict=self.misfits.strict,
+            lenient=self.lenient,
         ), ()
 
     def with_clips(self, clips: ClipView) -> Judge:
@@ -340,7 +349,7 @@ class Judge:
                 max_new_tokens=self.card.max_new_tokens,
                 temperature=self.card.sampling_temperature,
             )
-            traces = [parse(completion, self.card.format) for completion in completions]
+            traces = [parse(completion, self.card.format, lenient=self.lenient) for completion in completions]
         else:
             traces = [Trace("", None)] * len(chats)
         own = read_answers(
@@ -349,6 +358,7 @@ class Judge:
             chats,
             [trace.thought for trace in traces],
             who="the reasoner",
+            own=[trace.slot for trace in traces],
         )
         malformed = [not trace.well_formed for trace in traces] if thinks else []
         bad = next((said for said, is_bad in zip(completions, malformed, strict=True) if is_bad), "")

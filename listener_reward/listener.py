@@ -98,9 +98,19 @@ def read_answers(
     *,
     who: str,
     temperature: float = 1.0,
+    own: Sequence[str | None] | None = None,
 ) -> ReadAnswers:
-    """What `vlm` says at the answer slot after each thought."""
+    """What `vlm` says at the answer slot after each thought.
+
+    `own` are the slots as the model wrote them itself (`Trace.slot`): read there, a probability is the one that it
+    answered with. Where a thought has to be made harmless, or has no such slot, it is written anew.
+    """
     prefixes = _prefixes(vlm, chat_format, thoughts)
+    if own is not None:
+        prefixes = [
+            slot if slot is not None and prefix == chat_format.answer_slot(thought) else prefix
+            for slot, thought, prefix in zip(own, thoughts, prefixes, strict=True)
+        ]
     log_probs = check_finite(vlm.answer_logprobs(chats, prefixes, chat_format.labels), who)
     return ReadAnswers(torch.softmax(log_probs / temperature, dim=-1)[:, 0], _mass(log_probs))
 

@@ -56,7 +56,7 @@ INFO = (
 
 JUDGE_OPTIONS = (
     "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
-    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips", "strict",
+    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips", "strict", "lenient",
 )  # fmt: skip
 """What `Judge.from_pretrained` takes, known without its module, which imports torch."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -42,25 +42,43 @@ class Trace:
 
     thought: str
     answer: Literal[1, 2] | None
+    slot: str | None = field(default=None, compare=False, repr=False)
+    """The completion's own text up to the label; None for a malformed one."""
 
     @property
     def well_formed(self) -> bool:
         return self.answer is not None
 
     def for_listener(self, masking: Masking = "answer") -> str:
-        """The thought with the verdict removed; it never held the answer tag."""
-        return self.thought if masking == "answer" else mask_verdict(self.thought)
+        """The thought with the verdict removed; it never held the answer tag.
+
+        A malformed completion may say its verdict anywhere, so there sentences that tell it go too.
+        """
+        if self.well_formed:
+            return self.thought if masking == "answer" else mask_verdict(self.thought)
+        kept = (sentence for sentence in _SENTENCE.findall(self.thought) if not _is_verdict(sentence))
+        return "".join(_BARE_ANSWER.sub(" ", sentence) for sentence in kept).strip()
 
 
-def parse(completion: str, chat_format: ChatFormat) -> Trace:
+def parse(completion: str, chat_format: ChatFormat, *, lenient: bool = False) -> Trace:
     """Reads `<think>thought</think><answer>label</answer>`, with white space allowed around each part.
 
-    Anything else (a tag missing, doubled or out of place, text outside the tags, an unknown label) is malformed.
+    Anything else (a tag missing, doubled or out of place, text outside the tags, an unknown label) is malformed. In a
+    format without thoughts' tags, what stands before the answer is the thought.
+
+    With `lenient`, a completion whose last line says one label and little else is well-formed too: `**1**`, `"1"`,
+    `1.`, `Image 1`, `Image 1 is better`, `Answer: 1`, `\\boxed{1}`. A judge that is trained must not be read so: it
+    would learn that any form will do.
     """
     match = _pattern(chat_format).fullmatch(completion)
-    if match is None or any(tag in match["thought"] for tag in (*chat_format.think, *chat_format.answer)):
+    if match is not None and not any(tag.strip() in match["thought"] for tag in chat_format.tags):
+        thought = match["thought"]
+    elif lenient and (match := _last_line(completion, chat_format)):
+        thought = _untagged(completion[: match.start("line")], chat_format)
+    else:
         return Trace(_bare(completion, chat_format), None)
-    return Trace(match["thought"].strip(), 1 if match["label"] == chat_format.labels[0] else 2)
+    answer = 1 if match["label"] == chat_format.labels[0] else 2
+    return Trace(thought.strip(), answer, completion[: match.start("label")])
 
 
 def mask_verdict(thought: str) -> str:
@@ -74,11 +92,53 @@ def _is_verdict(sentence: str) -> bool:
     return bool(judges or _PICKS_LABEL.search(sentence))
 
 
+_NAME = r"(?:(?:image|picture|photo|option|candidate)[\s#:]{0,3})?"
+_BARE_ANSWER = re.compile(
+    rf"\\boxed\s?\{{[^{{}}\n]{{0,40}}\}}?|\*\*\s?{_NAME}(?:[12]|(?-i:[AB]))[\s.]?\*\*"
+    rf"|\b(?:preferred|better|best|winner)[\W_]{{1,6}}{_NAME}(?:[12]|(?-i:[AB]))\b"
+    rf"|^[^\w\n]{{0,6}}{_NAME}(?:[12]|(?-i:[AB]))[^\w\n]{{0,6}}$",
+    re.I | re.M,
+)
+"""A label that stands for an answer by its dress alone: boxed, bold, a field of JSON, or a sentence of its own."""
+
+
+def _last_line(completion: str, chat_format: ChatFormat) -> re.Match[str] | None:
+    """The last line that is no closing tag or fence, where it says one label and little else."""
+    ends = r"(?:\s|```|" + "|".join(map(_spaced, chat_format.tags)) + ")"
+    text = re.sub(rf"{ends}+\Z", "", completion[-4 * LONGEST_LINE :])
+    start = len(completion[: -4 * LONGEST_LINE]) + text.rfind("\n") + 1
+    end = len(completion[: -4 * LONGEST_LINE]) + len(text)
+    return _lenient(chat_format).match(completion, start, end) if end - start <= LONGEST_LINE else None
+
+
+LONGEST_LINE = 120
+"""Characters of a line that may be an answer by itself."""
+
+
+@cache
+def _lenient(chat_format: ChatFormat) -> re.Pattern[str]:
+    labels = "|".join(map(re.escape, sorted(chat_format.labels, key=len, reverse=True)))
+    tags = "|".join(map(_spaced, chat_format.tags))
+    return re.compile(
+        rf"(?P<before>.*(?:{tags}))?(?P<line>)[^\w\n]*(?:(?:the\s)?(?:final\s)?(?:answer|choice)(?:\sis)?[^\w\n]+)?"
+        rf"(?:(?:boxed|text)[^\w\n]+)*{_NAME}[^\w\n]*(?P<label>(?-i:{labels}))(?!\w)"
+        r"(?:\s(?:is|looks)\s(?:the\s)?(?:better|best|preferred)(?:\s(?:one|image|picture))?)?[^\w\n]*\Z",
+        re.I,
+    )
+
+
+def _spaced(tag: str) -> str:
+    """A pattern for a tag, in which any white space stands for white space; its ends are the caller's."""
+    return r"\s+".join(map(re.escape, tag.split()))
+
+
 @cache
 def _pattern(chat_format: ChatFormat) -> re.Pattern[str]:
-    think, answer = map(re.escape, chat_format.think), map(re.escape, chat_format.answer)
+    think, answer = map(_spaced, chat_format.think), map(_spaced, chat_format.answer)
     (think_open, think_close), (answer_open, answer_close) = tuple(think), tuple(answer)
     labels = "|".join(map(re.escape, chat_format.labels))
+    if not think_open:
+        return re.compile(rf"(?P<thought>.*?){answer_open}\s*(?P<label>{labels})\s*{answer_close}\s*", re.S)
     return re.compile(
         rf"\s*{think_open}(?P<thought>.*?){think_close}\s*{answer_open}\s*(?P<label>{labels})\s*{answer_close}\s*", re.S
     )
@@ -89,14 +149,17 @@ def _bare(completion: str, chat_format: ChatFormat) -> str:
 
     Cut at the first answer, a thought that quotes one ("</think><answer>1") would lose all that follows.
     """
-    before, tag, after = completion.rpartition(chat_format.answer[0])
-    text = _answers(chat_format).sub(" ", before if tag else after)
-    for tag in (*chat_format.think, *chat_format.answer):
-        text = text.replace(tag, " ")
+    last = max((match.start() for match in _answers(chat_format).finditer(completion)), default=len(completion))
+    return _untagged(_answers(chat_format).sub(" ", completion[:last]), chat_format)
+
+
+def _untagged(text: str, chat_format: ChatFormat) -> str:
+    for tag in chat_format.tags:
+        text = re.sub(_spaced(tag), " ", text)
     return text.strip()
 
 
 @cache
 def _answers(chat_format: ChatFormat) -> re.Pattern[str]:
     labels = "|".join(map(re.escape, chat_format.labels))
-    return re.compile(rf"{re.escape(chat_format.answer[0])}(?:\s*(?:{labels})(?!\w))?")
+    return re.compile(rf"{_spaced(chat_format.answer[0])}(?:\s*(?:{labels})(?!\w))?")

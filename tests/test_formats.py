@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
+import re
 import shutil
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +28,7 @@ from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, open
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, QUESTION, build_model
+from listener_reward.trace import parse
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
@@ -188,13 +192,14 @@ def test_training_that_earns_nothing_stops_with_a_completion(random_judge, tiny_
 
 def test_one_well_formed_completion_begins_the_count_anew(random_judge, tiny_pairs, grpo_config):
     trainer = ListenerGRPOTrainer(random_judge, grpo_config(malformed_rounds=2), tiny_pairs)
-    trainer.model.train()
+    model: Any = trainer.model
+    model.train()
     for rate in (1.0, 0.9, 1.0, 0.0, 1.0):
         trainer._metrics["train"]["malformed_rate"].append(rate)
         trainer._stop_where_all_is_malformed()
-    trainer.model.eval()
+    model.eval()
     trainer._stop_where_all_is_malformed()
-    trainer.model.train()
+    model.train()
     with pytest.raises(InputError, match="2 rounds"):
         trainer._stop_where_all_is_malformed()
 
@@ -296,3 +301,149 @@ def test_strict_is_an_option_of_a_judge_by_name(random_judge):
 def test_an_evaluation_has_the_mass_of_the_labels(tiny_pairs):
     record = evaluate(Judge(Speaker(GOOD, 0.4)), tiny_pairs, progress=False, swap_check=0)
     assert record.label_mass == pytest.approx(0.4) and record.to_dict()["label_mass"] == record.label_mass
+
+
+# ---------------------------------------------------------------- formats of models that exist
+
+PHRASE = ChatFormat(answer=("<answer>Image ", " is better</answer>"))
+JSON = ChatFormat(think=('{"reasoning": "', '", '), answer=('"preferred": "', '"}'))
+LINES = ChatFormat(think=("<think>\n", "\n</think>\n"), answer=("<answer>\n", "\n</answer>"))
+UNTHINKING = ChatFormat(think=None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "completion", "thought", "answer", "slot"),
+    [
+        (PHRASE, "<think>a</think><answer>Image 2 is better</answer>", "a", 2, "<think>a</think><answer>Image "),
+        (PHRASE, "<think>a</think>\n<answer>Image 1 is\nbetter</answer>\n", "a", 1, "<think>a</think>\n<answer>Image "),
+        (JSON, '{"reasoning": "a fox", "preferred": "2"}', "a fox", 2, '{"reasoning": "a fox", "preferred": "'),
+        (JSON, '{"reasoning": "a fox",\n"preferred": "1"}', "a fox", 1, '{"reasoning": "a fox",\n"preferred": "'),
+        (LINES, "<think>\na\n</think>\n<answer>\n1\n</answer>", "a", 1, "<think>\na\n</think>\n<answer>\n"),
+        (LINES, "<think>a</think><answer>1</answer>", "a", 1, "<think>a</think><answer>"),
+        (UNTHINKING, "<answer>1</answer>", "", 1, "<answer>"),
+        (UNTHINKING, "a fox.\n<answer>2</answer>", "a fox.", 2, "a fox.\n<answer>"),
+    ],
+)
+def test_formats_are_read(chat_format, completion, thought, answer, slot):
+    trace = parse(completion, chat_format)
+    assert (trace.thought, trace.answer, trace.slot) == (thought, answer, slot)
+    assert ChatFormat.from_dict(chat_format.to_dict()) == chat_format
+    written = f"{chat_format.answer_slot(thought)}{chat_format.labels[answer - 1]}{chat_format.answer[1]}"
+    assert parse(written, chat_format) == trace
+    assert parse(completion, chat_format, lenient=True) == trace
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "completion"),
+    [
+        (PHRASE, "<think>a</think><answer>1</answer>"),
+        (PHRASE, "<think>a</think><answer>Image 1 is best</answer>"),
+        (JSON, '{"reasoning": "a fox", "preferred": 1}'),
+        (UNTHINKING, "<answer>1</answer> or not"),
+        (UNTHINKING, "<answer>1</answer><answer>2</answer>"),
+        (UNTHINKING, "1"),
+    ],
+)
+def test_other_forms_are_malformed(chat_format, completion):
+    assert parse(completion, chat_format).answer is None
+
+
+@pytest.mark.parametrize("fields", [{"answer": (" ", "x")}, {"think": ("<t>", "")}, {"think": ("<answer> ", "x")}])
+def test_blank_and_equal_tags_are_refused(fields):
+    with pytest.raises(InputError, match=r"think|answer"):
+        ChatFormat(**fields)
+
+
+def test_no_prompt_can_hold_a_tag_with_words():
+    form = dataclasses.replace(PHRASE, question=QUESTION)
+    said = form.messages("a <answer>Image 1 is better</answer> <answer> fox")[0]["content"][-1]["text"]
+    assert not any(tag in said for tag in ("<answer>", "</answer>", "is better</answer>"))
+
+
+LENIENT = [
+    ("**1**", 1),
+    ("<think>a</think>**2**", 2),
+    ("a fox.\n\nAnswer: **Image 2**", 2),
+    ("The final answer is 1.", 1),
+    ("Image 1", 1),
+    ("Image 2 is better.", 2),
+    ("'1'", 1),
+    ("1.", 1),
+    ("a\n$\\boxed{2}$", 2),
+    ("\\boxed{\\text{Image 1}}", 1),
+    ("<think>a</think><answer>Image 1 is better</answer>", 1),
+    ("```\n<answer>1\n```", 1),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer"), LENIENT)
+def test_lenient_reading_has_to_be_asked_for(completion, answer):
+    assert parse(completion, ChatFormat()).answer is None
+    trace = parse(completion, ChatFormat(), lenient=True)
+    assert trace.answer == answer
+    assert trace.slot is not None and completion[len(trace.slot)] == str(answer)
+    assert not any(tag in trace.thought for tag in ChatFormat().tags)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "1 or 2",
+        "12",
+        "Image 3",
+        "maybe 1",
+        "1\nbut I doubt it",
+        "Image 1 is not better",
+        "**1** **2**",
+        "1" * 999,
+    ],
+)
+def test_lenient_reading_guesses_nothing(completion):
+    assert parse(completion, ChatFormat(), lenient=True).answer is None
+
+
+def test_lenient_reading_takes_linear_time():
+    started = time.process_time()
+    for flood in (" " * 10**6, "*" * 10**6, "</think>" * 10**5, "\n" * 10**6, "*" * 110 + "x", "Image " * 10**5):
+        assert parse(flood, ChatFormat(), lenient=True).answer is None
+    assert time.process_time() - started < 5
+
+
+def test_a_lenient_judge_votes_by_what_it_reads():
+    assert Judge(Speaker("a fox.\n**1**")).compare("a fox", RED, BLUE).malformed == 2
+    lenient = Judge(Speaker("a fox.\n**1**"), lenient=True).compare("a fox", RED, BLUE)
+    assert lenient.malformed == 0 and {thought.answer for thought in lenient.thoughts} == {1, 2}
+    assert {thought.text for thought in lenient.thoughts} == {"a fox."}
+
+
+def test_the_reasoner_is_read_at_its_own_text():
+    own = "<think>\na fox\n</think>\n<answer> "
+    reasoner, hears = Speaker(f"{own}1</answer>"), Speaker(GOOD)
+    Judge(reasoner, Listener(hears, ChatFormat())).compare("a fox", RED, BLUE)
+    assert set(reasoner.prefixes) == {own}
+    assert set(hears.prefixes) == {"<think>a fox</think><answer>"}
+    hostile = Speaker("<think>\na <|im_end|> fox</think><answer>1</answer>")
+    Judge(hostile).compare("a fox", RED, BLUE)
+    assert set(hostile.prefixes) == {"<think>a < |im_end|> fox</think><answer>"}, "written anew, and harmless"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A fox. Answer: 1",
+        'A fox. {"preferred": "2',
+        "A fox. **1**",
+        "A fox.\n1",
+        "A fox. \\boxed{Image 1}",
+        "A fox. Image 1 is better",
+        "<think>A fox. So image 1 is better.</think>1",
+    ],
+)
+def test_a_verdict_in_a_malformed_thought_does_not_reach_the_listener(said):
+    trace = parse(said, ChatFormat())
+    assert trace.answer is None
+    assert trace.for_listener().strip(' {"') == "A fox."
+    hears = Speaker(GOOD)
+    Judge(Speaker(said), Listener(hears, ChatFormat())).compare("a fox", RED, BLUE)
+    assert not any(re.search("[12]", prefix) for prefix in hears.prefixes)
