@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 import re
@@ -24,11 +25,11 @@ from listener_reward.evaluate.run import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
 from listener_reward.misfits import Misfits
-from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, opened_thought
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, QUESTION, build_model
-from listener_reward.trace import parse
+from listener_reward.trace import Trace, parse
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
@@ -447,3 +448,53 @@ def test_a_verdict_in_a_malformed_thought_does_not_reach_the_listener(said):
     hears = Speaker(GOOD)
     Judge(Speaker(said), Listener(hears, ChatFormat())).compare("a fox", RED, BLUE)
     assert not any(re.search("[12]", prefix) for prefix in hears.prefixes)
+
+
+# ---------------------------------------------------------------- tags that are special tokens
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@pytest.mark.parametrize("added", [{"special": TAGS}, {"added": TAGS}, {}])
+def test_tags_survive_decoding_whatever_tokens_they_are(added):
+    tokenizer = build_tokenizer(**added)
+    turn = "<|im_start|>assistant\n<think>a fox</think><answer>1</answer><|im_end|><|endoftext|>"
+    encoded = tokenizer.encode(turn, add_special_tokens=False)
+    expected = ["assistant\n<think>a fox</think><answer>1</answer>"] * 2
+    assert decoded(tokenizer, [encoded] * 2) == expected
+    assert decoded(tokenizer, torch.tensor([encoded] * 2)) == expected
+
+
+def test_what_has_no_tags_of_its_own_is_decoded_as_ever(random_judge):
+    tokenizer = load_processor(random_judge).tokenizer
+    encoded = tokenizer.encode("<|im_start|>user dragon <think>two red circles</think><|im_end|><|endoftext|>")
+    assert decoded(tokenizer, [encoded]) == [tokenizer.decode(encoded, skip_special_tokens=True)]
+
+
+def test_a_model_whose_tags_are_special_is_well_formed(monkeypatch):
+    tokenizer = build_tokenizer(special=TAGS)
+    said = tokenizer.encode("<think>a fox</think><answer>1</answer><|im_end|>", add_special_tokens=False)
+    vlm = build_vlm(tokenizer)
+    monkeypatch.setattr(vlm, "_sampler", lambda *_: lambda places, options: torch.tensor([said] * len(places)))
+    chat = ChatFormat(question=QUESTION).chat("a fox", RED, BLUE, vlm.reserved)
+    (text,) = vlm.generate([chat], seeds=[0], max_new_tokens=40, temperature=0.0)
+    assert parse(text, ChatFormat()) == Trace("a fox", 1)
+
+
+def test_training_reads_tags_that_are_special_tokens(random_judge, tiny_pairs, grpo_config, tmp_path):
+    folder = tmp_path / "special"
+    shutil.copytree(random_judge, folder)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        tokens = saved.get("added_tokens") or saved.get("added_tokens_decoder", {}).values()
+        for token in tokens:
+            token["special"] = True
+        path.write_text(json.dumps(saved), encoding="utf-8")
+    trainer = ListenerGRPOTrainer(folder, grpo_config(), tiny_pairs)
+    tokenizer = trainer.processing_class.tokenizer  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    encoded = tokenizer.encode("<think>two</think><answer>1</answer><|im_end|>")
+    assert "<think>" not in tokenizer.decode(encoded, skip_special_tokens=True), "the tags are special"
+    with trainer._tags_kept():
+        (said,) = trainer.processing_class.batch_decode([encoded], skip_special_tokens=True)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    assert parse(said, ChatFormat()) == Trace("two", 1)
+    assert "batch_decode" not in vars(trainer.processing_class)

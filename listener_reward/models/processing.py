@@ -9,7 +9,7 @@ elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 
+from listener_reward.chat import FOREIGN_RESERVED, QWEN_RESERVED
 from listener_reward.errors import InputError
 from listener_reward.models.hub import cannot_load, loading
 from listener_reward.models.templates import check_template
@@ -143,3 +144,23 @@ def opened_thought(text: str, think_tag: str | None) -> str:
     if not think_tag or not text.rstrip().endswith(think_tag):
         return ""
     return text[text.rindex(think_tag) :]
+
+
+def decoded(tokenizer: Any, completions: Any) -> list[str]:
+    """The text of completions' token ids, without the tokens that end, fill or frame a turn.
+
+    transformers' own `skip_special_tokens` drops every special token. Fine-tuners like to add their tags as such, and a
+    completion without its tags would be malformed.
+    """
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = [value for name, value in tokenizer.special_tokens_map.items() if name != "additional_special_tokens"]
+    dropped = {special.get(token) for token in (*QWEN_RESERVED, *FOREIGN_RESERVED, *map(str, _flat(named)))}
+    if dropped.issuperset(special.values()):
+        return tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in completions]
+    return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)

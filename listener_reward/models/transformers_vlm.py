@@ -24,7 +24,7 @@ from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
 from listener_reward.models.hub import cannot_load, hub_options, loading
-from listener_reward.models.processing import load_processor, opened_thought
+from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
@@ -202,7 +202,7 @@ class TransformersVLM:
                     places = range(start, min(start + self.batch_size, len(batch)))
                     rows = [batch[place] for place in places]
                     new = sampler(places, options(rows))
-                    for row, text in zip(rows, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    for row, text in zip(rows, decoded(self.tokenizer, new), strict=True):
                         completions[row] = opened_thought(texts[row], self.think_tag) + text
         return completions
 

@@ -32,7 +32,7 @@ from listener_reward.errors import InputError
 from listener_reward.listener import Listener, choose_listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
 from listener_reward.models.hub import lasting, resolve
-from listener_reward.models.processing import load_processor, opened_thought
+from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
 from listener_reward.prefix.allocator import keep_freed_memory
@@ -193,7 +193,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if "decode_images_once" not in self.left_to_trl:
             args, kwargs = (self._decoded(*args, **kwargs),), {}
         try:
-            with self._light_gathering():
+            with self._light_gathering(), self._tags_kept():
                 scored = super()._generate_and_score_completions(*args, **kwargs)
         finally:
             _forget_images(self.listener)
@@ -230,6 +230,15 @@ class ListenerGRPOTrainer(GRPOTrainer):
             return decoded[key]
 
         return [{**row, "images": [picture(image) for image in row["images"]]} for row in inputs]
+
+    def _tags_kept(self) -> contextlib.AbstractContextManager[Any]:
+        """Stock trl drops every special token from completions, tags that were added as such among them."""
+        processor: Any = self.processing_class
+
+        def decode(ids: Any, **_: Any) -> list[str]:
+            return decoded(processor.tokenizer, ids)
+
+        return replaced(processor, "batch_decode", decode)
 
     def _light_gathering(self) -> contextlib.AbstractContextManager[Any]:
         """Stock trl sends every prompt, pictures and all, to every process for its table of completions."""
