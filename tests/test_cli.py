@@ -24,7 +24,9 @@ from listener_reward.judge import Judge
 from listener_reward.reward import PAPER_CHECKPOINT
 from listener_reward.verdict import Thought, Verdict
 
-COMPARE_KEYS = "p_first preferred thoughts listener_p_first contradicted position_gap malformed by_order label_mass".split()
+COMPARE_KEYS = (
+    "p_first preferred thoughts listener_p_first contradicted position_gap malformed by_order label_mass"
+).split()
 EVAL_KEYS = "accuracy accuracy_interval contradiction_rate malformed_rate swap_consistency ece n".split()
 
 Loads = list[tuple[str, dict[str, Any]]]

@@ -491,10 +491,11 @@ def test_training_reads_tags_that_are_special_tokens(random_judge, tiny_pairs, g
             token["special"] = True
         path.write_text(json.dumps(saved), encoding="utf-8")
     trainer = ListenerGRPOTrainer(folder, grpo_config(), tiny_pairs)
-    tokenizer = trainer.processing_class.tokenizer  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    processor: Any = trainer.processing_class
+    tokenizer = processor.tokenizer
     encoded = tokenizer.encode("<think>two</think><answer>1</answer><|im_end|>")
     assert "<think>" not in tokenizer.decode(encoded, skip_special_tokens=True), "the tags are special"
     with trainer._tags_kept():
-        (said,) = trainer.processing_class.batch_decode([encoded], skip_special_tokens=True)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        (said,) = processor.batch_decode([encoded], skip_special_tokens=True)
     assert parse(said, ChatFormat()) == Trace("two", 1)
-    assert "batch_decode" not in vars(trainer.processing_class)
+    assert "batch_decode" not in vars(processor)
