@@ -18,6 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.judge import Judge
+from listener_reward.models.head import next_token_logprobs
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
 from listener_reward.models.vlm import check_finite
@@ -170,6 +171,53 @@ def test_equals_a_plain_forward(vlm, chats, random_judge):
         ids = processor.tokenizer.convert_tokens_to_ids(["1", "2"])
         torch.testing.assert_close(row, expected[ids], atol=2e-5, rtol=1e-4)
     assert found.std(0).max() > 1e-3, "the rows must differ for the comparison to mean something"
+
+
+class _Float32Head(torch.nn.Module):
+    def __init__(self, head: torch.nn.Linear):
+        super().__init__()
+        self.weight = head.weight.float()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden.float(), self.weight)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_labels_are_read_in_float32_from_a_bfloat16_model(random_judge, chats, shared_prefix):
+    """With logits around 30, where bfloat16 counts in steps of 0.125 and 15 thoughts had a few log-odds between them"""
+    vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", dtype="bfloat16", shared_prefix=shared_prefix)
+    head = vlm.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight * 50, requires_grad=False)  # no longer tied to the embeddings
+    words = [word for word in sorted(vlm.tokenizer.get_vocab()) if word.isalpha()][:15]
+    slots = [FORMAT.answer_slot(f"The {word} one is better .") for word in words]
+    asked = [chats[0]] * len(slots), slots, FORMAT.labels
+    logprobs, likelihood = vlm.read(*asked)
+    assert torch.equal(vlm.answer_logprobs(*asked), logprobs)
+
+    vlm.model.lm_head = _Float32Head(head)
+    expected, _ = vlm.read(*asked)
+    vlm.model.lm_head = torch.nn.Sequential(head)  # as such a head is run
+    rounded, expected_likelihood = vlm.read(*asked)
+    assert expected.abs().max() > 10
+    assert (logprobs - expected).abs().max() < 0.005
+    assert (rounded - expected).abs().max() > 0.02
+    assert len(set((logprobs[:, 0] - logprobs[:, 1]).tolist())) == 15
+    assert len(set((rounded[:, 0] - rounded[:, 1]).tolist())) < 15
+    assert torch.equal(likelihood, expected_likelihood)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_log_probabilities_of_a_vocabulary_in_parts_are_those_of_the_softmax(bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 20_000, bias=bias).requires_grad_(False)
+    hidden = torch.randn(3, 16)
+    expected = head(hidden).double().log_softmax(-1)[:, [7, 19_999]]
+    ids = torch.tensor([[7, 19_999]] * 3)
+    torch.testing.assert_close(next_token_logprobs(head, hidden, ids).double(), expected, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = next_token_logprobs(head, hidden, ids)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):

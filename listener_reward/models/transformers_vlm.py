@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
+from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
@@ -265,10 +266,9 @@ class TransformersVLM:
                 hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]
-            given = core.lm_head(hidden[packed.ends]).float().log_softmax(-1)
-            answers[flat] = given.gather(-1, ids[flat].to(given.device)).cpu()
+            answers[flat] = next_token_logprobs(core.lm_head, hidden[packed.ends], ids[flat]).cpu()
             if likelihood:
-                chosen = _token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
+                chosen = token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
                 parts = torch.split(chosen, [len(tokens[m]) for m in flat])
                 means[flat] = torch.stack([part.mean() for part in parts]).cpu()
         return answers, means
@@ -355,14 +355,15 @@ class TransformersVLM:
         # Written with a label behind it, a slot has the tokens that it is to have; the label's own place is not read.
         inputs = self._encode(chats, [text + slot.closed for text, slot in zip(texts, slots, strict=True)])
         lengths = [len(slot.tokens) for slot in slots]
-        keep = max(lengths) if likelihood else 0
-        logits = self.model(**inputs, logits_to_keep=keep + 2, use_cache=False).logits[:, :-1].float()
-        answers = logits[:, -1].log_softmax(-1).gather(-1, ids.to(logits.device)).cpu()
+        core = base_model(self.model)
+        hidden = core.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        answers = next_token_logprobs(core.lm_head, hidden[:, -1], ids).cpu()
         if not likelihood:
             return answers, torch.zeros(len(chats))
+        keep = max(lengths)
         tokens = inputs["input_ids"][:, -keep - 1 : -1]
-        # log p = logit - logsumexp spares the whole log-softmax, which for a large vocabulary is gigabytes.
-        chosen = logits[:, :-1].gather(-1, tokens[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
+        before = hidden[:, -keep - 1 : -1]
+        chosen = token_logprobs(core.lm_head, before.flatten(0, 1), tokens.flatten()).view(tokens.shape)
         from_end = torch.arange(keep, 0, -1, device=tokens.device)
         own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
         return answers, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
@@ -518,12 +519,3 @@ def default_device() -> torch.device:
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, Any]:
     return as_encoder_output(image for prompt in prompts for image in prompt.images)
-
-
-def _token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
-    """Log-probability (n,) float32 of each token, a chunk at a time: the logits of all would be gigabytes."""
-    parts: list[Tensor] = []
-    for states, chosen in zip(torch.split(hidden, chunk), torch.split(tokens, chunk), strict=True):
-        logits = head(states).float()
-        parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(parts)
