@@ -9,18 +9,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.files import write_text
-from listener_reward.models.hub import hub_options, loading
+from listener_reward.models.adapters import base_of
+from listener_reward.models.hub import find_file
 from listener_reward.trace import Masking
 from listener_reward.verdict import Aggregate, Mode, Orders
 
@@ -130,10 +130,11 @@ class Card:
 
     @classmethod
     def load(cls, name: str | Path) -> Card:
-        """The card of a checkpoint folder or Hub name; the defaults where it has none."""
-        path = _card_path(name)
+        """The card of a checkpoint folder or Hub name. Without one an adapter has its base's, a model the defaults."""
+        path = find_file(name, CARD)
         if path is None:
-            return cls()
+            base = base_of(name)
+            return cls() if base is None else cls.load(base)
         card = cls.from_dict(_read(path), str(path))
         if card.listener is not None and card.listener.startswith("."):
             card = replace(card, listener=str((path.parent / card.listener).resolve()))
@@ -161,20 +162,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
-
-
-def _card_path(name: str | Path) -> Path | None:
-    folder = Path(name)
-    if os.path.isdir(folder):  # which knows names too long for a file, and those with a null byte
-        return folder / CARD if (folder / CARD).exists() else None
-    from transformers import utils  # only a Hub name needs it
-
-    with loading(name):
-        found: str | None = cast("Any", utils).cached_file(
-            str(name),
-            CARD,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_options(name),
-        )
-    return Path(found) if found else None

@@ -130,9 +130,11 @@ class Judge:
         """Loads a judge by embedded name ("tiny"), folder, or Hub name.
 
         Args:
-            name: the reasoner's checkpoint. Its `listener_reward.json` says how it is asked and who listens.
-            listener: another listener than the checkpoint's own; "none" for no listener, and for a verdict by the mean
-                of the thoughts where the checkpoint would have it from its listener.
+            name: the reasoner's checkpoint, or an adapter, which stays unmerged on the base that it names. Its
+                `listener_reward.json` says how it is asked and who listens.
+            listener: another listener than the checkpoint's own; "base" for the base under the reasoner's adapter;
+                "none" for no listener, and for a verdict by the mean of the thoughts where the checkpoint would have it
+                from its listener. A listener of the reasoner's own checkpoint or base shares its weights.
             device, dtype, batch_size, shared_prefix, token_budget, vision_bytes: where and how both models run; see
                 `TransformersVLM`.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
@@ -179,7 +181,7 @@ class Judge:
             "vision_bytes": vision_bytes,
         }
         reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
-        loaded = load_listener(chosen, card, **options) if isinstance(chosen, str | Path) else chosen
+        loaded = load_listener(chosen, card, reasoner=reasoner, **options) if isinstance(chosen, str | Path) else chosen
         judge = cls(
             reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict, lenient=lenient
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from listener_reward.errors import missing
+from listener_reward.errors import InputError, missing
 
 if fault := missing("judge", "a listener in this process"):
     raise fault
@@ -17,7 +17,7 @@ from torch import Tensor
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat, neutralise
 from listener_reward.misfits import Misfits
-from listener_reward.models.hub import resolve
+from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.trace import Masking, Trace
@@ -131,12 +131,41 @@ def choose_listener(given: T | None, own: str | None) -> T | str | None:
     return None if chosen == NO_LISTENER else chosen
 
 
-def load_listener(name: str | Path, card: Card, **options: Any) -> Listener:
-    """The listener of a judge: asked in its own format where it has a card, else in the judge's."""
+OWN_BASE = "base"
+"""The listener that is the reasoner's own base with its adapters off: no extra memory, and adapters only."""
+
+
+def load_listener(name: str | Path, card: Card, *, reasoner: TransformersVLM | None = None, **options: Any) -> Listener:
+    """The listener of a judge: asked in its own format where it has a card, else in the judge's.
+
+    Args:
+        name: its checkpoint, or "base" for the reasoner's base.
+        card: the judge's.
+        reasoner: the judge's model, loaded with the same options. A listener that is the same checkpoint, or the base
+            under its adapters, runs on its weights.
+        options: those of `TransformersVLM.from_pretrained`.
+
+    Raises:
+        InputError: a checkpoint that cannot be had, or "base" for a reasoner without adapters.
+    """
+    base = None if reasoner is None else reasoner.base
+    if name == OWN_BASE:
+        if base is None:
+            raise InputError(
+                "listener is 'base', the reasoner with its adapters off, and the reasoner has no adapters; name a "
+                "checkpoint as the listener"
+            )
+        name = base
     folder = resolve(name)
     own = Card.load(folder)
     chat_format: ChatFormat = card.format if own == Card() else own.format
-    vlm = TransformersVLM.from_pretrained(folder, think_tag=chat_format.think[0], **options)
+    opens = chat_format.think[0]
+    if reasoner is not None and base is not None and same_checkpoint(folder, base):
+        return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)
+    shared = None if reasoner is None or reasoner.think_tag != opens else reasoner.checkpoint
+    if reasoner is not None and shared is not None and same_checkpoint(folder, shared):
+        return make_listener(reasoner, chat_format, card)
+    vlm = TransformersVLM.from_pretrained(folder, think_tag=opens, **options)
     return make_listener(vlm, chat_format, card)
 
 

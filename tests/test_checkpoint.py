@@ -9,9 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from listener_reward.calibration.maps import Calibration, Curve, Platt
 from listener_reward.card import CARD, Card
@@ -19,6 +23,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, choose_listener
+from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import EMBEDDED, resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import PAPER_CHECKPOINT
@@ -323,3 +328,119 @@ def test_a_saved_checkpoint_is_one_that_stock_transformers_reads(random_judge):
     config = json.loads((random_judge / "processor_config.json").read_text())
     assert config["processor_class"] == "Qwen2_5_VLProcessor"
     assert config["video_processor"]["video_processor_type"] == "Qwen2VLVideoProcessor"
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(random_judge, tmp_path) -> Path:
+    """LoRA on the random judge, as PEFT writes it: without a processor and a card."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = AutoModelForImageTextToText.from_pretrained(random_judge, dtype="float32")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def name_base(adapter: Path, base: object) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("tiny-base", resolve("tiny-base")),
+        ("/of/another/site-packages/listener_reward/tiny/weights/base", resolve("tiny-base")),
+        ("../base", "{}/base"),
+        ("base", "{}/base"),
+        ("{}/base", "{}/base"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    ],
+)
+def test_the_base_of_an_adapter_is_found(tmp_path, monkeypatch, written, found):
+    for folder in ("adapter", "base"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    name_base(tmp_path / "adapter", written.format(tmp_path))
+    assert base_of(tmp_path / "adapter") == found.format(tmp_path)
+
+
+def test_a_folder_of_weights_is_no_adapter(random_judge):
+    assert base_of(random_judge) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("../gone", r"it is an adapter to '\.\./gone', which is not there; set base_model_name_or_path"),
+        ("/runs/gone", "it is an adapter to '/runs/gone', which is not there"),
+        (None, "base_model_name_or_path in adapter_config.json is None; name the base"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_there_says_so(tmp_path, base, named):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="no readable base_model_name_or_path"):
+        Judge.from_pretrained(tmp_path)
+    name_base(tmp_path, base)
+    with pytest.raises(InputError, match=named):
+        Judge.from_pretrained(tmp_path)
+
+
+def test_a_plain_adapter_has_its_bases_card_and_processor_and_is_not_merged(adapter, random_judge):
+    judge: Any = Judge.from_pretrained(adapter, listener="none", dtype="bfloat16")
+    assert judge.card == Card.load(random_judge)
+    base = load_file(random_judge / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    layer = judge.reasoner.model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.base_layer.weight, base.bfloat16())
+    assert layer.lora_B["default"].weight.dtype == torch.float32
+    images = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    with_adapter = judge.compare("red", *images, think=False).p_first
+    with judge.reasoner.model.disable_adapter():
+        without = judge.compare("red", *images, think=False).p_first
+    assert abs(with_adapter - without) > 1e-3
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="1 of the adapter's weights are missing, among them"):
+        Judge.from_pretrained(adapter)
+
+
+def test_an_adapter_of_the_prompt_is_refused(adapter):
+    path = adapter / "adapter_config.json"
+    base = json.loads(path.read_text())["base_model_name_or_path"]
+    path.write_text(json.dumps({"peft_type": "PREFIX_TUNING", "base_model_name_or_path": base}))
+    with pytest.raises(InputError, match="only adapters of layers, such as LoRA, are supported"):
+        Judge.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize("listener", ["base", "by name", None])
+def test_a_listener_that_is_the_base_shares_its_weights(adapter, random_judge, listener):
+    """None: what the base's card names is the base itself."""
+    judge: Any = Judge.from_pretrained(adapter, listener=str(random_judge) if listener == "by name" else listener)
+    alone: Any = Judge.from_pretrained(random_judge)
+    assert judge.listener is not None and alone.listener is not None
+    assert judge.listener.vlm is not judge.reasoner
+    assert judge.listener.vlm.model is judge.reasoner.model
+    images = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    verdict, base = (each.compare("red", *images, think=False) for each in (judge, alone))
+    assert verdict.listener_p_first == pytest.approx(base.listener_p_first, abs=1e-6)
+    assert abs(verdict.p_first - base.p_first) > 1e-3
+
+
+def test_a_listener_that_is_the_reasoner_shares_its_weights(random_judge, tmp_path):
+    judge: Any = Judge.from_pretrained(random_judge)
+    assert judge.listener is not None and judge.listener.vlm is judge.reasoner
+    other: Any = Judge.from_pretrained(random_judge, listener=shutil.copytree(random_judge, tmp_path / "copy"))
+    assert other.listener is not None and other.listener.vlm.model is not other.reasoner.model
+
+
+def test_base_is_no_listener_of_a_judge_without_adapters(random_judge):
+    with pytest.raises(InputError, match="the reasoner has no adapters; name a checkpoint as the listener"):
+        Judge.from_pretrained(random_judge, listener="base")

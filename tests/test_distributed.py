@@ -179,12 +179,13 @@ def test_resumed_under_two_processes_is_the_same_to_the_last_bit(two: Results, l
 def test_the_judge_is_written_once_and_is_that_of_one_process(two: Results, one: Any, launch: str, name: str):
     folder = two(launch, name)[0]["folder"]
     assert [path.name for path in folder.glob("judge-*")] == ["judge-0"]
-    found = load_file(folder / "judge-0" / "model.safetensors")
-    wanted = load_file(one(name)["folder"] / "judge-0" / "model.safetensors")
+    file = "adapter_model.safetensors" if name == LORA else "model.safetensors"
+    found = load_file(folder / "judge-0" / file)
+    wanted = load_file(one(name)["folder"] / "judge-0" / file)
     assert found.keys() == wanted.keys()
     for key in wanted:
         assert torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6), key
-    assert (folder / "judge-0" / "adapter").exists() == (name == LORA)
+    assert (folder / "judge-0" / "adapter_config.json").exists() == (name == LORA)
     assert Card.load(folder / "judge-0") == Card.load(one(name)["folder"] / "judge-0")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import struct
 import warnings
 import zlib
@@ -301,8 +302,9 @@ def test_thoughts_of_any_text(judge, says):
 
 
 @pytest.mark.parametrize("broken", ["reasoner", "listener"])
-def test_nan_is_never_a_score(random_judge, broken):
-    judge: Any = Judge.from_pretrained(random_judge, max_new_tokens=4)
+def test_nan_is_never_a_score(random_judge, broken, tmp_path):
+    listener = shutil.copytree(random_judge, tmp_path / "listener")  # the same checkpoint would share weights
+    judge: Any = Judge.from_pretrained(random_judge, listener=listener, max_new_tokens=4)
     with torch.no_grad():
         (judge.reasoner if broken == "reasoner" else judge.listener.vlm).model.lm_head.weight.fill_(math.nan)
     for call in (

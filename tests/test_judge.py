@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -301,8 +302,9 @@ def test_a_broken_reasoner_is_no_score(random_judge, pairs, think):
         judge.compare(pairs[0][0], pairs[1][0], pairs[2][0], think=think)
 
 
-def test_a_broken_listener_is_no_score(random_judge, pairs):
-    judge: Any = Judge.from_pretrained(random_judge)
+def test_a_broken_listener_is_no_score(random_judge, pairs, tmp_path):
+    listener = shutil.copytree(random_judge, tmp_path / "listener")  # the same checkpoint would share weights
+    judge: Any = Judge.from_pretrained(random_judge, listener=listener)
     poison(judge.listener.vlm)
     with pytest.raises(JudgeError, match="the listener gave NaN"):
         judge.compare(pairs[0][0], pairs[1][0], pairs[2][0])

@@ -16,8 +16,8 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from peft import LoraConfig
-from transformers import AutoModelForImageTextToText
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from trl import GRPOTrainer
 from typer.testing import CliRunner
 
@@ -29,6 +29,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge
 from listener_reward.listener import load_listener
+from listener_reward.models.adapters import base_of
 from listener_reward.models.processing import load_processor
 from listener_reward.train.config import ALL_OFF, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
@@ -197,13 +198,52 @@ def test_lora_with_its_own_base_as_the_listener(
     assert metrics(own) == metrics(loaded)
 
     own.save_judge(tmp_path / "judge")
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "judge", dtype="float32").state_dict()
+    base = AutoModelForImageTextToText.from_pretrained(formed_judge, dtype="float32")
+    merged = PeftModel.from_pretrained(base, tmp_path / "judge").merge_and_unload().state_dict()
     assert merged.keys() == start.keys()
     moved = {name for name in merged if not torch.equal(merged[name], start[name])}
     assert moved and all("language_model" in name and "_proj" in name for name in moved)
     judge = Judge.from_pretrained(tmp_path / "judge")
     assert judge.card.listener == str(formed_judge.resolve())
-    assert (tmp_path / "judge" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "judge" / "adapter_config.json").exists()
+
+
+def test_what_a_lora_run_writes_is_an_adapter_that_judges_unmerged(
+    formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, tmp_path: Path
+):
+    config = grpo_config(listener="base", learning_rate=0.01, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = ListenerGRPOTrainer(formed_judge, config, tiny_pairs, peft_config=lora())
+    trainer.train()
+    finished, checkpoint = tmp_path / "judge", tmp_path / "run" / "checkpoint-1"
+    trainer.save_judge(finished)
+    trained = {name: tensor for name, tensor in weights(trainer).items() if "lora_" in name}
+    for folder in (finished, checkpoint):
+        assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
+        assert base_of(folder) == str(formed_judge.resolve())
+        assert Card.load(folder) == trainer.card
+        judge: Any = Judge.from_pretrained(folder)
+        found = {name: tensor for name, tensor in judge.reasoner.model.state_dict().items() if "lora_" in name}
+        assert equal(found, trained)
+        assert judge.listener is not None and judge.listener.vlm.model is judge.reasoner.model, (
+            "one copy of the weights"
+        )
+        assert not any(weight.requires_grad for weight in judge.reasoner.model.parameters())
+
+    base = AutoModelForImageTextToText.from_pretrained(formed_judge, dtype="float32")
+    tokens = AutoTokenizer.from_pretrained(finished)("image 1 : two clean red circles .", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        untrained = base(input_ids=tokens).logits
+        ours = judge.reasoner.model(input_ids=tokens).logits
+        with_peft = PeftModel.from_pretrained(base, str(finished))(input_ids=tokens).logits
+        alone = AutoModelForImageTextToText.from_pretrained(finished, dtype="float32")(input_ids=tokens).logits
+    assert (ours - untrained).abs().max() > 1e-3
+    for logits in (with_peft, alone):
+        torch.testing.assert_close(logits, ours, atol=1e-5, rtol=0)
+
+    with pytest.raises(InputError, match=r"is an adapter on .* merge it first: listener-reward merge"):
+        ListenerGRPOTrainer(finished, grpo_config(), tiny_pairs, peft_config=lora())
 
 
 def test_own_base_needs_adapters(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config):
@@ -461,6 +501,7 @@ disable_tqdm: true
     main([*yaml(text), "--max_steps", "1"])
     state = tmp_path / "out" / "checkpoint-1"
     assert Card.load(state).listener == str(formed_judge.resolve())
+    assert Judge.from_pretrained(state).card == Judge.from_pretrained(tmp_path / "out").card
     assert Judge.from_pretrained(tmp_path / "out").card.listener == str(formed_judge.resolve())
-    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (adapter["r"], adapter["target_modules"]) == (4, LORA_TARGETS)

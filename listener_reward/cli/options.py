@@ -21,7 +21,9 @@ JudgeName = Annotated[
 ]
 ListenerName = Annotated[
     str | None,
-    typer.Option("--listener", help='A listener: a folder, a Hub name, or "none".', show_default="the judge's own"),
+    typer.Option(
+        "--listener", help='A listener: a folder, a Hub name, "base" or "none".', show_default="the judge's own"
+    ),
 ]
 NoThink = Annotated[bool, typer.Option("--no-think", help="Skip the reasoning: one forward pass for each order.")]
 Thoughts = Annotated[

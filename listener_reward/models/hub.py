@@ -9,7 +9,7 @@ import re
 from collections.abc import Generator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from listener_reward.errors import InputError
 from listener_reward.files import quoted
@@ -25,7 +25,10 @@ _JSON = (
     "video_preprocessor_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
+    "adapter_config.json",
 )
+
+_WHERE = ("revision", "cache_dir", "local_files_only", "token")
 
 
 def resolve(name: str | Path) -> str:
@@ -61,6 +64,35 @@ def hub_options(name: str | Path) -> dict[str, Any]:
             get_session().head(constants.ENDPOINT, timeout=5)
             return {}
     return {"local_files_only": True}
+
+
+def same_checkpoint(one: str | Path, other: str | Path) -> bool:
+    """Whether two names, embedded ones and folders' paths among them, are of one checkpoint."""
+    return lasting(resolve(one)) == lasting(resolve(other))
+
+
+def find_file(name: str | Path, file: str, **options: Any) -> Path | None:
+    """Where `file` of the checkpoint `name` is on this machine, fetched if need be; None where there is no such file.
+
+    Of `options`, which are those of transformers, the ones that say where to look count.
+
+    Raises:
+        InputError: `name` is on the Hub and cannot be had.
+    """
+    if os.path.isdir(name):  # which knows names too long for a file, and those with a null byte
+        path = Path(name, file)
+        return path if path.is_file() else None
+    from transformers import utils  # only a Hub name needs it
+
+    with loading(name):
+        found: str | None = cast("Any", utils).cached_file(
+            str(name),
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_options(name) | {key: value for key, value in options.items() if key in _WHERE},
+        )
+    return Path(found) if found else None
 
 
 @contextlib.contextmanager

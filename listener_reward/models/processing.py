@@ -27,6 +27,7 @@ from transformers.image_utils import make_flat_list_of_images
 
 from listener_reward.chat import FOREIGN_RESERVED, QWEN_RESERVED
 from listener_reward.errors import InputError
+from listener_reward.models.adapters import base_of, brings_processor, options_of_base
 from listener_reward.models.hub import cannot_load, loading
 from listener_reward.models.templates import check_template
 from listener_reward.models.video_processing import ClipProcessor
@@ -113,17 +114,24 @@ _PROCESSORS = {"qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor, "qwen3_vl": ImageOnly
 def load_processor(model: str | Path, **kwargs: Any) -> Any:
     """The image processor, tokenizer and chat template of a Qwen2.5-VL or Qwen3-VL checkpoint, padding on the left.
 
+    An adapter's are those beside it, or where there are none its base's.
+
     Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
 
     Raises:
         InputError: the checkpoint cannot be found, reached or read, or is of another architecture, or its chat template
             has no end.
     """
-    with loading(model):
-        kind: str | None = cast("Any", PreTrainedConfig).get_config_dict(model, **kwargs)[0].get("model_type")
+    base, given = base_of(model, **kwargs) or model, kwargs
+    if base is not model:
+        given = options_of_base(str(base), kwargs)
+        if not brings_processor(model, **kwargs):
+            model, kwargs = base, given
+    with loading(base):
+        kind: str | None = cast("Any", PreTrainedConfig).get_config_dict(base, **given)[0].get("model_type")
     if kind not in _PROCESSORS:
         reason = f"it is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}"
-        raise InputError(cannot_load(model, reason))
+        raise InputError(cannot_load(base, reason))
     with loading(model):
         # A checkpoint's files are data: with None, the default, transformers would offer to run code from them.
         processor = cast("Any", _PROCESSORS[kind]).from_pretrained(

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
+from listener_reward.models.adapters import base_of, options_of_base, put_on
 from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.processing import decoded, load_processor, opened_thought
@@ -106,6 +107,10 @@ class TransformersVLM:
         if processor.chat_template is None:
             raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
         self.reserved = reserved_tokens(self.tokenizer)
+        self.checkpoint: str | None = None
+        """Where the weights were loaded from; None for a model that was given."""
+        self.base: str | None = None
+        """The checkpoint under the adapter, where `checkpoint` is one."""
         self._told_of_unknown_words = False
         self.shared_prefix = shared_prefix
         if shared_prefix and (reason := unsupported(model)):
@@ -135,10 +140,11 @@ class TransformersVLM:
         think_tag: str | None = "<think>",
         **kwargs: Any,
     ) -> TransformersVLM:
-        """Loads a checkpoint: bfloat16 on a GPU and float32 on a CPU unless `dtype` says otherwise.
+        """Loads a checkpoint, or an adapter on its base; bfloat16 on a GPU and float32 on a CPU unless `dtype` says.
 
-        `device` None and "cuda" are this process's own GPU (`default_device`). The other arguments are those of the
-        class, and transformers' own.
+        An adapter, marked by PEFT's `adapter_config.json`, is float32 and is not merged: the steps of the base's dtype
+        are larger than most of a small update. `device` None and "cuda" are this process's own GPU (`default_device`).
+        The other arguments are those of the class, and transformers' own.
 
         Raises:
             InputError: the checkpoint cannot be found, reached or read; a dtype that is none.
@@ -149,15 +155,17 @@ class TransformersVLM:
             raise InputError(f"dtype is {dtype!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
         kwargs = hub_options(name) | kwargs
         processor = load_processor(name, **kwargs)
-        with loading(name):
+        base = base_of(name, **kwargs)
+        whole, given = (name, kwargs) if base is None else (base, options_of_base(base, kwargs))
+        with loading(whole):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
-                name,
+                whole,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
-                **kwargs,
+                **given,
             )
         model, report = loaded
         # transformers gives what is missing and what does not fit random values, and the judge would judge.
@@ -165,8 +173,10 @@ class TransformersVLM:
         for weights, what in ((report["missing_keys"], "are missing"), (misfits, "have another shape than its config")):
             if weights:
                 reason = f"{len(weights)} of its weights {what}, among them {', '.join(sorted(weights)[:3])}"
-                raise InputError(cannot_load(name, reason))
-        return cls(
+                raise InputError(cannot_load(whole, reason))
+        if base is not None:
+            model = put_on(model, name, **kwargs)
+        vlm = cls(
             model.to(device).eval().requires_grad_(False),
             processor,
             batch_size=batch_size,
@@ -177,6 +187,25 @@ class TransformersVLM:
             keep_memory=keep_memory,
             think_tag=think_tag,
         )
+        vlm.checkpoint, vlm.base = str(name), base
+        return vlm
+
+    def without_adapters(self, *, think_tag: str | None) -> TransformersVLM:
+        """The base of an adapter as a model of its own, on the same weights; `think_tag` as of the class."""
+        base = TransformersVLM(
+            self.model,
+            self.processor,
+            batch_size=self.batch_size,
+            adapters_off=True,
+            shared_prefix=self.shared_prefix,
+            token_budget=self.token_budget,
+            attention=self.attention,
+            vision_bytes=self.features.max_bytes,
+            keep_memory=False,  # if it is to be kept, glibc has been asked
+            think_tag=think_tag,
+        )
+        base.checkpoint = self.base
+        return base
 
     @torch.inference_mode()
     def generate(

@@ -14,9 +14,6 @@ from listener_reward.prefix.attention import KERNELS
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
 
-OWN_BASE = "base"
-"""The listener that is the policy's own base with its adapters off: no extra memory, and LoRA only."""
-
 AS_COPIES = {"share_rollout": False, "share_logprobs": False, "share_listener": False, "share_groups": False}
 """Every completion pays for its own prompt and images."""
 

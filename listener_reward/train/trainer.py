@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Image, List
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,8 +29,9 @@ from trl.trainer.utils import RepeatSampler
 from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.errors import InputError
-from listener_reward.listener import Listener, choose_listener, load_listener, make_listener
+from listener_reward.listener import OWN_BASE, Listener, choose_listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
+from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import lasting, resolve
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
@@ -38,7 +39,7 @@ from listener_reward.models.vlm import check_finite
 from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, take_layouts, unsupported
 from listener_reward.trace import Trace
-from listener_reward.train.config import OWN_BASE, ListenerGRPOConfig, without_image_token
+from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
@@ -86,7 +87,12 @@ class ListenerGRPOTrainer(GRPOTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        folder = resolve(model)
+        folder = lasting(resolve(model))  # in full, because adapters name it as their base
+        if (base := base_of(folder)) is not None:
+            raise InputError(
+                f"the model {str(model)!r} is an adapter on {base!r}, and new adapters need whole weights under them; "
+                f"merge it first: listener-reward merge {model} --out FOLDER"
+            )
         self.card = replace(Card.load(folder), masking=args.masking)
         if args.listener_grounding is not None:
             self.card = replace(self.card, listener_grounding=args.listener_grounding)
@@ -350,7 +356,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Adds the card, so that a checkpoint of full fine-tuning is a judge, and marks when it is complete.
+        """Adds the card, so that a checkpoint is a judge (an adapter on its base, with LoRA), and marks it as complete.
 
         The mark, for `last_checkpoint`, is the trainer's state: transformers writes it last. The folder may hold one of
         an earlier run.
@@ -367,8 +373,9 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Writes a folder that `Judge.from_pretrained` and plain transformers load, from the main process.
 
         Every process has to call it: sharded weights are gathered by all of them, and none goes on, perhaps to leave,
-        before the folder is there. LoRA adapters are kept in `folder/adapter` and merged into the weights, of the model
-        in memory too: this is the end of training.
+        before the folder is there. Of a LoRA run the folder holds the adapter, as PEFT writes it, and the name of the
+        base; it is not merged, which in bfloat16 would round most of a small update away. `listener-reward merge`
+        merges it and says what that costs.
         """
         whole: Any = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded() else None
         if self.accelerator.is_main_process:
@@ -378,28 +385,22 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _write_judge(self, folder: str | Path, gathered: dict[str, torch.Tensor] | None) -> None:
         """`gathered` are the weights where this process's model holds a part of them only."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        adapter = Path(folder, "adapter") if hasattr(model, "merge_and_unload") else None
-        if adapter is not None:
-            model.save_pretrained(adapter, state_dict=gathered)
-        if gathered is not None:
-            model = self._made_whole(gathered, adapter)
-        if adapter is not None:
-            model = model.merge_and_unload()
-        model.save_pretrained(folder)
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(folder, state_dict=gathered)
+        else:
+            (model if gathered is None else self._made_whole(gathered)).save_pretrained(folder)
         self.processing_class.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
         self.card.save(folder)
 
-    def _made_whole(self, gathered: dict[str, torch.Tensor], adapter: Path | None) -> Any:
-        """What training started from, loaded anew and whole, with the trained weights or the saved adapter.
+    def _made_whole(self, gathered: dict[str, torch.Tensor]) -> Any:
+        """What training started from, loaded anew and whole, with the trained weights.
 
-        Saving the sharded model with the gathered weights would not do: adapters merge into whole weights only, what is
-        tied has become two, and of a model loaded under ZeRO-3 transformers 5.23 saves a Qwen2.5-VL as `model.model.*`.
+        Saving the sharded model with the gathered weights would not do: what is tied has become two, and of a model
+        loaded under ZeRO-3 transformers 5.23 saves a Qwen2.5-VL as `model.model.*`.
         """
         sharded: Any = base_model(self.accelerator.unwrap_model(self.model))
         with unsharded():
             model = type(sharded).from_pretrained(self.base_folder, dtype=sharded.dtype)
-        if adapter is not None:
-            return PeftModel.from_pretrained(model, adapter)
         model.load_state_dict(gathered)
         return model
 
