@@ -16,7 +16,7 @@ from listener_reward import __version__
 from listener_reward.cli.evaluating import calibrate, check_data, evaluate_pairs
 from listener_reward.cli.judging import compare, rank, rank_videos
 from listener_reward.cli.serving import serve
-from listener_reward.cli.training import bench, demo, launch_config, train
+from listener_reward.cli.training import bench, demo, launch_config, merge, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,5 +71,6 @@ app.command(
     # Parsing stops at the first value, so that every option of the training configuration reaches its own parser.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )(train)
+app.command(no_args_is_help=True)(merge)
 app.command("launch-config", no_args_is_help=True)(launch_config)
 app.command()(serve)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from listener_reward.evaluate.measure import ProtocolResult
     from listener_reward.evaluate.several import Measured
     from listener_reward.ranking import Ranking
+    from listener_reward.train.rounding import Rounding
     from listener_reward.verdict import Verdict
 
 
@@ -242,6 +243,22 @@ def print_calibrated(result: Calibrated, folder: Path) -> None:
         f"tie band {result.calibration.tie_band:g}; written to {plain(str(folder))}",
         soft_wrap=True,
     )
+
+
+def print_roundings(roundings: Sequence[Rounding], console: Console) -> None:
+    """How much of an adapter's update rounding keeps: modules of one name together, the worst alone, and overall."""
+    from listener_reward.train.rounding import together
+
+    table = _table("modules", "update kept", "error", "entries unchanged")
+    kinds: dict[str, list[Rounding]] = {}
+    for each in roundings:
+        kinds.setdefault(each.module.rpartition(".")[2], []).append(each)
+    rows = [together(some, f"{kind} ({len(some)})") for kind, some in kinds.items()]
+    if roundings:
+        rows.append(max(roundings, key=lambda each: each.error))
+    for each in (*rows, together(roundings)):
+        table.add_row(plain(each.module), f"{each.kept:.0%}", f"{each.error:.3g}", f"{each.unchanged_share:.0%}")
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`demo`, `bench`, `train` and `launch-config`: training, and what it costs."""
+"""`demo`, `bench`, `train`, `merge` and `launch-config`: training, and what it costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from listener_reward.cli.options import AsJson, Debug
-from listener_reward.cli.printing import print_json
+from listener_reward.cli.printing import print_json, print_roundings
 from listener_reward.cli.terminal import errors_in_one_line, quieten, stderr
 from listener_reward.errors import InputError
 
@@ -145,6 +145,39 @@ def train(ctx: typer.Context, debug: Debug = False) -> None:
         from listener_reward.train.run import main as run_training
 
         run_training(list(ctx.args))
+
+
+def merge(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A LoRA judge: a folder, or a Hub name.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the whole weights.", show_default=False)],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="the base's own")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write even if less than half of the update is kept.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a LoRA judge into whole weights, having said how much of its update the dtype keeps.
+
+    `listener-reward merge runs/first --out runs/first-merged --dtype float32`
+
+    A judge needs no merging: it loads as base and adapter, which keeps the update whole. Merging is for programs that
+    want whole weights, and for training on. Below half of the update it refuses. `--json` lists every module.
+    """
+    with errors_in_one_line(debug):
+        quieten()
+        from listener_reward.train.merging import merge_judge
+        from listener_reward.train.rounding import together
+
+        with redirect_stdout(sys.stderr):
+            roundings = merge_judge(
+                folder, out, dtype=dtype, force=force, tell=lambda found: as_json or print_roundings(found, stderr())
+            )
+        if as_json:
+            overall, *modules = (each.to_dict() for each in (together(roundings), *roundings))
+            print_json({"out": str(out), **overall, "modules": modules})
+        else:
+            print(f"The judge is in {out}")
 
 
 def launch_config(
