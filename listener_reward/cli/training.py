@@ -123,12 +123,13 @@ def train(ctx: typer.Context, debug: Debug = False) -> None:
     # train.yaml
     model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct
     use_peft: true         # LoRA; without it every weight is trained
+    dtype: bfloat16        # of the frozen base; leave it out where every weight is trained
     listener: Qwen/Qwen2.5-VL-7B-Instruct
     data: pairs.jsonl      # prompt, image_first, image_second, p_first
     output_dir: runs/first
     max_steps: 500
     num_generations: 8
-    learning_rate: 1.0e-6
+    learning_rate: 1.0e-5  # for LoRA; 1.0e-6 where every weight is trained
     save_steps: 50
     ```
 
@@ -138,8 +139,9 @@ def train(ctx: typer.Context, debug: Debug = False) -> None:
     `listener-reward train --config train.yaml --learning_rate 2e-6 --seed 1`
 
     To go on after an interruption, run the same line with `--resume_from_checkpoint true`: it continues from the last
-    checkpoint in `output_dir`. The finished folder is a judge: `listener-reward compare --judge runs/first ...`. Needs
-    the extra: `pip install "listener-reward[train]"`. `--debug`, where wanted, comes first.
+    checkpoint in `output_dir`. The finished folder, with LoRA an adapter and the name of its base, is a judge:
+    `listener-reward compare --judge runs/first ...`. Needs the extra: `pip install "listener-reward[train]"`.
+    `--debug`, where wanted, comes first.
     """
     with errors_in_one_line(debug):
         from listener_reward.train.run import main as run_training
