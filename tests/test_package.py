@@ -101,8 +101,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets",
-    "judge": "bench judge listener models.processing models.transformers_vlm models.video_processing models.vision "
-    "models.vlm peers.scorers prefix tiny.models",
+    "judge": "bench judge listener models.head models.processing models.transformers_vlm models.video_processing "
+    "models.vision models.vlm peers.scorers prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "plot": "evaluate.plotting",

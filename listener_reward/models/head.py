@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from listener_reward.errors import missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
 import torch
 from torch import Tensor
 
