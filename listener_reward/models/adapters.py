@@ -6,7 +6,7 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.models.hub import EMBEDDED, cannot_load, find_file, hub_options, loading, resolve
@@ -76,15 +76,16 @@ def put_on(model: Any, name: str | Path, **options: Any) -> Any:
         raise MissingExtraError(
             f'{str(name)!r} is an adapter and needs peft, which is not installed: pip install "listener-reward[train]"'
         )
-    from peft import PeftConfig, PeftModel
+    import peft
 
+    library = cast("Any", peft)
     with loading(name):
-        config = PeftConfig.from_pretrained(str(name), **options)
+        config = library.PeftConfig.from_pretrained(str(name), **options)
         if config.is_prompt_learning:
             reason = f"{config.peft_type} adds to the prompt; only adapters of layers, such as LoRA, are supported"
             raise InputError(cannot_load(name, reason))
         config.inference_mode = True
-        adapted = PeftModel(model, config)
+        adapted = library.PeftModel(model, config)
         report = adapted.load_adapter(str(name), "default", **options)
     if report.missing_keys:
         some = ", ".join(sorted(report.missing_keys)[:3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from listener_reward.errors import missing
 
@@ -28,8 +28,8 @@ def next_token_logprobs(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
         return logprobs.gather(-1, ids.to(logprobs.device))
     ids = ids.to(head.weight.device)
     weights = torch.split(head.weight, _VOCABULARY_AT_ONCE)
-    given: Tensor | None = cast("Any", head).bias  # which torch's own type says is always there
-    biases = [None] * len(weights) if given is None else torch.split(given.float(), _VOCABULARY_AT_ONCE)
+    offsets: Tensor | None = head.bias
+    biases = [None] * len(weights) if offsets is None else torch.split(offsets.float(), _VOCABULARY_AT_ONCE)
     with torch.autocast(hidden.device.type, enabled=False):
         states = hidden.float()
         total = torch.stack(
@@ -39,7 +39,7 @@ def next_token_logprobs(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
             ]
         ).logsumexp(0)
         logits = torch.einsum("nw,naw->na", states, head.weight[ids].float())
-        return logits + (0.0 if given is None else given[ids].float()) - total[:, None]
+        return logits + (0.0 if offsets is None else offsets[ids].float()) - total[:, None]
 
 
 def token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:

@@ -40,7 +40,7 @@ def _merged(model: Any) -> Iterator[Rounding]:
         weight: Any = layer.get_base_layer().weight
         rounded: Tensor = weight.data
         weight.data = rounded.float().clone()
-        layer.merge(safe_merge=True)  # pyright: ignore[reportCallIssue] - every kind of layer has it
+        layer.merge(safe_merge=True)
         update = weight.data - rounded.float()
         yield rounding_of(name, rounded, update)
         weight.data = weight.data.to(rounded.dtype)
