@@ -3,8 +3,8 @@
     python examples/train_on_your_pairs.py                              # writes some pairs of the tiny world first
     python examples/train_on_your_pairs.py --data pairs.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct --tokens 512
 
-A line of the file is a pair: a prompt, two image files, and the share of people who prefer the first. `-h` lists what
-else to set for a large model. The same without a script is `listener-reward train --config train.yaml`.
+A line of the file is a pair: a prompt, two image files, and the fraction of people who prefer the first. `-h` lists
+what else to set for a large model. The same without a script is `listener-reward train --config train.yaml`.
 """
 
 import argparse

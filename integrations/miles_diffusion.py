@@ -52,11 +52,11 @@ def listener_rm(
         if collector:
             # All before the first wait: an image that cannot be read must not keep its neighbours from the group.
             futures = [_submit(collector, sample, position) for position, sample in enumerate(samples)]
-            answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-            for answer in answers:
-                if isinstance(answer, BaseException):
-                    raise answer
-            return [value for value, _info in answers]  # pyright: ignore[reportGeneralTypeIssues]
+            results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            return [value for value, _info in results]  # pyright: ignore[reportGeneralTypeIssues]
         expected = getattr(args, "n_samples_per_prompt", None)
         if of_groups and expected and len(samples) < expected:
             raise InputError(

@@ -3,7 +3,7 @@
     listener-reward serve                          # on the UniRL side:
     RemoteRewardSpec(base_url="http://127.0.0.1:8300/reference", required_rewards=("listener",))
 
-A request holds one process's share of a batch, so the server compares with a reference image of each prompt, the same
+A request holds one process's part of a batch, so the server compares with a reference image of each prompt, the same
 for all processes. With `serve --group-size` and `/group` in the URL it collects the group, by the `group_id` that the
 host sends, from all of them first. A request that the host repeats because that took longer than its timeout is known
 by its `idempotency_key`. Keep `request_batch_size` unset or at a whole number of groups: the host sends the parts of a
@@ -85,11 +85,11 @@ def _score(reward: Reward, read: list[tuple[Any, Any]]) -> list[float | Exceptio
         try:
             scores, _ = score(reward, [read[k][0] for k in places], [read[k][1] for k in places], missing=True)
         except (InputError, JudgeError) as error:
-            answers: list[Any] = [error] * len(places)
+            results: list[Any] = [error] * len(places)
         else:
             broke = JudgeError("the judge broke on every comparison of this image")
-            answers = [broke if np.isnan(value) else value for value in scores.tolist()]
-        for place, given in zip(places, answers, strict=True):
+            results = [broke if np.isnan(value) else value for value in scores.tolist()]
+        for place, given in zip(places, results, strict=True):
             outcomes[place] = given
     return outcomes
 

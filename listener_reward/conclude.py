@@ -1,8 +1,8 @@
-"""From answers to a verdict, and when enough have been given: arithmetic only, no model.
+"""From judgements to a verdict, and when there are enough judgements. Arithmetic only, no model.
 
-An answer is about the image that was shown first. Here answers are calibrated, averaged within each order and over
-both, and calibrated once more. A verdict is a function of differences between the orders, so that swapping the images
-turns its sign and changes nothing else, to the last bit.
+A judgement is about the image in first place. This module calibrates judgements, averages them within each order and
+over both orders, and calibrates the average once more. A verdict is computed from differences between the orders. So
+swapping the images turns the verdict's sign and changes nothing else, to the last bit.
 """
 
 from __future__ import annotations
@@ -26,44 +26,45 @@ _GRID = 2**40
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One thought and what the two models made of it, before any calibration, about the image that was shown first."""
+class Judgement:
+    """One thought and both models' probabilities for the image in first place, before any calibration."""
 
     flipped: bool
-    """Whether the caller's second image was shown first."""
+    """Whether the caller's second image stood in first place."""
     number: int
-    """Which of the thoughts of its order it is, from 0."""
+    """Index of the thought within its order, from 0."""
     trace: Trace
-    p_own: float
+    p_reasoner: float
     """The reasoner's probability at its answer slot, in (0, 1)."""
-    p_heard: float | None
-    """The listener's; None without one."""
+    p_listener: float | None
+    """The listener's probability, in (0, 1); None without a listener."""
     label_mass: float | None = None
     """Both labels' probability at the reasoner's answer slot, in [0, 1]; None where it is not known."""
     frame: int = 0
-    """The frame that it is about, where clips are judged frame by frame."""
+    """Index of the frame, where clips are judged frame by frame."""
 
     @property
     def vote(self) -> float:
-        """1 for the image shown first, 0 for the other: the answer given, or where that is malformed the likelier."""
+        """1 for the image in first place, 0 for the other, by the answer; of a malformed completion, the likelier
+        image."""
         if self.trace.answer is not None:
             return float(self.trace.answer == 1)
-        return 0.5 if self.p_own == 0.5 else float(self.p_own > 0.5)
+        return 0.5 if self.p_reasoner == 0.5 else float(self.p_reasoner > 0.5)
 
 
 @dataclass(frozen=True, slots=True)
-class _Voice:
-    """What one of those who decide says of a pair: (flipped, p of the image shown first) for each answer."""
+class _Decider:
+    """One model that decides, reasoner or listener: its (flipped, p of the image in first place) for each judgement."""
 
-    said: list[tuple[bool, float]]
+    probabilities: list[tuple[bool, float]]
     curve: Curve
     shrink: float = 1.0
     """Multiplies the mean's distance from 1/2."""
 
     @property
     def support(self) -> list[float]:
-        """What each answer gives the caller's first image, in [0, 1]."""
-        return [1 - p if flipped else p for flipped, p in self.said]
+        """Each judgement's probability of the caller's first image, in [0, 1]."""
+        return [1 - p if flipped else p for flipped, p in self.probabilities]
 
     @property
     def lead(self) -> float:
@@ -71,7 +72,7 @@ class _Voice:
         return math.fsum(p - 0.5 for p in self.support)
 
     def p_first(self, margin: float) -> float:
-        """Its calibrated probability, where the mean of what it says is `margin` over 1/2."""
+        """The calibrated probability for a mean of 1/2 + `margin`."""
         return _probability(margin * self.shrink, self.curve)
 
 
@@ -85,8 +86,8 @@ def check_listens(mode: Mode, listens: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
-    """What was said of a pair, or of a frame of two clips, as numbers; verdicts are made of these alone."""
+class Evidence:
+    """The numbers that a verdict is made from, for one pair of pictures or one frame of two clips."""
 
     p_first: float
     """Calibrated, in [0, 1]."""
@@ -94,13 +95,13 @@ class Weighed:
     position_gap: float
     listener_p_first: float | None = None
     lead: float | None = None
-    """The reasoner's p_first - 1/2, where it is not itself what decides."""
+    """The reasoner's p_first - 1/2, where the listener decides or helps to decide."""
     thoughts: tuple[Thought, ...] = ()
     malformed: int = 0
     label_mass: float | None = None
 
 
-def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
+def make_verdict(parts: Sequence[Evidence], *, tie_band: float = 0.0) -> Verdict:
     """The verdict on a pair, or the mean over the frames of two clips. Every verdict in this package is made here.
 
     Args:
@@ -108,9 +109,9 @@ def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
         tie_band: distance of p_first from 1/2 within which no image is preferred.
     """
     p_first = parts[0].p_first if len(parts) == 1 else on_grid_mean([part.p_first for part in parts])
-    heard = [part.listener_p_first for part in parts if part.listener_p_first is not None]
-    listener_p_first = (heard[0] if len(heard) == 1 else on_grid_mean(heard)) if heard else None
-    # A listener that decides cannot contradict the verdict; it can still contradict the one who thought.
+    listener = [part.listener_p_first for part in parts if part.listener_p_first is not None]
+    listener_p_first = (listener[0] if len(listener) == 1 else on_grid_mean(listener)) if listener else None
+    # A listener that decides cannot contradict the verdict; it can still contradict the reasoner.
     leads = [part.lead for part in parts if part.lead is not None]
     lead = math.fsum(leads) / len(leads) if leads else p_first - 0.5
     preferred = _preferred(p_first, tie_band)
@@ -130,10 +131,10 @@ def make_verdict(parts: Sequence[Weighed], *, tie_band: float = 0.0) -> Verdict:
 
 
 def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict on two clips from those on their frames, of a judge that knows only pictures."""
+    """The verdict on two clips as the mean of their frames' verdicts, for a judge of pictures only."""
     return make_verdict(
         [
-            Weighed(
+            Evidence(
                 verdict.p_first,
                 verdict.by_order,
                 verdict.position_gap,
@@ -147,89 +148,97 @@ def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     )
 
 
-def verdict_of(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Verdict:
-    """The verdict that answers to one pair amount to, of which there must be one at least."""
-    frames: dict[int, list[Answer]] = {}
-    for answer in raw:
-        frames.setdefault(answer.frame, []).append(answer)
-    parts = [_weighed(answers, mode, calibration) for _, answers in sorted(frames.items())]
+def verdict_of(judgements: Sequence[Judgement], mode: Mode, calibration: Calibration) -> Verdict:
+    """One pair's verdict from at least one judgement."""
+    frames: dict[int, list[Judgement]] = {}
+    for judgement in judgements:
+        frames.setdefault(judgement.frame, []).append(judgement)
+    parts = [_evidence(frame, mode, calibration) for _, frame in sorted(frames.items())]
     return make_verdict(parts, tie_band=calibration.tie_band)
 
 
-def _weighed(raw: Sequence[Answer], mode: Mode, calibration: Calibration) -> Weighed:
-    raw = sorted(raw, key=lambda answer: (answer.flipped != raw[0].flipped, answer.number))
-    views = [_calibrated(view, calibration) for view in raw]
-    voices = _voices(views, mode, calibration)
-    orders = [_over_orders(voice.said) for voice in voices]
-    heard = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
-    own = _over_orders([(view.flipped, view.p_own) for view in views])
-    return Weighed(
-        p_first=_together(voices, [order.margin for order in orders], calibration),
-        by_order=(_mean([order.as_given for order in orders]), _mean([order.swapped for order in orders])),
-        position_gap=math.fsum(order.gap for order in orders) / len(orders),
-        listener_p_first=_probability(_over_orders(heard).margin, calibration.listener) if heard else None,
-        lead=own.margin if mode.aggregate in LISTENING else None,
-        thoughts=tuple(_thought(view) for view in views) if mode.think else (),
-        malformed=sum(not view.trace.well_formed for view in views) if mode.think else 0,
-        label_mass=_mean([view.label_mass for view in views]),
+def _evidence(judgements: Sequence[Judgement], mode: Mode, calibration: Calibration) -> Evidence:
+    judgements = sorted(
+        judgements, key=lambda judgement: (judgement.flipped != judgements[0].flipped, judgement.number)
+    )
+    calibrated = [_calibrated(judgement, calibration) for judgement in judgements]
+    deciders = _deciders(calibrated, mode, calibration)
+    by_order = [_by_order(decider.probabilities) for decider in deciders]
+    listener = [
+        (judgement.flipped, judgement.p_listener) for judgement in calibrated if judgement.p_listener is not None
+    ]
+    reasoner = _by_order([(judgement.flipped, judgement.p_reasoner) for judgement in calibrated])
+    return Evidence(
+        p_first=_together(deciders, [order.margin for order in by_order], calibration),
+        by_order=(_mean([order.as_given for order in by_order]), _mean([order.swapped for order in by_order])),
+        position_gap=math.fsum(order.gap for order in by_order) / len(by_order),
+        listener_p_first=_probability(_by_order(listener).margin, calibration.listener_curve) if listener else None,
+        lead=reasoner.margin if mode.aggregate in LISTENING else None,
+        thoughts=tuple(_thought(judgement) for judgement in calibrated) if mode.think else (),
+        malformed=sum(not judgement.trace.well_formed for judgement in calibrated) if mode.think else 0,
+        label_mass=_mean([judgement.label_mass for judgement in calibrated]),
     )
 
 
-def settled(answers: Sequence[Answer], mode: Mode, calibration: Calibration) -> bool:
-    """Whether a pair with these thoughts needs no more of them to stop as early as `mode` says.
+def settled(judgements: Sequence[Judgement], mode: Mode, calibration: Calibration) -> bool:
+    """Whether a pair needs no further thought under the mode's early stop.
 
     It needs none where the thoughts still to come could not change the preference. With an early stop below 1 it also
     needs none where they would not change it with that probability; docs/judging.md has the formula.
     """
-    if not answers or mode.early_stop is None:
+    if not judgements or mode.early_stop is None:
         return False
-    voices = _voices([_calibrated(answer, calibration) for answer in answers], mode, calibration)
-    remaining = max(mode.planned - len(answers), 0)
-    if _cannot_change(voices, remaining, calibration):
+    deciders = _deciders([_calibrated(judgement, calibration) for judgement in judgements], mode, calibration)
+    remaining = max(mode.planned - len(judgements), 0)
+    if _cannot_change(deciders, remaining, calibration):
         return True
     if mode.early_stop >= 1:
         return False
-    slopes = _slopes(voices, calibration)
+    slopes = _slopes(deciders, calibration)
     steepness = math.fsum(slopes)
     if steepness <= 0:  # the curve says even odds of all that is near
         return False
     edge = float(logit(0.5 + calibration.tie_band)) / steepness
-    return is_sure(_joint_support(voices, slopes), remaining, mode.early_stop, edge=edge)
+    return is_sure(_joint_support(deciders, slopes), remaining, mode.early_stop, edge=edge)
 
 
-def _cannot_change(voices: Sequence[_Voice], remaining: int, calibration: Calibration) -> bool:
+def _cannot_change(deciders: Sequence[_Decider], remaining: int, calibration: Calibration) -> bool:
     """Whether the preference stays, or that there is none, even if the thoughts still to come all said the same."""
 
     def preferred_if_all_say(p: Literal[0, 1]) -> Literal[1, 2] | None:
-        margins = [(voice.lead + (p - 0.5) * remaining) / (len(voice.said) + remaining) for voice in voices]
-        return _preferred(_together(voices, margins, calibration), calibration.tie_band)
+        margins = [
+            (decider.lead + (p - 0.5) * remaining) / (len(decider.probabilities) + remaining) for decider in deciders
+        ]
+        return _preferred(_together(deciders, margins, calibration), calibration.tie_band)
 
     return preferred_if_all_say(0) == preferred_if_all_say(1)
 
 
-def _slopes(voices: Sequence[_Voice], calibration: Calibration) -> list[float]:
+def _slopes(deciders: Sequence[_Decider], calibration: Calibration) -> list[float]:
     """How steeply the verdict's log-odds grow with each voice's mean, on the line from even odds to where they are."""
-    margins = [voice.lead / len(voice.said) or 1e-6 for voice in voices]  # at even odds that of very near by
-    log_odds = [float(logit(voice.p_first(margin))) for voice, margin in zip(voices, margins, strict=True)]
-    mean = math.fsum(log_odds) / len(voices)
-    last = float(calibration.both.of(np.array(mean)) / mean) if len(voices) > 1 and mean else 1.0
-    return [last * x / margin / len(voices) for x, margin in zip(log_odds, margins, strict=True)]
+    margins = [
+        decider.lead / len(decider.probabilities) or 1e-6 for decider in deciders
+    ]  # at even odds that of very near by
+    log_odds = [float(logit(decider.p_first(margin))) for decider, margin in zip(deciders, margins, strict=True)]
+    mean = math.fsum(log_odds) / len(deciders)
+    last = float(calibration.both_curve.of(np.array(mean)) / mean) if len(deciders) > 1 and mean else 1.0
+    return [last * x / margin / len(deciders) for x, margin in zip(log_odds, margins, strict=True)]
 
 
-def _joint_support(voices: Sequence[_Voice], slopes: Sequence[float]) -> list[float]:
+def _joint_support(deciders: Sequence[_Decider], slopes: Sequence[float]) -> list[float]:
     """What each thought gives the caller's first image by all voices together, weighted by their slopes, in [0, 1]."""
     steepness = math.fsum(slopes)
-    each = zip(*(voice.support for voice in voices), strict=True)
+    each = zip(*(decider.support for decider in deciders), strict=True)
     return [0.5 + math.fsum(s * (p - 0.5) for s, p in zip(slopes, ps, strict=True)) / steepness for ps in each]
 
 
 def is_sure(support: Sequence[float], remaining: int, sureness: float, *, edge: float = 0.0) -> bool:
     """Whether the mean of all thoughts will be on the side of the mean so far, with probability `sureness`.
 
-    `support` holds what each thought gives the caller's first image, in [0, 1]; `remaining` are still to come, at least
-    one. The sides are more than `edge` above 1/2, more than that below it, and between. It is a t-test: the distance of
-    the mean from the edge against its standard error, for a finite number of thoughts. The variance is pooled with one
-    thought of the largest variance there is, 1/4, because a few thoughts may agree by chance.
+    `support` holds each thought's probability of the caller's first image, in [0, 1]; `remaining` thoughts, at least
+    one, are still to come. There are three sides: more than `edge` above 1/2, more than `edge` below 1/2, and between.
+    The test is a t-test of the mean's distance from the edge, for a finite number of thoughts. One thought of the
+    largest possible variance, 1/4, is pooled in, because a few thoughts may agree by chance.
     """
     n = len(support)
     mean = math.fsum(p - 0.5 for p in support) / n
@@ -242,7 +251,8 @@ def is_sure(support: Sequence[float], remaining: int, sureness: float, *, edge: 
 
 
 def on_grid(p: float) -> float:
-    """The multiple of 1 / _GRID nearest to `p`, in (0, 1): float32 rounds a sure answer to 0 or 1, which nobody is."""
+    """The multiple of 1 / _GRID nearest to `p`, in (0, 1). float32 may round a probability to 0 or 1; no model is that
+    sure."""
     return min(max(round(p * _GRID), 1), _GRID - 1) / _GRID
 
 
@@ -251,57 +261,66 @@ def on_grid_mean(probabilities: Sequence[float]) -> float:
     return round(math.fsum(probabilities) / len(probabilities) * _GRID) / _GRID
 
 
-def _calibrated(view: Answer, calibration: Calibration) -> Answer:
+def _calibrated(judgement: Judgement, calibration: Calibration) -> Judgement:
     return replace(
-        view,
-        p_own=on_grid(calibration.answer(view.p_own)),
-        p_heard=None if view.p_heard is None else on_grid(calibration.heard(view.p_heard)),
+        judgement,
+        p_reasoner=on_grid(calibration.reasoner_platt(judgement.p_reasoner)),
+        p_listener=None if judgement.p_listener is None else on_grid(calibration.listener_platt(judgement.p_listener)),
     )
 
 
-def _voices(views: Sequence[Answer], mode: Mode, calibration: Calibration) -> list[_Voice]:
-    """Who decides by `mode`, of calibrated answers."""
+def _deciders(judgements: Sequence[Judgement], mode: Mode, calibration: Calibration) -> list[_Decider]:
+    """The models that decide in `mode`, with calibrated judgements."""
     if mode.aggregate == "majority":
-        # Laplace's rule of succession: n votes of n are no certainty. An early stop foretells what all would say.
-        n = max(mode.planned, len(views))
-        return [_Voice([(view.flipped, view.vote) for view in views], calibration.verdict, n / (n + 2))]
-    own = _Voice([(view.flipped, view.p_own) for view in views], calibration.verdict)
+        # Laplace's rule of succession: n votes of n are no certainty. An early stop predicts all planned votes.
+        n = max(mode.planned, len(judgements))
+        return [
+            _Decider(
+                [(judgement.flipped, judgement.vote) for judgement in judgements],
+                calibration.reasoner_curve,
+                n / (n + 2),
+            )
+        ]
+    reasoner = _Decider(
+        [(judgement.flipped, judgement.p_reasoner) for judgement in judgements], calibration.reasoner_curve
+    )
     if mode.aggregate == "mean":
-        return [own]
-    said = [(view.flipped, view.p_heard) for view in views if view.p_heard is not None]
-    check_listens(mode, len(said) == len(views))
-    heard = _Voice(said, calibration.listener)
-    return [heard] if mode.aggregate == "listener" else [own, heard]
+        return [reasoner]
+    probabilities = [
+        (judgement.flipped, judgement.p_listener) for judgement in judgements if judgement.p_listener is not None
+    ]
+    check_listens(mode, len(probabilities) == len(judgements))
+    listener = _Decider(probabilities, calibration.listener_curve)
+    return [listener] if mode.aggregate == "listener" else [reasoner, listener]
 
 
-class _Orders(NamedTuple):
-    """What one voice says of a pair, by order."""
+class _ByOrder(NamedTuple):
+    """One deciding model's probabilities, by order."""
 
     margin: float
     """p(caller's first) - 1/2, the mean of both orders."""
     gap: float
-    """How much more the caller's first got when shown first than when shown second; NaN of one order."""
+    """p(caller's first) in first place, minus p(caller's first) in second place; NaN with one order."""
     as_given: float | None
-    """p(caller's first) where it was shown first; None where it never was."""
+    """p(caller's first) in first place; None if that order was not asked."""
     swapped: float | None
 
 
-def _over_orders(shown_first: Sequence[tuple[bool, float]]) -> _Orders:
-    """The orders of (flipped, p(image shown first)).
+def _by_order(probabilities: Sequence[tuple[bool, float]]) -> _ByOrder:
+    """Averages (flipped, p(image in first place)) within each order.
 
-    Margin and gap are differences of what the orders gave, so swapping the images turns the sign of the first and
-    changes nothing else, to the last bit.
+    Swapping the images turns the margin's sign and changes nothing else, to the last bit.
     """
-    as_given = [p for flipped, p in shown_first if not flipped]
-    swapped = [p for flipped, p in shown_first if flipped]
+    as_given = [p for flipped, p in probabilities if not flipped]
+    swapped = [p for flipped, p in probabilities if flipped]
     if not swapped:
         straight = math.fsum(as_given) / len(as_given)
-        return _Orders(straight - 0.5, math.nan, straight, None)
+        return _ByOrder(straight - 0.5, math.nan, straight, None)
     if not as_given:
         reverse = math.fsum(swapped) / len(swapped)
-        return _Orders(0.5 - reverse, math.nan, None, 1 - reverse)
+        return _ByOrder(0.5 - reverse, math.nan, None, 1 - reverse)
     straight, reverse = math.fsum(as_given) / len(as_given), math.fsum(swapped) / len(swapped)
-    return _Orders((straight - reverse) / 2, straight + reverse - 1.0, straight, 1 - reverse)
+    return _ByOrder((straight - reverse) / 2, straight + reverse - 1.0, straight, 1 - reverse)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -310,18 +329,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _together(voices: Sequence[_Voice], margins: Sequence[float], calibration: Calibration) -> float:
-    """The calibrated p_first of voices whose means are these margins over 1/2: for two the mean of their log-odds."""
-    each = [voice.p_first(margin) for voice, margin in zip(voices, margins, strict=True)]
+def _together(deciders: Sequence[_Decider], margins: Sequence[float], calibration: Calibration) -> float:
+    """The calibrated p_first of one decider, or of two: the mean of their log-odds. `margins` are their means minus
+    1/2."""
+    each = [decider.p_first(margin) for decider, margin in zip(deciders, margins, strict=True)]
     if len(each) == 1:
         return each[0]
     # Sizes with a sign, added: logit(1 - p) need not be -logit(p) to the last bit.
     log_odds = math.fsum(math.copysign(logit(max(p, 1 - p)), p - 0.5) for p in each) / len(each)
-    return _probability(math.copysign(float(expit(abs(log_odds))) - 0.5, log_odds), calibration.both)
+    return _probability(math.copysign(float(expit(abs(log_odds))) - 0.5, log_odds), calibration.both_curve)
 
 
 def _probability(margin: float, curve: Curve) -> float:
-    """The calibrated probability for a margin over 1/2. The size first, then the grid, so that 1 - p is exact."""
+    """The calibrated probability for a mean of 1/2 + `margin`. The sign comes last, so that 1 - p is exact."""
     if margin == 0:
         return 0.5
     high = on_grid(curve(on_grid(0.5 + abs(margin))))
@@ -334,17 +354,17 @@ def _preferred(p_first: float, tie_band: float) -> Literal[1, 2] | None:
     return 1 if p_first > 0.5 else 2
 
 
-def _thought(view: Answer) -> Thought:
+def _thought(judgement: Judgement) -> Thought:
     """A thought in the caller's numbering."""
-    trace, p_heard = view.trace, view.p_heard
+    trace, p_listener = judgement.trace, judgement.p_listener
     answer: Literal[1, 2] | None = trace.answer
-    if view.flipped and answer is not None:
+    if judgement.flipped and answer is not None:
         answer = 2 if answer == 1 else 1
     return Thought(
         text=trace.thought,
-        order="swapped" if view.flipped else "as given",
+        order="swapped" if judgement.flipped else "as given",
         answer=answer,
-        p_first=1.0 - view.p_own if view.flipped else view.p_own,
-        listener_p_first=None if p_heard is None else (1.0 - p_heard if view.flipped else p_heard),
-        contradicted=None if p_heard is None else contradicted(trace, p_heard),
+        p_first=1.0 - judgement.p_reasoner if judgement.flipped else judgement.p_reasoner,
+        listener_p_first=None if p_listener is None else (1.0 - p_listener if judgement.flipped else p_listener),
+        contradicted=None if p_listener is None else contradicted(trace, p_listener),
     )

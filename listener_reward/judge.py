@@ -20,9 +20,9 @@ import torch
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
 from listener_reward.card import Card
 from listener_reward.chat import Chat, Side
-from listener_reward.conclude import Answer, check_listens, on_grid, settled, verdict_of
+from listener_reward.conclude import Judgement, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
-from listener_reward.listener import Listener, choose_listener, load_listener, read_answers
+from listener_reward.listener import Listener, choose_listener, load_listener, p_first_at_slot
 from listener_reward.media.clips import Clip, ClipView
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
@@ -36,12 +36,12 @@ from listener_reward.trace import Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
 
 PAIRS_AT_ONCE = 64
-"""Pairs whose questions are written and put to the models together; more come in turn, so memory does not grow."""
+"""Pairs that go to the models together. The next pairs follow when these are done, so memory does not grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """Two pictures that meet, or two clips by the judge's way to look at them, or a frame of each."""
+    """Two sides to compare: two pictures, two clips as the judge looks at them, or one frame of each clip."""
 
     pair: int
     frame: int
@@ -51,28 +51,28 @@ class _Match:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
+class _Question:
     """One question to the models: a match in one of its two orders, with the seed of one thought."""
 
     match: int
-    """Its place among the matches that are asked together."""
+    """Index of the match among those that are asked together."""
     flipped: bool
-    """Whether the caller's second image is shown first."""
+    """Whether the caller's second image stands in first place."""
     chat: Chat
-    heard: Chat | None
+    listener_chat: Chat | None
     """The same question in the listener's own words; None without a listener."""
     number: int
     seed: int
     twin: bool
-    """Whether the two pictures are equal, so that this view stands for both orders."""
+    """Whether the two pictures are equal. One question then stands for both orders."""
 
 
 class Judge:
-    """Compares two images as answers to a prompt, the way people would.
+    """Predicts which of two images people prefer for a prompt.
 
-    Each pair is shown in both orders and the answers are averaged, so position cannot win; swapping the images gives
-    exactly `1 - p_first`. How many thoughts, orders and rounds a verdict takes is in the card; docs/judging.md has what
-    each choice costs and gives.
+    Both models judge each pair in both orders, and a verdict averages the orders. So a position bias cannot decide, and
+    swapping the images gives exactly `1 - p_first`. The card says how many thoughts, orders and rounds a verdict takes;
+    docs/judging.md says what each choice costs and gives.
     """
 
     def __init__(
@@ -94,10 +94,11 @@ class Judge:
         check_listens(self.card.mode(think), listener is not None)
         self.name = name
         self.think = think
-        """False skips the reasoning and reads the answer's probability from one forward pass: the fast mode."""
+        """False is the fast mode: no thought is sampled, and one forward pass gives the probability at the answer
+        slot."""
         self.seed = seed
         self.clips: ClipView = _checked(clips)
-        """How clips are looked at; pictures do not care."""
+        """How clips are looked at; no effect on pictures."""
         self.lenient = lenient
         """Whether answers such as `**1**` or `Image 1` count, see `parse`; off, they are malformed."""
         self.misfits = Misfits("the judge", strict=strict)
@@ -138,16 +139,16 @@ class Judge:
             device, dtype, batch_size, shared_prefix, token_budget, vision_bytes: where and how both models run; see
                 `TransformersVLM`.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
-            aggregate: "mean" averages the thoughts' probabilities, "majority" counts their answers, "listener" averages
-                what the listener makes of them, "both" is the reasoner and the listener together.
+            aggregate: "mean" averages the reasoner's probabilities, "majority" counts its answers, "listener" averages
+                the listener's probabilities, "both" averages reasoner and listener in log-odds.
             orders: "both", or "one" for a random order at half the cost.
-            early_stop: how sure to be, in (0.5, 1], before no further thought is asked for; 1 only saves those that can
-                change nothing.
+            early_stop: sample no further thought once the preference will stay with this probability, in (0.5, 1]. 1
+                leaves out only thoughts that cannot change the preference.
             think: False for the fast mode.
             max_new_tokens: the longest completion.
             seed: seeds the thoughts, together with the pair's content.
-            clips: how clips are looked at; see `ClipView`. A judge trained on pairs of single images has never been
-                asked by "video" or "clip": measure it first.
+            clips: how clips are looked at; see `ClipView`. A judge trained on single images has seen no "video" or
+                "clip" question: evaluate it on such pairs first.
             strict: raise where most of the first thoughts are malformed, or the labels have next to no probability at
                 the answer slot; else that is a `FormatWarning`.
             lenient: count answers such as `**1**`, `Image 1` or `\\boxed{1}`, which a checkpoint gives that was never
@@ -207,7 +208,7 @@ class Judge:
         ), ()
 
     def with_clips(self, clips: ClipView) -> Judge:
-        """The same judge, on the same weights, that looks at clips another way."""
+        """A judge with the same weights and another way to look at clips."""
         other = object.__new__(type(self))  # copy.copy would load the weights anew, as a pickle does
         other.__dict__ |= self.__dict__ | {"clips": _checked(clips)}
         return other
@@ -229,21 +230,22 @@ class Judge:
     ) -> list[Verdict]:
         """One verdict per pair, judged in batches.
 
-        A pair is two images, or two clips: `Clip`s, as `read_clip` makes them, or video files. Clips are looked at as
-        `clips` says; by "frames" the verdict is the mean of those on the frames.
+        A pair is two images, or two clips: `Clip`s, as `read_clip` makes them, or video files. `clips` says how clips
+        are looked at. With "frames", the verdict is the mean of the frames' verdicts.
 
-        A malformed thought of the reasoner is closed where it ended and its answer slot is read like any other; it is
-        counted in the verdict. A verdict is a function of the pair, the seed and the models, not of the batch.
+        A malformed completion still counts: its thought is closed where the text ended, and the answer slot after it is
+        read. `Verdict.malformed` has the number of such completions. A verdict depends on the pair, the seed and the
+        models, not on the batch.
 
         Raises:
             InputError: unequal lengths, a prompt that is no text, an image that cannot be read, or one beside a clip.
             JudgeError: the reasoner or the listener gave NaN or infinite probabilities; or the judge is strict, and its
                 first judgements are not in its format.
         """
-        answers = self.answers(prompts, firsts, seconds, think=think, early_stop=self.card.early_stop)
-        return [self.conclude(views, think=think) for views in answers]
+        gathered = self.judgements(prompts, firsts, seconds, think=think, early_stop=self.card.early_stop)
+        return [self.conclude(judgements, think=think) for judgements in gathered]
 
-    def answers(
+    def judgements(
         self,
         prompts: Sequence[str],
         firsts: Sequence[ImageLike | Clip],
@@ -251,14 +253,15 @@ class Judge:
         *,
         think: bool | None = None,
         early_stop: float | None = None,
-    ) -> list[list[Answer]]:
-        """What the models say of each pair, before it is calibrated and put together; see `compare_many`.
+    ) -> list[list[Judgement]]:
+        """The uncalibrated judgements of each pair, one list a pair; see `compare_many`.
 
-        With `early_stop` thoughts are asked for in rounds, one in each order of every pair that is still open.
+        With `early_stop`, thoughts are sampled in rounds. Each round samples one thought in each order of every pair
+        that is still undecided.
         """
         check_questions(prompts, firsts, seconds)
         mode = replace(self.card.mode(self._thinks(think)), early_stop=early_stop)
-        gathered: list[list[Answer]] = [[] for _ in prompts]
+        gathered: list[list[Judgement]] = [[] for _ in prompts]
         stills: dict[bytes, Picture] = {}
         for start in range(0, len(prompts), PAIRS_AT_ONCE):
             pairs = range(start, min(start + PAIRS_AT_ONCE, len(prompts)))
@@ -267,40 +270,42 @@ class Judge:
                 for pair in pairs
                 for match in self._matches(pair, prompts[pair], firsts[pair], seconds[pair], stills)
             ]
-            for match, answers in zip(matches, self._gather(matches, mode), strict=True):
-                gathered[match.pair] += answers
+            for match, judgements in zip(matches, self._gather(matches, mode), strict=True):
+                gathered[match.pair] += judgements
         return gathered
 
-    def _gather(self, matches: Sequence[_Match], mode: Mode) -> list[list[Answer]]:
-        """The answers about each of the matches."""
-        shown = [view for place, match in enumerate(matches) for view in self._views(place, match, mode.thoughts)]
-        gathered: list[list[Answer]] = [[] for _ in matches]
+    def _gather(self, matches: Sequence[_Match], mode: Mode) -> list[list[Judgement]]:
+        """The judgements of each match."""
+        questions = [
+            question for place, match in enumerate(matches) for question in self._questions(place, match, mode.thoughts)
+        ]
+        gathered: list[list[Judgement]] = [[] for _ in matches]
         if mode.early_stop is None:
-            self._ask(shown, mode.think, gathered)
+            self._ask(questions, mode.think, gathered)
         else:
             calibration = self._calibration(mode)
             for number in range(mode.thoughts):
-                done = {place for place, views in enumerate(gathered) if settled(views, mode, calibration)}
-                due = [view for view in shown if view.number == number and view.match not in done]
-                self._ask([view for view in due if number == 0 or not view.twin], mode.think, gathered)
+                done = {place for place, judgements in enumerate(gathered) if settled(judgements, mode, calibration)}
+                due = [question for question in questions if question.number == number and question.match not in done]
+                self._ask([question for question in due if number == 0 or not question.twin], mode.think, gathered)
         return [
-            [replace(answer, frame=match.frame) for answer in answers]
-            for match, answers in zip(matches, gathered, strict=True)
+            [replace(judgement, frame=match.frame) for judgement in judgements]
+            for match, judgements in zip(matches, gathered, strict=True)
         ]
 
     def conclude(
         self,
-        answers: Sequence[Answer],
+        judgements: Sequence[Judgement],
         *,
         think: bool | None = None,
         calibration: Calibration | None = None,
         aggregate: Aggregate | None = None,
     ) -> Verdict:
-        """The verdict that the answers about one pair amount to; arithmetic only.
+        """One pair's verdict from its judgements; arithmetic only, no model runs.
 
         Args:
-            answers: one element of what `answers` returns.
-            think: whether they come with thoughts; None is the judge's own setting.
+            judgements: one element of what `judgements` returns.
+            think: whether the judgements have thoughts; None is the judge's own setting.
             calibration: another than the card's.
             aggregate: another than the card's.
 
@@ -311,12 +316,12 @@ class Judge:
         if aggregate is not None:
             mode = replace(mode, aggregate=aggregate)
         calibration = self._calibration(mode) if calibration is None else calibration
-        return verdict_of(self._needed(answers, mode, calibration), mode, calibration)
+        return verdict_of(self._needed(judgements, mode, calibration), mode, calibration)
 
     def rank(self, prompt: str, images: Sequence[ImageLike | Clip], *, budget: int | None = None) -> Ranking:
-        """Orders images or clips of one prompt by comparing every pair, or `budget` pairs chosen as it goes.
+        """Orders images or clips of one prompt by comparing every pair, or `budget` pairs chosen one round at a time.
 
-        Equal ones are compared as one, and share its score; see `ranking`.
+        Equal images are compared as one and get the same score; see `ranking`.
         """
         visuals = to_visuals(images)
         same = first_equal(visuals)
@@ -330,31 +335,31 @@ class Judge:
 
         def compare_batch(pairs: Sequence[tuple[int, int]]) -> list[float]:
             firsts, seconds = [distinct[i] for i, _ in pairs], [distinct[j] for _, j in pairs]
-            answers = self.answers([prompt] * len(pairs), firsts, seconds, early_stop=mode.early_stop)
-            return [verdict_of(views, mode, calibration).p_first for views in answers]
+            gathered = self.judgements([prompt] * len(pairs), firsts, seconds, early_stop=mode.early_stop)
+            return [verdict_of(judgements, mode, calibration).p_first for judgements in gathered]
 
         return copy_scores(rank_images(compare_batch, len(distinct), budget=budget, curve=curve), same)
 
     def _thinks(self, think: bool | None) -> bool:
         return self.think if think is None else think
 
-    def _ask(self, shown: Sequence[_Shown], thinks: bool, gathered: list[list[Answer]]) -> None:
-        """Puts `shown` to both models in one batch, and the answers where they belong."""
-        if not shown:
+    def _ask(self, questions: Sequence[_Question], thinks: bool, gathered: list[list[Judgement]]) -> None:
+        """Asks both models `questions` in one batch and adds each judgement to `gathered` at its match."""
+        if not questions:
             return
-        chats = [view.chat for view in shown]
+        chats = [question.chat for question in questions]
         completions: list[str] = []
         if thinks:
             completions = self.reasoner.generate(
                 chats,
-                seeds=[view.seed for view in shown],
+                seeds=[question.seed for question in questions],
                 max_new_tokens=self.card.max_new_tokens,
                 temperature=self.card.sampling_temperature,
             )
             traces = [parse(completion, self.card.format, lenient=self.lenient) for completion in completions]
         else:
             traces = [Trace("", None)] * len(chats)
-        own = read_answers(
+        reasoner = p_first_at_slot(
             self.reasoner,
             self.card.format,
             chats,
@@ -364,21 +369,21 @@ class Judge:
         )
         malformed = [not trace.well_formed for trace in traces] if thinks else []
         bad = next((said for said, is_bad in zip(completions, malformed, strict=True) if is_bad), "")
-        self.misfits.see(own.label_mass.tolist(), malformed, bad)
-        heard: list[Any] = [None] * len(chats)
+        self.misfits.see(reasoner.label_mass.tolist(), malformed, bad)
+        listener: list[Any] = [None] * len(chats)
         if self.listener is not None:
-            asked = [view.heard for view in shown if view.heard is not None]
-            heard = check_finite(self.listener.p_first(asked, traces), "the listener").tolist()
-        said = zip(traces, own.p_first.tolist(), own.label_mass.tolist(), heard, strict=True)
-        for view, (trace, p_own, mass, p_heard) in zip(shown, said, strict=True):
-            p_heard = None if p_heard is None else on_grid(p_heard)
-            answer = Answer(view.flipped, view.number, trace, on_grid(p_own), p_heard, mass)
-            gathered[view.match].append(answer)
-            if view.twin:
-                gathered[view.match].append(replace(answer, flipped=True))
+            asked = [question.listener_chat for question in questions if question.listener_chat is not None]
+            listener = check_finite(self.listener.p_first(asked, traces), "the listener").tolist()
+        said = zip(traces, reasoner.p_first.tolist(), reasoner.label_mass.tolist(), listener, strict=True)
+        for question, (trace, p_reasoner, mass, p_listener) in zip(questions, said, strict=True):
+            p_listener = None if p_listener is None else on_grid(p_listener)
+            judgement = Judgement(question.flipped, question.number, trace, on_grid(p_reasoner), p_listener, mass)
+            gathered[question.match].append(judgement)
+            if question.twin:
+                gathered[question.match].append(replace(judgement, flipped=True))
 
     def _calibration(self, mode: Mode) -> Calibration:
-        """The card's for thinking or not; says once where that was fitted for another way to judge."""
+        """The card's calibration for this mode. Warns once if the calibration was fitted for another mode."""
         calibration = self.card.calibration if mode.think else self.card.fast_calibration
         if not (self._told_of_mode or calibration.covers(mode)):
             self._told_of_mode = True
@@ -390,17 +395,18 @@ class Judge:
             )
         return calibration
 
-    def _needed(self, answers: Sequence[Answer], mode: Mode, calibration: Calibration) -> Sequence[Answer]:
-        """Those that would have been asked for, where all were: calibration replays early stopping on them."""
+    def _needed(self, judgements: Sequence[Judgement], mode: Mode, calibration: Calibration) -> Sequence[Judgement]:
+        """The judgements that an early stop would have asked for, out of all: calibration replays early stopping this
+        way."""
         if mode.early_stop is None:
-            return answers
-        needed: dict[int, list[Answer]] = {answer.frame: [] for answer in answers}
-        for number in range(1 + max(answer.number for answer in answers)):
+            return judgements
+        needed: dict[int, list[Judgement]] = {judgement.frame: [] for judgement in judgements}
+        for number in range(1 + max(judgement.number for judgement in judgements)):
             done = {frame for frame, some in needed.items() if settled(some, mode, calibration)}
-            for answer in answers:
-                if answer.number == number and answer.frame not in done:
-                    needed[answer.frame].append(answer)
-        return [answer for some in needed.values() for answer in some]
+            for judgement in judgements:
+                if judgement.number == number and judgement.frame not in done:
+                    needed[judgement.frame].append(judgement)
+        return [judgement for some in needed.values() for judgement in some]
 
     def _matches(
         self,
@@ -410,7 +416,7 @@ class Judge:
         second: ImageLike | Clip,
         stills: dict[bytes, Picture],
     ) -> Iterator[_Match]:
-        """What of the two is put side by side; `stills` keeps the storyboards of clips."""
+        """The matches of one pair: one, or one for each frame. `stills` keeps the storyboards of clips."""
         fields = f"firsts[{pair}]", f"seconds[{pair}]"
         one, other = (to_visual(x, field=field) for x, field in zip((first, second), fields, strict=True))
         if not (isinstance(one, Clip) and isinstance(other, Clip)):
@@ -443,11 +449,11 @@ class Judge:
             raise InputError(f"{field} has a single frame; clips='video' needs at least 2: one frame is an image")
         return clip
 
-    def _views(self, place: int, match: _Match, thoughts: int) -> list[_Shown]:
-        """Both orders of a match, `thoughts` times each, in an order that does not depend on which side came first.
+    def _questions(self, place: int, match: _Match, thoughts: int) -> list[_Question]:
+        """Both orders of a match, `thoughts` times each. The sequence does not depend on which side came first.
 
-        The seed of a thought comes from what is shown, and so does the order where there is to be one. Two equal
-        sides have one order, asked once, because the same question in two rows of a batch may differ by rounding.
+        A thought's seed is a hash of prompt and sides, and so is the choice of order with `orders="one"`. Two equal
+        sides are asked in one order only: the same question in two rows of a batch may differ by rounding.
         """
         prompt, digests = match.prompt, match.digests
         twin = digests[0] == digests[1]
@@ -456,16 +462,18 @@ class Judge:
             key = f"{self.seed}/order/".encode() + prompt.encode("utf-8", "replace")
             coin = hashlib.blake2b(key + b"".join(sorted(digests)), digest_size=1).digest()[0] & 1
             orders = orders[coin : coin + 1]
-        views = []
+        questions = []
         for left, right in orders:
             placed = prompt, match.sides[left], match.sides[right]
             chat = self.card.format.chat(*placed, self.reasoner.reserved)
-            heard = self.listener and self.listener.chat_format.chat(*placed, self.listener.vlm.reserved)
+            listener_chat = self.listener and self.listener.chat_format.chat(*placed, self.listener.vlm.reserved)
             for number in range(thoughts):
                 key = f"{self.seed}/{number}/".encode() + prompt.encode("utf-8", "replace")
                 seed = hashlib.blake2b(key + digests[left] + digests[right], digest_size=8).digest()
-                views.append(_Shown(place, left == 1, chat, heard, number, int.from_bytes(seed, "big"), twin))
-        return views
+                questions.append(
+                    _Question(place, left == 1, chat, listener_chat, number, int.from_bytes(seed, "big"), twin)
+                )
+        return questions
 
 
 def _checked(clips: ClipView) -> ClipView:

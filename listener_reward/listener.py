@@ -1,4 +1,4 @@
-"""The listener: a frozen VLM that reads the same images and the reasoner's thought, and says whom it believes."""
+"""The listener: a frozen VLM that reads the same images and the reasoner's thought, and gives its own probability."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Listener:
     """Calibrated probability that the first image is preferred, given the thought without its verdict.
 
-    It may be the policy's own base with its adapters off (`TransformersVLM(..., adapters_off=True)`, which costs no
-    memory) or another model.
+    The listener is another model, or the policy's own base with its adapters off (`TransformersVLM(...,
+    adapters_off=True)`, which costs no memory).
     """
 
     def __init__(
@@ -51,16 +51,17 @@ class Listener:
         self.masking: Masking = masking
         self.misfits = Misfits("the listener")
         self.grounding = grounding
-        """How much less a thought counts that the listener, looking at the images, would not have written itself.
+        """How strongly an unlikely thought is discounted: one that the listener, seeing the images, would not write
+        itself.
 
-        A listener that believes words over pixels rewards false descriptions that persuade. With grounding g its
-        confidence shrinks towards 1/2 by exp(g * l), where l <= 0 is the mean log-probability per token that it gives
-        the thought: p = 1/2 + (p_raw - 1/2) exp(g l). 0 is the paper's listener."""
+        A listener that believes words over pixels rewards false but persuasive descriptions. With grounding g, p = 1/2
+        + (p_raw - 1/2) exp(g l). Here l <= 0 is the listener's mean log-probability per token of the thought. 0 is the
+        paper's listener."""
 
     def p_first(self, chats: Sequence[Chat], traces: Sequence[Trace]) -> Tensor:
-        """The probability (B,) float32 in (0, 1) that the first shown image is preferred.
+        """The probability (B,) float32 in (0, 1) that the image in first place is preferred.
 
-        It is the softmax over the two answer tokens at the answer slot that follows the thought, shrunk towards 1/2 by
+        The probability is a softmax over the two labels at the answer slot after the thought, shrunk towards 1/2 by
         `grounding`.
 
         Raises:
@@ -68,16 +69,16 @@ class Listener:
         """
         thoughts = [trace.for_listener(self.masking) for trace in traces]
         if self.grounding == 0:
-            read = read_answers(
+            read = p_first_at_slot(
                 self.vlm, self.chat_format, chats, thoughts, temperature=self.temperature, who="the listener"
             )
             self.misfits.see(read.label_mass.tolist())
             return read.p_first
         prefixes = _prefixes(self.vlm, self.chat_format, thoughts)
-        answers, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
-        check_finite(torch.cat([answers, likelihood[:, None]], dim=-1), "the listener")
-        self.misfits.see(_mass(answers).tolist())
-        raw = torch.softmax(answers / self.temperature, dim=-1)[:, 0]
+        log_probs, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
+        check_finite(torch.cat([log_probs, likelihood[:, None]], dim=-1), "the listener")
+        self.misfits.see(_mass(log_probs).tolist())
+        raw = torch.softmax(log_probs / self.temperature, dim=-1)[:, 0]
         return 0.5 + (raw - 0.5) * torch.exp(self.grounding * likelihood)
 
 
@@ -85,12 +86,12 @@ class ReadAnswers(NamedTuple):
     """What a model says at its answer slots."""
 
     p_first: Tensor
-    """(B,) float32 in [0, 1]: the first label's share of both labels' probability."""
+    """(B,) float32 in [0, 1]: the first label's fraction of both labels' probability."""
     label_mass: Tensor
     """(B,) float32 in [0, 1]: both labels' probability, among all that could stand there."""
 
 
-def read_answers(
+def p_first_at_slot(
     vlm: VLM,
     chat_format: ChatFormat,
     chats: Sequence[Chat],
@@ -111,7 +112,7 @@ def read_answers(
             slot if slot is not None and prefix == chat_format.answer_slot(thought) else prefix
             for slot, thought, prefix in zip(own, thoughts, prefixes, strict=True)
         ]
-    log_probs = check_finite(vlm.answer_logprobs(chats, prefixes, chat_format.labels), who)
+    log_probs = check_finite(vlm.label_logprobs(chats, prefixes, chat_format.labels), who)
     return ReadAnswers(torch.softmax(log_probs / temperature, dim=-1)[:, 0], _mass(log_probs))
 
 
@@ -136,7 +137,7 @@ OWN_BASE = "base"
 
 
 def load_listener(name: str | Path, card: Card, *, reasoner: TransformersVLM | None = None, **options: Any) -> Listener:
-    """The listener of a judge: asked in its own format where it has a card, else in the judge's.
+    """Loads a judge's listener. A listener with a card is asked in its own format, any other in the judge's.
 
     Args:
         name: its checkpoint, or "base" for the reasoner's base.
@@ -170,7 +171,7 @@ def load_listener(name: str | Path, card: Card, *, reasoner: TransformersVLM | N
 
 
 def make_listener(vlm: VLM, chat_format: ChatFormat, card: Card) -> Listener:
-    """A listener as the judge's card wants it."""
+    """A listener with the settings of the judge's card."""
     return Listener(
         vlm,
         chat_format,

@@ -1,4 +1,4 @@
-"""The unit of preference data: a prompt, two images, and the share of people who prefer the first."""
+"""The unit of preference data: a prompt, two images, and the fraction of people who prefer the first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PreferencePair:
     first: ImageLike
     second: ImageLike
     p_first: float
-    """Share of people who prefer the first image, in [0, 1]: 1 or 0 for one vote, 0.5 for a tie, 0.73 for many."""
+    """Fraction of people who prefer the first image, in [0, 1]: 1 or 0 for one vote, 0.5 for a tie, 0.73 for many."""
     id: str
     source: str
     """Where the pair came from, such as `"tiny:ood"` or `"hpdv2"`."""
@@ -35,7 +35,7 @@ class PreferencePair:
         check_text(self.id, field="id")
         if not (isinstance(self.p_first, Real) and math.isfinite(self.p_first) and 0 <= self.p_first <= 1):
             raise InputError(
-                f"p_first is {self.p_first!r}; give the share of people who prefer the first image, from 0 to 1"
+                f"p_first is {self.p_first!r}; give the fraction of people who prefer the first image, from 0 to 1"
             )
 
     def swapped(self) -> PreferencePair:

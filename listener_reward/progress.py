@@ -23,13 +23,13 @@ class _Note(ProgressColumn):
         return Text(str(task.fields.get("note", "")))
 
 
-def progress_bars(*, shown: bool = True, transient: bool = False, console: Console | None = None) -> Progress:
+def progress_bars(*, visible: bool = True, transient: bool = False, console: Console | None = None) -> Progress:
     """A context in which `add_task` or `track` shows a bar: what is done, of how much, the time it took and will take.
 
     `update(task, note="...")` writes a few words behind the bar.
 
     Args:
-        shown: False shows nothing, and everything can be called all the same.
+        visible: False shows nothing, and everything can be called all the same.
         transient: the bars go away at the end.
         console: where to draw; None is standard error.
     """
@@ -42,5 +42,5 @@ def progress_bars(*, shown: bool = True, transient: bool = False, console: Conso
         _Note(),
         console=console or Console(stderr=True),
         transient=transient,
-        disable=not shown,
+        disable=not visible,
     )

@@ -1,12 +1,12 @@
-"""From comparisons of pairs to one score per image: the Bradley-Terry model, and who should meet whom.
+"""Scores images from pairwise comparisons by the Bradley-Terry model, and chooses which pairs to compare.
 
-Bradley-Terry says that image i beats image j with probability sigmoid(s_i - s_j). A judge's answers are probabilities
-and not wins, so each enters as a soft outcome, worth the more votes, the better the judge's answers fit one another
-(`estimate_votes`). A Gaussian prior keeps the scores finite where an image wins every comparison, and fixes their
-level: at the optimum their mean is zero.
+Bradley-Terry says that image i beats image j with probability sigmoid(s_i - s_j). A judge gives probabilities and not
+wins, so each comparison is a soft outcome. The better a judge's outcomes fit one another, the more votes each outcome
+is worth (`estimate_votes`). A Gaussian prior keeps scores finite where an image wins every comparison. The prior also
+fixes the level: at the optimum the scores' mean is zero.
 
-Every pair of n images is n (n - 1) / 2 comparisons. With a budget they are compared in rounds, and each round
-takes the pairs of which most is to be learnt (`next_round`).
+Every pair of n images is n (n - 1) / 2 comparisons. With a budget, pairs are compared in rounds, and each round takes
+the most informative pairs (`next_round`).
 """
 
 # What a caller or a file gives need not be what is annotated, and is checked all the same.
@@ -36,8 +36,8 @@ PRIOR_STD = 2.0
 
 VOTES = 16.0
 PRIOR_DEGREES = 4.0
-"""A judge's answer is taken for the mean of `VOTES` votes, until `PRIOR_DEGREES` comparisons could have contradicted
-one another; then what they say counts for more."""
+"""The prior of `estimate_votes`: an outcome is worth `VOTES` votes, as if `PRIOR_DEGREES` degrees of freedom had shown
+it."""
 
 MOST_VOTES = 1000.0
 
@@ -56,7 +56,7 @@ class Ranking:
 
     Their mean is zero, equal images counting once."""
     standard_errors: list[float]
-    """One for each score, in the same order and unit: how far it may be off, relative to the mean of the images."""
+    """The standard error of each score, in log-odds relative to the images' mean."""
     comparisons: int
     """How many pairs the judge compared."""
 
@@ -68,7 +68,8 @@ class Ranking:
 def fit_bradley_terry(
     n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD, votes: float = 1.0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The most probable scores of `n` images given soft outcomes `(i, j, p)`: "i beats j with probability p".
+    """The most probable scores of `n` images, given soft outcomes `(i, j, p)`: image i beats image j with probability
+    p.
 
     Args:
         n: number of images, at least 1.
@@ -77,8 +78,8 @@ def fit_bradley_terry(
         votes: how many votes an outcome is worth, in [0.001, 1000000]; see `estimate_votes`.
 
     Returns:
-        Scores `(n,)` and standard errors `(n,)`, float64. The errors are from the curvature at the optimum, so an
-        image about which nothing is known has the prior's, and more comparisons give less.
+        Scores `(n,)` and standard errors `(n,)`, float64. The errors come from the curvature at the optimum: an image
+        without comparisons has the prior's error, and more comparisons reduce it.
 
     Raises:
         InputError: no image, an outcome that names an image that is not there or one image twice, a probability
@@ -126,10 +127,10 @@ def _posterior(
 def estimate_votes(n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_std: float = PRIOR_STD) -> float:
     """How many votes one outcome is worth, in [1, 1000]: the inverse of its dispersion around the Bradley-Terry model.
 
-    A share of k votes has the variance p (1 - p) / k. The mean of (outcome - p)^2 / (p (1 - p)) over the degrees of
-    freedom that the outcomes leave estimates 1 / k (McCullagh & Nelder 1989, section 4.5); `VOTES` with
-    `PRIOR_DEGREES` degrees of freedom is added, because the first comparisons of a few images leave none. A judge that
-    contradicts itself is worth one vote, one whose log-odds add up is worth many.
+    A fraction of k votes has the variance p (1 - p) / k. The mean of (outcome - p)^2 / (p (1 - p)) over the degrees of
+    freedom that the outcomes leave estimates 1 / k (McCullagh & Nelder 1989, section 4.5); `VOTES` with `PRIOR_DEGREES`
+    degrees of freedom is added, because the first comparisons of a few images leave none. Outcomes of a judge that
+    contradicts itself are worth one vote; outcomes whose log-odds add up are worth many.
     """
     votes = VOTES
     if not outcomes:
@@ -138,9 +139,9 @@ def estimate_votes(n: int, outcomes: Sequence[tuple[int, int, float]], *, prior_
     for _ in range(3):
         scores, covariance = _posterior(n, outcomes, prior_std, votes)
         expected = np.clip(expit(scores[rows] - scores[columns]), 1e-3, 1 - 1e-3)
-        spread = expected * (1 - expected)
-        freedom = np.clip(1 - votes * spread * _gap_variance(covariance)[rows, columns], 0, 1).sum()
-        chi_square = float(np.sum((p - expected) ** 2 / spread))
+        bernoulli = expected * (1 - expected)
+        freedom = np.clip(1 - votes * bernoulli * _gap_variance(covariance)[rows, columns], 0, 1).sum()
+        chi_square = float(np.sum((p - expected) ** 2 / bernoulli))
         votes = float(np.clip((PRIOR_DEGREES + freedom) / (PRIOR_DEGREES / VOTES + chi_square), 1, MOST_VOTES))
     return votes
 
@@ -154,9 +155,10 @@ def next_round(
 ) -> list[tuple[int, int]]:
     """At most `size` pairs `(i, j)`, i < j, to compare next; none that `outcomes` has.
 
-    Taken one after the other, each by how much its answer lowers the variance v of all score differences, those whose
-    order is in doubt first: a difference counts doubt^2 / v, doubt being the chance that it stands in the wrong order.
-    After each pair the covariance is updated as if the answer were in, so no two pairs of a round tell the same.
+    Pairs are chosen one after the other, each for how much its outcome lowers the weighted variance of all score
+    differences. A difference with variance v weighs doubt^2 / v; doubt is the probability that its two images stand in
+    the wrong order. After each choice the covariance is updated as if the outcome were known, so two pairs of a round
+    are not redundant.
     """
     votes = estimate_votes(n, outcomes, prior_std=prior_std)
     scores, covariance = _posterior(n, outcomes, prior_std, votes)
@@ -172,8 +174,8 @@ def next_round(
         np.fill_diagonal(weight, 0)
         # With u = covariance (e_i - e_j), the answer lowers variance[a, b] by (u_a - u_b)^2 / (variance + error)[i, j],
         # and the weighted sum of squared differences is the quadratic form of the graph's Laplacian.
-        spread = covariance @ (np.diag(weight.sum(1)) - weight) @ covariance
-        gain = _gap_variance(spread) / (variance + error)
+        change = covariance @ (np.diag(weight.sum(1)) - weight) @ covariance
+        gain = _gap_variance(change) / (variance + error)
         gain = np.where(
             open_pairs, np.round(gain / max(float(gain.max()), 1e-300), 9), -1
         )  # ties must not be rounding's
@@ -188,8 +190,8 @@ def next_round(
 def round_size(n: int, made: int) -> int:
     """How many of `n` images' pairs to compare at once, after `made` comparisons.
 
-    Before the first answers there is nothing to choose by, so the first round is twice as large as the later ones:
-    small rounds choose better, and large ones keep a GPU busier.
+    Small rounds choose better; large rounds keep a GPU busier. The first round is twice as large as the later ones,
+    because there are no outcomes yet to choose by.
     """
     return n // 2 if made == 0 else max(n // 4, 1)
 
@@ -201,11 +203,11 @@ def _gap_variance(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def pairings(n: int) -> list[tuple[int, int]]:
-    """Who meets whom among `n` images when comparisons are dear: every pair `(i, j)`, i < j, up to `FULL_UP_TO` images.
+    """Pairs `(i, j)`, i < j, to compare among `n` images in training: every pair up to `FULL_UP_TO` images.
 
-    More images sit on a ring and meet those at four distances that grow geometrically from 1 to half the ring, which
-    keeps any two images few meetings apart. Each then meets seven others, or eight where `n` is odd, because seven
-    each cannot be.
+    More images are placed on a ring and compared at four distances, which grow geometrically from 1 to half the ring.
+    So a short chain of comparisons links any two images. Each image is compared with seven others; with eight if `n` is
+    odd, because seven each is impossible.
     """
     if n <= FULL_UP_TO:
         return list(combinations(range(n), 2))
@@ -229,12 +231,13 @@ def rank_images(
         n: number of images, at least 1.
         budget: the most comparisons to make, at least 1; None, and all there are, is the full round robin.
         prior_std: see `fit_bradley_terry`.
-        curve: what makes the answers calibrated, where they are not. Scores are fitted on the answers as they are,
-            which add up better, and are then stretched by the one factor that makes the calibrated ones likeliest.
+        curve: calibrates outcomes that are not calibrated yet. Scores are fitted on the uncalibrated outcomes, whose
+            log-odds add up better. One factor then stretches all scores: the factor under which the calibrated outcomes
+            are likeliest.
 
     Raises:
         InputError: there is no image, or a budget that is no number of comparisons.
-        JudgeError: `compare_batch` left out an answer, or gave one that is not a probability.
+        JudgeError: `compare_batch` left out an outcome, or gave one that is not a probability.
     """
     if n < 1:
         raise InputError(f"images has {n} images; give at least one to rank")
@@ -282,7 +285,7 @@ class RankingJudge(PairJudge, Protocol):
 
 
 def rank_by(judge: PairJudge, prompt: str, visuals: Sequence[Visual], *, budget: int | None = None) -> Ranking:
-    """Orders pictures or clips of one prompt by `judge.compare_many`; equal ones are compared as one.
+    """Orders pictures or clips of one prompt by `judge.compare_many`; equal pictures are compared as one.
 
     Raises:
         InputError, JudgeError: as `rank_images`.
@@ -304,7 +307,7 @@ def first_equal(visuals: Sequence[Visual]) -> list[int]:
 
 
 def copy_scores(ranking: Ranking, same: Sequence[int]) -> Ranking:
-    """The ranking of all images from that of the distinct ones, `same` being what `first_equal` says of all."""
+    """The ranking of all images from the ranking of the distinct images; `same` is the result of `first_equal`."""
     distinct = sorted(set(same))
     places = [distinct.index(first) for first in same]
     scores = [ranking.scores[place] for place in places]
@@ -316,10 +319,10 @@ def _compared(
     compare_batch: Callable[[list[tuple[int, int]]], Sequence[float]], pairs: list[tuple[int, int]]
 ) -> list[tuple[int, int, float]]:
     """The outcomes of `pairs`, checked."""
-    answers = [float(p) for p in compare_batch(pairs)] if pairs else []
-    if len(answers) != len(pairs):
-        raise JudgeError(f"the judge gave {len(answers)} answers to {len(pairs)} comparisons")
-    for (i, j), p in zip(pairs, answers, strict=True):
+    outcomes = [float(p) for p in compare_batch(pairs)] if pairs else []
+    if len(outcomes) != len(pairs):
+        raise JudgeError(f"the judge gave {len(outcomes)} outcomes for {len(pairs)} comparisons")
+    for (i, j), p in zip(pairs, outcomes, strict=True):
         if not 0 <= p <= 1:
             raise JudgeError(f"the judge answered p_first = {p} for images {i} and {j}; it must be in [0, 1]")
-    return [(i, j, p) for (i, j), p in zip(pairs, answers, strict=True)]
+    return [(i, j, p) for (i, j), p in zip(pairs, outcomes, strict=True)]

@@ -1,11 +1,12 @@
 """`ListenerReward`: a pairwise judge as the scalar reward that diffusion trainers call.
 
-A judge compares two images and a trainer wants one number for each, so a *scheme* says whom an image meets:
+A judge compares two images, and a trainer wants one number for each image. A *scheme* says what an image is compared
+with:
 
-- `group`: the images of a prompt meet one another, and their Bradley-Terry log-odds are the scores, mean zero in the
-  group. For trainers that sample several images a prompt and normalise within it.
-- `reference`: each image meets one fixed image of its prompt, and the log-odds of beating it are the score. Scores
-  of different steps are then on one scale.
+- `group`: the images of a prompt are compared with one another. Their Bradley-Terry log-odds are the scores, with mean
+  zero in the group. For trainers that sample several images a prompt and normalise within the prompt.
+- `reference`: each image is compared with one fixed image of its prompt. The score is the log-odds of beating the fixed
+  image, so scores of different steps are on one scale.
 
 Importing this module loads no model and no torch; the first call loads the judge.
 """
@@ -72,8 +73,8 @@ logger = logging.getLogger(__name__)
 class ListenerReward:
     """Scores images for their prompts: `reward(images, prompts, metadata) -> (scores, info)`.
 
-    It is a plain callable: no gradient passes, threads may share it, and it pickles by its configuration (with the
-    reference images it has kept, without which scores would change their zero). The judge is loaded on first use.
+    A `ListenerReward` is a plain callable: no gradient, thread-safe. It pickles by its configuration and the reference
+    images it has kept, so a copy scores on the same scale. The judge is loaded on first use.
     """
 
     __name__ = "listener_reward"  # trainers name a reward in their logs by this
@@ -103,8 +104,8 @@ class ListenerReward:
                 the prompts and the next run has the same zeros; see `references.ReferenceFile`. Left out, they are kept
                 in memory.
             judge_options: passed on to `Judge.from_pretrained`. Without a `device`, or with "cuda", the judge goes to
-                the GPU that is current where the reward is made: the first call may come from a thread of the host's,
-                where the current GPU is another.
+                the GPU that is current where the reward is made: the first call may come from a thread with another
+                current GPU.
 
         Raises:
             InputError: an unknown scheme, policy or option, options that would have no effect, or files that cannot be
@@ -163,9 +164,10 @@ class ListenerReward:
             - `standard_error` of the score;
             - `comparisons` that the score rests on;
             - `position_gap`: mean absolute position gap of those comparisons, in [0, 1];
-            - `contradicted`: share of them in which the listener prefers the other image than the verdict;
+            - `contradicted`: fraction of those comparisons in which the listener prefers the other image than the
+              verdict;
             - `listener_p_first`: the listener's mean probability that this image is the better one;
-            - `malformed`: share of the thoughts that were malformed;
+            - `malformed`: fraction of the thoughts that were malformed;
             - `label_mass`: the two labels' total probability at the judge's answer slot, see `Verdict.label_mass`;
             - `failed`: 1 where the judge broke on every comparison of the image, else 0.
 
@@ -191,7 +193,8 @@ class ListenerReward:
         return table[:, 0].copy(), {name: table[:, 1 + k].copy() for k, name in enumerate(INFO)}
 
     def prefer_device(self, device: Any) -> None:
-        """Where to load the judge, unless `judge_options` name a device or it is loaded: for hosts that name one."""
+        """For hosts that name a device: where to load the judge. No effect if the judge is loaded, or `judge_options`
+        name a device."""
         if str(device) != "cuda":  # which says nothing that was not known
             self._device = str(device)
 
@@ -212,11 +215,11 @@ class ListenerReward:
             return judge.compare_many([prompt], [visuals[0]], [visuals[1]])[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What scores of later calls rest on beside the arguments: each prompt's kept first image, as a PNG's bytes.
+        """The reference images kept so far, one for each prompt, as the bytes of a PNG.
 
         A clip is kept as a dict of its frames' bytes and its times.
 
-        `DDPOTrainer` keeps it in its checkpoints; a run that starts again without it would move the scores' zero.
+        `DDPOTrainer` keeps this state in its checkpoints: without it, a resumed run would score on another scale.
         """
         with self._lock:
             return {"references": dict(self._kept)}
@@ -301,10 +304,10 @@ class ListenerReward:
             )
 
     def _ask(self, judge: PairJudge, matches: list[_Match]) -> list[Verdict | None]:
-        """The verdicts of `matches`, None for a comparison on which the judge broke and the policy is to go on.
+        """The verdicts of `matches`; None where the judge broke, unless the policy is "raise".
 
-        A batch that breaks is halved until the comparisons that break it stand alone, so one bad pair costs a few
-        calls more and no other pair its verdict.
+        A batch that fails is halved until the failing comparisons stand alone. So one bad pair costs a few more calls,
+        and every other pair keeps its verdict.
         """
         if not matches:
             return []
@@ -369,16 +372,16 @@ REFERENCE = -1
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """The images of one prompt in a call, and whom they meet."""
+    """The images of one prompt in a call, and their comparisons."""
 
     prompt: str
     pictures: list[Visual]
     meetings: list[tuple[int, int]]
     """Positions in `pictures`; the second is `REFERENCE` for all or for none."""
     reference: Visual | None = None
-    """None where the pictures meet one another."""
+    """None where the pictures are compared with one another."""
     opens: bool = False
-    """Whether the first picture is the reference, from now on."""
+    """Whether the first picture becomes the prompt's reference."""
     same: Sequence[int] = ()
     """For each picture the first that is equal to it, where the pictures meet one another."""
 
@@ -401,23 +404,23 @@ def log_odds(p: float, *, prior_std: float = PRIOR_STD) -> tuple[float, float]:
 def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
     """One row for each picture of `task`: its score, then `INFO`; the score is NaN where every comparison broke."""
     n = len(task.pictures)
-    heard = [(i, j, verdict) for (i, j), verdict in zip(task.meetings, verdicts, strict=True) if verdict is not None]
+    judged = [(i, j, verdict) for (i, j), verdict in zip(task.meetings, verdicts, strict=True) if verdict is not None]
     if task.reference is None:
         distinct = sorted(set(task.same))
         fitted = fit_bradley_terry(
-            len(distinct), [(distinct.index(i), distinct.index(j), verdict.p_first) for i, j, verdict in heard]
+            len(distinct), [(distinct.index(i), distinct.index(j), verdict.p_first) for i, j, verdict in judged]
         )
         places = [distinct.index(first) for first in task.same]
         scores, errors = (values[places] for values in fitted)
     else:
         scores, errors = np.zeros(n), np.zeros(n)
-        for i, _, verdict in heard:
+        for i, _, verdict in judged:
             scores[i], errors[i] = log_odds(verdict.p_first)
 
     rows = []
     for place in range(n):
         k = task.same[place] if task.same else place
-        met = [(verdict, i == k) for i, j, verdict in heard if k in (i, j)]
+        met = [(verdict, i == k) for i, j, verdict in judged if k in (i, j)]
         failed = not met and any(k in pair for pair in task.meetings)
         rows.append(
             (

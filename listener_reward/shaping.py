@@ -2,9 +2,9 @@
 
     r = r_format + 0.5 * r_accuracy + 0.5 * r_listener
 
-`p_first` is the share of people who prefer the first image, in [0, 1]; `p_listener` the listener's probability that
-the first image is preferred, given the thought. A malformed completion gets 0 for every part: that is data about the
-policy. A listener that failed never reaches this module: it raises.
+`p_first` is the fraction of people who prefer the first image, in [0, 1]. `p_listener` is the listener's probability,
+in [0, 1], that the first image is preferred, given the thought. A malformed completion gets 0 for every part: it is
+data about the policy. A listener that fails raises, and never reaches this module.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def format_reward(trace: Trace) -> float:
 
 
 def accuracy_reward(trace: Trace, p_first: float) -> float:
-    """The share of people who agree with the answer, in [0, 1]; for a hard label 1 if right, 0 if wrong."""
+    """The fraction of people who agree with the answer, in [0, 1]. With a hard label: 1 if right, 0 if wrong."""
     if trace.answer is None:
         return 0.0
     return p_first if trace.answer == 1 else 1.0 - p_first
 
 
 def listener_reward(trace: Trace, p_first: float, p_listener: float | None) -> float:
-    """`1 - |p_listener - p_first|`, in [0, 1]: for a hard label the listener's probability of the right image."""
+    """`1 - |p_listener - p_first|`, in [0, 1]. With a hard label: the listener's probability of the right image."""
     if trace.answer is None:
         return 0.0
     if p_listener is None:

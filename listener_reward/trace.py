@@ -1,4 +1,4 @@
-"""A completion becomes a trace: its thought and its answer, or the fact that it is malformed. Nothing is guessed."""
+"""Parses a completion into a trace: thought and answer, or malformed. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Literal
 from listener_reward.chat import ChatFormat
 
 Masking = Literal["answer", "verdict"]
-"""What is removed before the listener reads: the answer tag (the paper's reading), or also sentences that name it."""
+"""What the listener does not see: "answer" removes the answer tag (as in the paper), "verdict" also sentences that name
+the better image."""
 
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]?")
 # No two open-ended repeats stand side by side here, so that a megabyte of anything is read in linear time.
@@ -38,7 +39,7 @@ _PICKS_LABEL = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A parsed completion. A malformed one keeps whatever text it had as its thought and has no answer."""
+    """A parsed completion. A malformed completion keeps its text as the thought and has no answer."""
 
     thought: str
     answer: Literal[1, 2] | None
@@ -50,7 +51,7 @@ class Trace:
         return self.answer is not None
 
     def for_listener(self, masking: Masking = "answer") -> str:
-        """The thought with the verdict removed; it never held the answer tag.
+        """The thought as the listener reads it, without what `masking` removes.
 
         A malformed completion may say its verdict anywhere, so there sentences that tell it go too.
         """
@@ -145,12 +146,13 @@ def _pattern(chat_format: ChatFormat) -> re.Pattern[str]:
 
 
 def _bare(completion: str, chat_format: ChatFormat) -> str:
-    """What a malformed completion thought: its text before its last answer, without tags and without earlier answers.
+    """A malformed completion's thought: the text before its last answer, without tags and earlier answers.
 
-    Cut at the first answer, a thought that quotes one ("</think><answer>1") would lose all that follows.
+    The last answer and not the first: a thought that quotes an answer ("</think><answer>1") would lose all that
+    follows.
     """
-    last = max((match.start() for match in _answers(chat_format).finditer(completion)), default=len(completion))
-    return _untagged(_answers(chat_format).sub(" ", completion[:last]), chat_format)
+    last = max((match.start() for match in _answer_tags(chat_format).finditer(completion)), default=len(completion))
+    return _untagged(_answer_tags(chat_format).sub(" ", completion[:last]), chat_format)
 
 
 def _untagged(text: str, chat_format: ChatFormat) -> str:
@@ -160,6 +162,6 @@ def _untagged(text: str, chat_format: ChatFormat) -> str:
 
 
 @cache
-def _answers(chat_format: ChatFormat) -> re.Pattern[str]:
+def _answer_tags(chat_format: ChatFormat) -> re.Pattern[str]:
     labels = "|".join(map(re.escape, chat_format.labels))
     return re.compile(rf"{_spaced(chat_format.answer[0])}(?:\s*(?:{labels})(?!\w))?")

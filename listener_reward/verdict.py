@@ -1,4 +1,4 @@
-"""What a judge says of a pair, one `Verdict` made of `Thought`s, and the `Mode` in which it was made. No model."""
+"""A judge's result for one pair: `Verdict`, its `Thought`s, and the `Mode` of judging. No model is loaded."""
 
 # What a caller or a file gives need not be what is annotated, and is checked all the same.
 # pyright: reportUnnecessaryIsInstance=false
@@ -14,12 +14,12 @@ from listener_reward.errors import InputError
 Aggregate = Literal["mean", "majority", "listener", "both"]
 Orders = Literal["both", "one"]
 LISTENING: tuple[Aggregate, ...] = ("listener", "both")
-"""The aggregates that cannot do without a listener."""
+"""The aggregates that need a listener."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A way to make a verdict. A calibration belongs to one: more thoughts are surer than a curve for fewer knows."""
+    """How a verdict is made. A calibration belongs to one mode: more thoughts make a verdict more certain."""
 
     think: bool = True
     thoughts: int = 1
@@ -30,7 +30,7 @@ class Mode:
 
     @property
     def planned(self) -> int:
-        """How many answers a verdict rests on, unless it stops early."""
+        """How many judgements a verdict rests on, unless it stops early."""
         return self.thoughts * (2 if self.orders == "both" else 1)
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Mode:
 
     @classmethod
     def from_dict(cls, saved: Any) -> Mode:
-        """Reads what `dataclasses.asdict` made of it.
+        """Reads a mode that `dataclasses.asdict` wrote.
 
         Raises:
             InputError: it is something else.
@@ -63,20 +63,21 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """One sampled line of reasoning, and what the listener made of it.
+    """One sampled thought, with both models' probabilities.
 
-    Every number is about the caller's images, whichever order the reasoner saw them in.
+    Every field is about the caller's images, in whichever order the models saw them.
     """
 
     text: str
     order: Literal["as given", "swapped"]
-    """How the reasoner saw the pair; half of a judge's thoughts see it swapped, so that position cannot win."""
+    """The order of the two images in the question. With `orders="both"`, half of the thoughts are sampled swapped, so
+    that a position bias cancels."""
     answer: Literal[1, 2] | None
-    """The image that the thought chose, 1 being the caller's first; None for a malformed completion."""
+    """The image that the completion chose, 1 being the caller's first; None for a malformed completion."""
     p_first: float
-    """This thought's own probability that the first image is preferred, in [0, 1]."""
+    """The reasoner's probability, after this thought, that the first image is preferred, in [0, 1]."""
     listener_p_first: float | None
-    """The listener's probability after reading the thought, in [0, 1]; None where no listener read it."""
+    """The listener's probability after reading the thought, in [0, 1]; None without a listener."""
     contradicted: bool | None
     """Whether the listener prefers the other image than `answer`; None without a listener or an answer."""
 
@@ -87,28 +88,28 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's answer to one pair. Swapping the images gives `1 - p_first` exactly."""
+    """A judge's result for one pair. Swapping the images gives `1 - p_first` exactly."""
 
     p_first: float
     """Calibrated probability that people prefer the first image, in [0, 1]."""
     preferred: Literal[1, 2] | None
     """The preferred image; None for an exact tie, and where `p_first` lies within the calibration's tie band."""
     thoughts: tuple[Thought, ...]
-    """The reasoning behind it, in the order it was sampled; empty where the judge did not think."""
+    """The sampled thoughts, in the order of sampling; empty if the judge did not think."""
     listener_p_first: float | None
     """The listener's mean probability over the thoughts, in [0, 1]; None without a listener."""
     contradicted: bool | None
     """Whether the listener prefers the other image than the reasoner; None without a listener or a preference."""
     position_gap: float
-    """p_first with the pair shown in order, minus p_first with it shown swapped, in [-1, 1]; 0 is no position bias.
+    """p_first in the given order, minus p_first in the swapped order, in [-1, 1]; 0 is no position bias.
 
     Measured before the final calibration curve, for the model or models that decide; with `aggregate="both"`, the mean
-    of the two gaps. NaN where the pair was shown in one order."""
+    of the two gaps. NaN if only one order was asked."""
     malformed: int
     """How many of the thoughts were malformed."""
     by_order: tuple[float | None, float | None] = (None, None)
-    """p_first with the pair shown in order, and with it shown swapped, each in [0, 1], whose difference is
-    `position_gap`; None for an order that was not asked."""
+    """p_first in the given order and in the swapped order, each in [0, 1]. Their difference is `position_gap`. None for
+    an order that was not asked."""
     label_mass: float | None = None
     """The two labels' total probability at the reasoner's answer slot, in [0, 1], the mean over its judgements; near 0
     the model would have answered in another format. None for a judge that has no answer slot."""
@@ -125,11 +126,11 @@ class Verdict:
 class PairJudge(Protocol):
     """Whatever judges pairs: a `Judge`, another model (`peers`), or a class of the user's own.
 
-    `isinstance(x, PairJudge)` asks whether it has these two members.
+    `isinstance(x, PairJudge)` checks that `x` has these two members.
     """
 
     name: str
-    """What tables and logs call it."""
+    """The judge's name in tables and logs."""
 
     def compare_many(
         self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None

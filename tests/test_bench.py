@@ -54,7 +54,7 @@ PRINTED = {
     "vision patches": "patches",
     "peak memory over the start, MB": "peak_mb",
     "language-model tokens a second": "tokens_per_second",
-    "share of the machine's matrix rate": "share_of_matrix_rate",
+    "fraction of the machine's matrix rate": "share_of_matrix_rate",
 }
 COMPARED = {
     "listener": {"log-probability"},
@@ -206,7 +206,7 @@ def test_the_meter_counts_trls_fused_head():
     ],
 )
 def test_a_fused_head_that_is_another_is_refused_before_the_work(monkeypatch, change, said):
-    """Uncounted, it would make the share of the machine's rate and the limit too low, and nobody would know."""
+    """Uncounted, it would make the fraction of the machine's rate and the limit too low, and nobody would know."""
     from trl import kernels
 
     if change == "renamed":

@@ -213,15 +213,15 @@ def raw(tiny):
     """200 pairs, and what the models say of them."""
     pairs = load_pairs("tiny:id", limit=200)
     firsts, seconds = zip(*pairs["images"], strict=True)
-    return pairs, tiny.answers(pairs["prompt"], list(firsts), list(seconds))
+    return pairs, tiny.judgements(pairs["prompt"], list(firsts), list(seconds))
 
 
 def test_the_embedded_judge_is_calibrated(tiny, raw):
-    pairs, answers = raw
+    pairs, judgements = raw
     labels = np.array(pairs["p_first"])
 
     def ece(calibration: Calibration | None, who: str) -> float:
-        verdicts = [tiny.conclude(one, calibration=calibration) for one in answers]
+        verdicts = [tiny.conclude(one, calibration=calibration) for one in judgements]
         return expected_calibration_error(labels, np.array([getattr(verdict, who) for verdict in verdicts]))
 
     # By chance too high with 200 pairs; docs/judging.md has 3,000. The judge was taught by voters, its listener not.
@@ -230,12 +230,12 @@ def test_the_embedded_judge_is_calibrated(tiny, raw):
 
 
 def test_any_calibration_keeps_the_mirror_image_exact(tiny, raw):
-    _, answers = raw
+    _, judgements = raw
     sharp = Calibration(
         Platt(0.3, 2.0), Curve(((0.1, 0.7), (2.0, 0.9))), Platt(3.0, -1.0), Curve(((1.0, 4.0),)), tie_band=0.1
     )
-    for views in answers[:50]:
-        mirrored = [replace(view, flipped=not view.flipped) for view in views]
+    for views in judgements[:50]:
+        mirrored = [replace(judgement, flipped=not judgement.flipped) for judgement in views]
         one, other = (tiny.conclude(each, calibration=sharp) for each in (views, mirrored))
         assert other.p_first == 1 - one.p_first and one.p_first == 1 - other.p_first
         assert other.listener_p_first == 1 - one.listener_p_first
@@ -243,41 +243,44 @@ def test_any_calibration_keeps_the_mirror_image_exact(tiny, raw):
         assert (one.preferred is None) == (abs(one.p_first - 0.5) <= 0.1)
 
 
-def replayed(judge: Judge, answers) -> Judge:
+def replayed(judge: Judge, judgements) -> Judge:
     """`judge`, with what its models say already said."""
-    queue, copied = list(answers), copy.copy(judge)
-    copied.answers = lambda prompts, firsts, seconds: [queue.pop(0) for _ in prompts]  # pyright: ignore
+    queue, copied = list(judgements), copy.copy(judge)
+    copied.judgements = lambda prompts, firsts, seconds: [queue.pop(0) for _ in prompts]  # pyright: ignore
     return copied
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "listener", "both"])
 def test_one_fit_serves_the_mean_the_listener_and_both(tiny, raw, aggregate):
-    pairs, answers = raw
-    answers = [[replace(view, p_own=float(expit(3 * logit(view.p_own)))) for view in views] for views in answers]
-    judge = replayed(tiny, answers)  # surer than it is right
+    pairs, judgements = raw
+    judgements = [
+        [replace(judgement, p_reasoner=float(expit(3 * logit(judgement.p_reasoner)))) for judgement in views]
+        for views in judgements
+    ]
+    judge = replayed(tiny, judgements)  # surer than it is right
     judge.card = replace(tiny.card, aggregate=aggregate)
     result = calibrate(judge, pairs, progress=False)
     fitted = result.calibration
     assert fitted.mode == Mode(aggregate=aggregate)
-    assert Curve() not in (fitted.verdict, fitted.listener, fitted.both)
-    other = calibrate(replayed(tiny, answers), pairs, progress=False).calibration
+    assert Curve() not in (fitted.reasoner_curve, fitted.listener_curve, fitted.both_curve)
+    other = calibrate(replayed(tiny, judgements), pairs, progress=False).calibration
     assert replace(fitted, mode=None) == replace(other, mode=None)
     assert result.after["nll"] < result.before["nll"]
-    decided = [tiny.conclude(one, calibration=fitted, aggregate=aggregate).p_first for one in answers]
+    decided = [tiny.conclude(one, calibration=fitted, aggregate=aggregate).p_first for one in judgements]
     assert result.p_after.tolist() == [p for p in decided if p in set(result.p_after.tolist())]
 
 
 def test_without_a_listener_there_is_nothing_to_fit_for_it(tiny, raw):
-    pairs, answers = raw
-    deaf = [[replace(view, p_heard=None) for view in views] for views in answers]
+    pairs, judgements = raw
+    deaf = [[replace(judgement, p_listener=None) for judgement in views] for views in judgements]
     result = calibrate(replayed(tiny, deaf), pairs, progress=False)
-    assert (result.calibration.listener, result.calibration.both) == (Curve(), Curve())
+    assert (result.calibration.listener_curve, result.calibration.both_curve) == (Curve(), Curve())
     assert result.listener_after is None
 
 
 def test_sure_is_measured_on_the_part_that_measures(tiny, raw):
-    pairs, answers = raw
-    result = calibrate(replayed(tiny, answers), pairs, sure=0.7, progress=False)
+    pairs, judgements = raw
+    result = calibrate(replayed(tiny, judgements), pairs, sure=0.7, progress=False)
     outside = np.abs(result.p_after - 0.5) > result.calibration.tie_band
     right = (result.p_after > 0.5) == (result.labels > 0.5)
     assert result.after["preferred"] == pytest.approx(outside.mean())
@@ -286,12 +289,17 @@ def test_sure_is_measured_on_the_part_that_measures(tiny, raw):
 
 def test_a_position_bias_is_found_and_taken_out(tiny, raw):
     """Two log-odds for whatever is shown first: Platt's bias has to be two lower, and the verdicts as before."""
-    pairs, answers = raw
-    shifted = [[replace(v, p_own=float(expit(logit(v.p_own) + 2.0))) for v in views] for views in answers]
+    pairs, judgements = raw
+    shifted = [
+        [replace(judgement, p_reasoner=float(expit(logit(judgement.p_reasoner) + 2.0))) for judgement in views]
+        for views in judgements
+    ]
 
-    straight, biased = (calibrate(replayed(tiny, each), pairs, progress=False) for each in (answers, shifted))
-    scale = biased.calibration.answer.temperature
-    assert straight.calibration.answer.bias - biased.calibration.answer.bias == pytest.approx(2.0 / scale, abs=0.01)
+    straight, biased = (calibrate(replayed(tiny, each), pairs, progress=False) for each in (judgements, shifted))
+    scale = biased.calibration.reasoner_platt.temperature
+    assert straight.calibration.reasoner_platt.bias - biased.calibration.reasoner_platt.bias == pytest.approx(
+        2.0 / scale, abs=0.01
+    )
     assert biased.p_after == pytest.approx(straight.p_after, abs=0.01)
     assert biased.n_fit + biased.n_validation + biased.n_test == len(pairs)
 
@@ -430,29 +438,29 @@ def test_an_older_card_is_for_the_way_it_says_and_stays_so(tmp_path):
 )
 def test_what_a_calibration_is_for(changes, covered):
     line = Curve(((1.0, 2.0),))
-    calibration = Calibration(verdict=line, listener=line, both=line, mode=Mode())
+    calibration = Calibration(reasoner_curve=line, listener_curve=line, both_curve=line, mode=Mode())
     assert calibration.covers(Mode(**changes)) is covered
     assert Calibration().covers(Mode(**changes))
     if "aggregate" in changes:  # chosen for the mean, and none was fitted
         assert not replace(calibration, tie_band=0.1).covers(Mode(**changes))
-        assert not replace(calibration, both=Curve(), listener=Curve()).covers(Mode(**changes))
+        assert not replace(calibration, both_curve=Curve(), listener_curve=Curve()).covers(Mode(**changes))
 
 
 def test_another_way_of_judging_is_warned_of_once_and_both_are_named(tiny, raw):
-    _, answers = raw
+    _, judgements = raw
     judge = copy.copy(tiny)
     judge.card = replace(tiny.card, thoughts=8, orders="one")
     with pytest.warns(UserWarning) as caught:
-        judge.conclude(answers[0])
-        judge.conclude(answers[1])
+        judge.conclude(judgements[0])
+        judge.conclude(judgements[1])
     assert len(caught) == 1
     said = str(caught[0].message)
     assert "1 thought an order" in said and "8 thoughts an order" in said and "orders 'one'" in said
     assert "listener-reward calibrate" in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        copy.copy(tiny).conclude(answers[0])
-        judge.conclude(answers[0], calibration=Calibration())
+        copy.copy(tiny).conclude(judgements[0])
+        judge.conclude(judgements[0], calibration=Calibration())
 
 
 @pytest.mark.parametrize("saved", [3, {"thoughts": 0}, {"aggregate": "median"}, {"order": "both"}, {"think": "yes"}])

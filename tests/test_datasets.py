@@ -128,7 +128,7 @@ def hpdv2(folder: Path, **fields) -> str:
 
 
 def shares(spec: str) -> dict[tuple[int, ...], Any]:
-    """Dark and light level of each pair to the share for the dark one."""
+    """Dark and light level of each pair to the fraction for the dark one."""
     rows = list(load_pairs(spec))
     return {tuple(sorted((shade(r, 0), shade(r, 1)))): pytest.approx(dark_wins(r)) for r in rows}
 

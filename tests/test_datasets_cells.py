@@ -186,7 +186,7 @@ def test_heic_embedded_in_parquet_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl", "json"])
 def test_a_label_column_with_an_empty_cell_is_read_alike_in_every_format(tmp_path, suffix):
-    """pandas makes floats of the other labels: 1.0, which a CSV holds as text. The row without one has a share."""
+    """pandas makes floats of the other labels: 1.0, which a CSV holds as text. The row without one has a fraction."""
     for level in (1, 2):
         (tmp_path / f"{level}.png").write_bytes(png(level))
     rows = [pair("1.png", "2.png", id=str(k)) | {"label": label} for k, label in enumerate([1, 2, None])]

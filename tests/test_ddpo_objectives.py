@@ -27,17 +27,17 @@ NAN = math.nan
 def test_group_advantages_are_centred_within_the_group():
     rewards, groups = np.array([1.0, 3.0, 10.0, 30.0]), np.array([0, 0, 1, 1])
     # Means 2 and 20; deviations 1 and 10; of all four, mean 11, deviation sqrt((100 + 64 + 1 + 361) / 4) = 11.467.
-    assert group_advantages(rewards, groups, spread="group") == pytest.approx([-1, 1, -1, 1], abs=1e-3)
+    assert group_advantages(rewards, groups, std_of="group") == pytest.approx([-1, 1, -1, 1], abs=1e-3)
     assert group_advantages(rewards, groups) == pytest.approx(np.array([-1, 1, -10, 10]) / 11.467, abs=1e-3)
 
 
-@pytest.mark.parametrize("spread", ["batch", "group"])
-def test_a_missing_reward_changes_nobody_elses_advantage(spread: str):
+@pytest.mark.parametrize("std_of", ["batch", "group"])
+def test_a_missing_reward_changes_nobody_elses_advantage(std_of: str):
     rewards, groups = np.array([1.0, NAN, 3.0, 5.0, 9.0]), np.array([0, 0, 0, 1, 1])
-    advantages = group_advantages(rewards, groups, spread=spread)  # pyright: ignore[reportArgumentType]
+    advantages = group_advantages(rewards, groups, std_of=std_of)  # pyright: ignore[reportArgumentType]
     assert advantages[1] == 0
     known = [0, 2, 3, 4]
-    expected = group_advantages(rewards[known], groups[known], spread=spread)  # pyright: ignore[reportArgumentType]
+    expected = group_advantages(rewards[known], groups[known], std_of=std_of)  # pyright: ignore[reportArgumentType]
     assert advantages[known] == pytest.approx(expected)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from listener_reward.recipes import demo
-from listener_reward.recipes.arms import ARMS, SPLITS
 from listener_reward.recipes.demo import run_demo
+from listener_reward.recipes.variants import SPLITS, VARIANTS
 from listener_reward.recipes.workers import Job, Report, run_side_by_side
 
 
@@ -52,12 +52,12 @@ def test_the_demo_writes_results_and_a_report(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(demo, "run_side_by_side", in_this_process)
     results = run_demo(tmp_path, quick=True)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert set(results["curves"]) == set(ARMS)
+    assert set(results["curves"]) == set(VARIANTS)
     for curve in results["curves"].values():
         assert curve["step"] == [1, 2, 3]
         assert all(len(values) == 3 for values in curve.values())
     rows = {(row["model"], row["split"]) for row in results["table"]}
-    assert rows == {(model, split) for model in ("base", "SFT", *ARMS) for split in SPLITS}
+    assert rows == {(model, split) for model in ("base", "SFT", *VARIANTS) for split in SPLITS}
     assert len(results["pairs"]) == 12
     assert sorted(results["ranking"]["order"]) == list(range(6))
     page = (tmp_path / "report.html").read_text()

@@ -14,18 +14,19 @@ from listener_reward.errors import InputError
 from listener_reward.evaluate import evaluate
 from listener_reward.evaluate.diagnostics import FEWEST, GAP_BINS, POINTS, diagnose
 from listener_reward.evaluate.intervals import wilson
-from listener_reward.evaluate.measure import Answers
+from listener_reward.evaluate.judged import JudgedPairs
 
 
 @pytest.fixture(scope="module")
 def record() -> Any:
-    """`record(p_first, people)` is an evaluation of a judge that said so, a prompt a pair; more fields of `Answers`."""
+    """`record(p_first, people)` is an evaluation of a judge that said so, a prompt a pair; more fields of
+    `JudgedPairs`."""
     base = evaluate(_Fixed(), load_pairs("tiny:id", limit=2), progress=False, swap_check=0)
 
     def make(p_first: Any, people: Any, **more: Any) -> Any:
         p_first, people = np.asarray(p_first, float), np.asarray(people, float)
         fields = {"judge": 2 * p_first - 1, "people": people - 0.5, "prompts": np.arange(len(people))}
-        return replace(base, answers=Answers(**(fields | more)))
+        return replace(base, judged=JudgedPairs(**(fields | more)))
 
     return make
 
@@ -129,5 +130,5 @@ def test_of_a_judge_that_was_run(FakeJudge):
 
 
 def test_needs_answers(record):
-    with pytest.raises(InputError, match="no answers"):
-        diagnose(replace(record([0.6], [1]), answers=None))
+    with pytest.raises(InputError, match="no judged pairs"):
+        diagnose(replace(record([0.6], [1]), judged=None))

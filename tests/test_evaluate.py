@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from listener_reward.calibration.maps import Calibration
-from listener_reward.conclude import Answer, verdict_of
+from listener_reward.conclude import Judgement, verdict_of
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
@@ -286,15 +286,15 @@ def test_the_interval_draws_prompts(FakeJudge, make_pairs):
     assert record.accuracy_interval[0] <= 0.25 < alone[0] and record.accuracy_interval[1] == 1
 
 
-def said(flipped: bool, number: int, p_first: float, listener_p_first: float | None = None) -> Answer:
+def said(flipped: bool, number: int, p_first: float, listener_p_first: float | None = None) -> Judgement:
     """A thought and what both models say of the caller's first image, which is shown second where `flipped`."""
     p, heard = (None if x is None else 1 - x if flipped else x for x in (p_first, listener_p_first))
-    return Answer(flipped, number, Trace("", 2 if flipped else 1), p, heard)  # pyright: ignore[reportArgumentType]
+    return Judgement(flipped, number, Trace("", 2 if flipped else 1), p, heard)  # pyright: ignore[reportArgumentType]
 
 
 def test_each_order_of_a_verdict():
-    def margins(answers: list[Answer], aggregate: Aggregate = "mean") -> tuple[float, float]:
-        return margins_by_order(verdict_of(answers, Mode(aggregate=aggregate), Calibration()))
+    def margins(judgements: list[Judgement], aggregate: Aggregate = "mean") -> tuple[float, float]:
+        return margins_by_order(verdict_of(judgements, Mode(aggregate=aggregate), Calibration()))
 
     both = Verdict(0.7, 1, (), None, None, 0.2, 0)  # p(first) 0.8 in order, 0.6 swapped
     assert margins_by_order(both) == pytest.approx((0.6, 0.2))

@@ -103,7 +103,7 @@ def test_labels_are_read_where_the_model_writes_them(vlm, shared_prefix, slot, l
     text = vlm.processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
     prefixes = [f"<think>{thought}</think>{slot}" for thought in ("", "a red fox stands", "no")]
     asked = [chat] * len(prefixes)
-    found, (again, means) = reader.answer_logprobs(asked, prefixes, labels), reader.read(asked, prefixes, labels)
+    found, (again, means) = reader.label_logprobs(asked, prefixes, labels), reader.read(asked, prefixes, labels)
     torch.testing.assert_close(found, again, atol=1e-5, rtol=1e-5)
     for prefix, row, mean in zip(prefixes, found, means, strict=True):
         inputs = vlm.processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
@@ -123,9 +123,9 @@ def test_labels_that_do_not_share_a_slot_are_refused(vlm):
     """`>A` is one token and `>D` two: no place has a probability for both."""
     chat = ChatFormat(question=QUESTION).chat("a fox", RED, BLUE, vlm.reserved)
     with pytest.raises(InputError, match=r"labels \('A', 'D'\) do not follow the same tokens after '<answer>'.*'>A'"):
-        vlm.answer_logprobs([chat], ["<answer>"], ("A", "D"))
+        vlm.label_logprobs([chat], ["<answer>"], ("A", "D"))
     with pytest.raises(InputError, match=r"label '12' is 2 tokens of this tokenizer after '<answer>'.*\['1', '2'\]"):
-        vlm.answer_logprobs([chat], ["<answer>"], ("12", "2"))
+        vlm.label_logprobs([chat], ["<answer>"], ("12", "2"))
 
 
 # ---------------------------------------------------------------- prompts that open the thought themselves
@@ -150,11 +150,11 @@ def test_a_thought_that_the_prompt_opens_is_opened_once(vlm, shared_prefix):
     (said,) = opening.generate([chat], seeds=[0], max_new_tokens=4, temperature=1.0)
     assert said.startswith("<think>\n") and len(said) > len("<think>\n")
     closed = [f"<think>\n{thought}</think><answer>" for thought in ("a fox", "")]
-    expected, found = (each.answer_logprobs([chat] * 2, closed, ("1", "2")) for each in (vlm, opening))
+    expected, found = (each.label_logprobs([chat] * 2, closed, ("1", "2")) for each in (vlm, opening))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     bare = [slot.replace("<think>\n", "<think>") for slot in closed]
-    torch.testing.assert_close(opening.answer_logprobs([chat] * 2, bare, ("1", "2")), expected, atol=2e-5, rtol=1e-4)
-    at_once = [each.answer_logprobs([chat], ["<answer>"], ("1", "2")) for each in (vlm, opening)]
+    torch.testing.assert_close(opening.label_logprobs([chat] * 2, bare, ("1", "2")), expected, atol=2e-5, rtol=1e-4)
+    at_once = [each.label_logprobs([chat], ["<answer>"], ("1", "2")) for each in (vlm, opening)]
     torch.testing.assert_close(*at_once, atol=2e-5, rtol=1e-4)
 
 
@@ -222,14 +222,14 @@ class Speaker:
     ) -> list[str]:
         return [self.said] * len(chats)
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         self.prefixes += prefixes
         return torch.tensor([[0.75, 0.25]] * len(chats)).reshape(-1, 2).mul(self.mass).log()
 
     def read(
-        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+        return self.label_logprobs(chats, prefixes, labels), torch.zeros(len(chats))
 
 
 GOOD, BAD = "<think>a fox</think><answer>1</answer>", "Image **1** is better"
@@ -245,7 +245,7 @@ def test_a_verdict_has_the_mass_of_its_labels():
     _, info = ListenerReward(Judge(Speaker(BAD, 0.4)))([RED, BLUE], ["a fox"] * 2)
     assert info["malformed"].tolist() == [1, 1] and info["label_mass"] == pytest.approx([0.4, 0.4])
     _, info = ListenerReward(Judge(Speaker(GOOD), think=False))([RED, BLUE], ["a fox"] * 2)
-    assert math.isnan(info["malformed"][0]), "no thoughts, so no share of them"
+    assert math.isnan(info["malformed"][0]), "no thoughts, so no fraction of them"
 
 
 @pytest.mark.parametrize(

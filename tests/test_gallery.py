@@ -44,7 +44,7 @@ def verdict(p_first: float, *thoughts: Thought) -> Verdict:
     return Verdict(p_first, preferred, thoughts, None, None, 0.0, 0)
 
 
-def shown(pairs: list[dict[str, Any]]) -> list[str]:
+def ids(pairs: list[dict[str, Any]]) -> list[str]:
     return [pair["id"] for pair in pairs]
 
 
@@ -62,20 +62,20 @@ def test_the_worst_mistakes_are_found_in_one_pass_whatever_the_batches():
         for start in range(0, 200, size):
             batch = {name: values[start : start + size] for name, values in all_rows.items()}
             gallery.add(batch, [verdict(p) for p in p_first[start : start + size]])
-        assert shown(gallery.pairs) == [str(i) for i in worst]
+        assert ids(gallery.pairs) == [str(i) for i in worst]
 
 
 def test_ties_of_people_are_left_out_and_an_undecided_judge_is_wrong():
     gallery = Gallery("judge", right=0)
     gallery.add(rows([0.5, 1.0, 1.0]), [verdict(0.9), verdict(0.5), verdict(0.9)])
-    assert shown(gallery.pairs) == ["1"]
+    assert ids(gallery.pairs) == ["1"]
 
 
 def test_right_ones_are_drawn_evenly_and_come_last():
     people, p_first = [1.0] * 400, [0.9] * 399 + [0.1]
     gallery = Gallery("judge", mistakes=3, right=40)
     gallery.add(rows(people), [verdict(p) for p in p_first])
-    numbers = [int(number) for number in shown(gallery.pairs)]
+    numbers = [int(number) for number in ids(gallery.pairs)]
     assert numbers[0] == 399 and len(numbers) == 41
     assert numbers[1:] == sorted(numbers[1:]) and 150 < np.mean(numbers[1:]) < 250
 
@@ -115,7 +115,7 @@ def test_watches_an_evaluation(FakeJudge, shade, stream: bool):
     pairs: Any = datasets.Dataset.from_dict(data)
     gallery = Gallery("fake", mistakes=2, right=1)
     evaluate(FakeJudge(), pairs.to_iterable_dataset() if stream else pairs, progress=False, watch=gallery.add)
-    assert shown(gallery.pairs) == ["0", "2", "1"]
+    assert ids(gallery.pairs) == ["0", "2", "1"]
     assert gallery.pairs[0]["verdict"]["thoughts"][0]["text"] == "The first is redder."
     assert decoded(gallery.pairs[0]["second_png"]).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
 
@@ -140,8 +140,8 @@ def test_of_a_file_of_scores(unit: Any, stream: bool):
     # 0 is right. Sureness and votes add up: 2 has 1.0 / 2 + 0.4, 1 has 0.7 / 2 + 0.5, 4 has 0.1 / 2 + 0.5. Answers are
     # all as sure, so there it is the votes alone.
     worst = {"probability": ["2", "1"], "score": ["2", "1"], "answer": ["1", "4"]}[unit]
-    assert shown(kept)[:2] == worst
-    assert "3" not in shown(kept), "no answer is no mistake to look at"
+    assert ids(kept)[:2] == worst
+    assert "3" not in ids(kept), "no answer is no mistake to look at"
     first = kept[0]["verdict"]
     assert (first["preferred"], first["thoughts"]) == (2, [])
     assert (first["p_first"] is None) == (unit != "probability") and (first["margin"] is None) == (unit != "score")

@@ -57,8 +57,8 @@ def test_the_bootstrap_worked_out_sample_by_sample():
     prompts = np.repeat(np.arange(6), could.astype(int))
     rights = np.concatenate([np.arange(c) < g for g, c in zip(got, could, strict=True)]).astype(float)
     samples = np.random.default_rng(7).integers(6, size=(500, 6))
-    shares = [sum(got[k] for k in sample) / sum(could[k] for k in sample) for sample in samples]
-    expected = pytest.approx(np.quantile(np.array(shares), (0.025, 0.975)), abs=1e-12)
+    fractions = [sum(got[k] for k in sample) / sum(could[k] for k in sample) for sample in samples]
+    expected = pytest.approx(np.quantile(np.array(fractions), (0.025, 0.975)), abs=1e-12)
     assert clustered_interval(rights, np.ones(24), prompts, resamples=500, seed=7) == expected
     # Against a judge that is never right, the difference is the share itself, drawn the same.
     found = paired_test((rights, np.ones(24)), (np.zeros(24), np.ones(24)), prompts, resamples=500, seed=7)
@@ -111,11 +111,11 @@ def credits(*rights: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_wilson_is_for_shares_only():
-    """A tau of 0 on each of six prompts is no share of nothing in six."""
+    """A tau of 0 on each of six prompts is no fraction of nothing in six."""
     zeros, ones = np.zeros(6), np.ones(6)
     assert clustered_interval(zeros, ones, np.arange(6)) == wilson(0, 6)
-    assert clustered_interval(zeros, ones, np.arange(6), share=False) is None
-    mixed = clustered_interval(array(1, 1, 1, 1, 0, 0), ones, np.arange(6), share=False)
+    assert clustered_interval(zeros, ones, np.arange(6), fraction=False) is None
+    mixed = clustered_interval(array(1, 1, 1, 1, 0, 0), ones, np.arange(6), fraction=False)
     assert mixed is not None and mixed != wilson(4, 6)
     assert mixed[1] == 1.0, "the bootstrap draws six times a one often enough"
 
@@ -156,7 +156,7 @@ def test_many_prompts_are_exchanged_at_random():
 
 
 def test_the_difference_s_interval_knows_that_the_judges_saw_the_same_prompts():
-    """Two judges that share nearly all of their luck: each alone is uncertain, their difference is not."""
+    """Two judges that fraction nearly all of their luck: each alone is uncertain, their difference is not."""
     rng = np.random.default_rng(0)
     first, prompts = clustered(rng, 200, 5, 0.3)
     second = np.where(rng.random(1000) < 0.04, 0.0, first)

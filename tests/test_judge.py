@@ -89,16 +89,16 @@ class RedVLM:
         assert len(set(seeds)) == len(seeds)
         return [self.says(*map(red, chat.images)) for chat in chats]
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         self.asked += zip(chats, prefixes, strict=True)
-        self.labels.add(tuple(answers))
+        self.labels.add(tuple(labels))
         gaps = [(red(chat.images[0]) - red(chat.images[1])) / 255 for chat in chats]
         return torch.tensor([[self.slope * gap + self.bias, 0.0] for gap in gaps]).reshape(-1, 2).log_softmax(-1)
 
     def read(
-        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.answer_logprobs(chats, prefixes, answers), torch.full((len(chats),), self.likelihood)
+        return self.label_logprobs(chats, prefixes, labels), torch.full((len(chats),), self.likelihood)
 
 
 def sigmoid(x: float) -> float:
@@ -285,8 +285,8 @@ def test_rank_orders_by_redness():
 
 
 class NaNVLM(RedVLM):
-    def answer_logprobs(self, chats, prefixes, answers):
-        return super().answer_logprobs(chats, prefixes, answers) * float("nan")
+    def label_logprobs(self, chats, prefixes, labels):
+        return super().label_logprobs(chats, prefixes, labels) * float("nan")
 
 
 def poison(vlm: Any) -> None:

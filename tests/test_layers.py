@@ -168,8 +168,8 @@ def test_an_import_that_climbs_is_found(path: str, source: str):
     ("path", "source"),
     [
         (EVALUATION, "from listener_reward.judge import Judge"),
-        (EVALUATION, "from listener_reward.evaluate.measure import measure"),
-        (EVALUATION, "from .measure import measure"),
+        (EVALUATION, "from listener_reward.evaluate.judged import apply_protocol"),
+        (EVALUATION, "from .judged import apply_protocol"),
         ("integrations/serving/app.py", "from ..contract import score"),
         ("integrations/serving/app.py", "from listener_reward import __version__"),
         ("listener_reward/datasets/rows.py", "import datasets\nfrom datasets import load_dataset"),
@@ -189,11 +189,11 @@ def test_an_import_that_goes_down_or_stays_within_a_folder_is_fine(path: str, so
     ],
 )
 def test_a_circle_within_a_folder_is_found(second: str):
-    first = {EVALUATION: "from listener_reward.evaluate.measure import measure"}
-    measure = "listener_reward/evaluate/measure.py"
+    first = {EVALUATION: "from listener_reward.evaluate.judged import apply_protocol"}
+    measure = "listener_reward/evaluate/judged.py"
     assert circle({**first, measure: ""}) == []
     found = circle({**first, measure: second})
-    assert set(found) == {"listener_reward.evaluate.run", "listener_reward.evaluate.measure"}
+    assert set(found) == {"listener_reward.evaluate.run", "listener_reward.evaluate.judged"}
 
 
 def test_a_circle_by_way_of_a_folders_init_is_found():

@@ -18,8 +18,8 @@ from listener_reward.cli.printing import leaderboard_tables, protocols_table
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import Evaluation, evaluate
+from listener_reward.evaluate.judged import PROTOCOLS
 from listener_reward.evaluate.leaderboard import leaderboard
-from listener_reward.evaluate.measure import PROTOCOLS
 from listener_reward.judge import Judge
 
 
@@ -79,8 +79,8 @@ def test_only_the_same_can_be_compared(evaluations):
         leaderboard([])
     with pytest.raises(InputError, match="different protocols"):
         leaderboard([evaluations[0], replace(evaluations[1], protocols=())])
-    with pytest.raises(InputError, match="no answers"):
-        leaderboard([evaluations[0], replace(evaluations[1], answers=None)])
+    with pytest.raises(InputError, match="no judged pairs"):
+        leaderboard([evaluations[0], replace(evaluations[1], judged=None)])
 
 
 def printed(tables: Any, width: int = 80) -> str:

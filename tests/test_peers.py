@@ -400,13 +400,13 @@ def test_a_failing_server_is_tried_again(server, shade):
 
 def test_a_server_that_keeps_failing_ends_the_run_with_its_words(server, shade):
     address, requests = server(lambda body: (500, {"error": {"message": "CUDA out of memory"}}))
-    with pytest.raises(JudgeError, match=r"no answer in 2 tries; the last time, HTTP 500: .*CUDA out of memory"):
+    with pytest.raises(JudgeError, match=r"no response in 2 tries; the last time, HTTP 500: .*CUDA out of memory"):
         quick(address, tries=2, workers=1).compare_many(["p"] * 5, [shade(9)] * 5, [shade(1)] * 5)
     assert len(requests) <= 2 * 2  # what was not begun is not asked
 
 
 def test_nobody_listens(shade):
-    with pytest.raises(JudgeError, match=r"no answer in 2 tries.*refused"):
+    with pytest.raises(JudgeError, match=r"no response in 2 tries.*refused"):
         quick("http://127.0.0.1:9/v1", tries=2).compare_many(["p"], [shade(9)], [shade(1)])
 
 

@@ -27,7 +27,7 @@ def test_a_total_that_nobody_knows_is_no_hindrance():
 
 
 def test_what_is_not_shown_works_all_the_same(capsys: pytest.CaptureFixture[str]):
-    with progress_bars(shown=False) as bars:
+    with progress_bars(visible=False) as bars:
         bars.update(bars.add_task("judging", total=None), advance=1, note="half")
         assert list(bars.track(range(3))) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")

@@ -24,10 +24,10 @@ from PIL import Image
 from listener_reward.calibration.maps import Calibration, Curve, Platt
 from listener_reward.card import Card
 from listener_reward.chat import FOREIGN_RESERVED, MOST_REPEATS, QWEN_RESERVED, Chat, ChatFormat, neutralise
-from listener_reward.conclude import Answer, on_grid, settled, verdict_of
+from listener_reward.conclude import Judgement, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
 from listener_reward.evaluate import protocols
-from listener_reward.evaluate.measure import Answers, choose_tie_threshold
+from listener_reward.evaluate.judged import JudgedPairs, choose_tie_threshold
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
 from listener_reward.media.images import MAX_ASPECT, MAX_SIDE, to_pil
@@ -55,7 +55,7 @@ def calibrations(draw: st.DrawFn) -> Calibration:
 
 
 @st.composite
-def answered(draw: st.DrawFn) -> tuple[list[Answer], Mode]:
+def answered(draw: st.DrawFn) -> tuple[list[Judgement], Mode]:
     """Answers to one pair, as a judge gathers them, and the way to conclude from them."""
     mode = draw(
         st.builds(
@@ -69,12 +69,12 @@ def answered(draw: st.DrawFn) -> tuple[list[Answer], Mode]:
     listens = mode.aggregate in LISTENING or draw(st.booleans())
     first = draw(st.booleans())
     traces = st.builds(Trace, st.text(max_size=5), st.sampled_from([1, 2, None]))
-    answers = [
-        Answer(flipped, number, draw(traces), draw(PROBABILITY), draw(PROBABILITY) if listens else None)
+    judgements = [
+        Judgement(flipped, number, draw(traces), draw(PROBABILITY), draw(PROBABILITY) if listens else None)
         for flipped in ([first, not first] if mode.orders == "both" else [first])
         for number in range(draw(st.integers(1, mode.thoughts)))
     ]
-    return answers, mode
+    return judgements, mode
 
 
 def assert_mirrored(one: Verdict, other: Verdict) -> None:
@@ -95,11 +95,11 @@ def assert_mirrored(one: Verdict, other: Verdict) -> None:
 
 
 @given(answered(), calibrations())
-def test_the_arithmetic_of_a_verdict_is_symmetric(answered: tuple[list[Answer], Mode], calibration: Calibration):
-    answers, mode = answered
-    swapped = [replace(answer, flipped=not answer.flipped) for answer in answers]
-    assert_mirrored(verdict_of(answers, mode, calibration), verdict_of(swapped, mode, calibration))
-    assert settled(answers, mode, calibration) == settled(swapped, mode, calibration)
+def test_the_arithmetic_of_a_verdict_is_symmetric(answered: tuple[list[Judgement], Mode], calibration: Calibration):
+    judgements, mode = answered
+    swapped = [replace(judgement, flipped=not judgement.flipped) for judgement in judgements]
+    assert_mirrored(verdict_of(judgements, mode, calibration), verdict_of(swapped, mode, calibration))
+    assert settled(judgements, mode, calibration) == settled(swapped, mode, calibration)
 
 
 class HashVLM:
@@ -115,15 +115,15 @@ class HashVLM:
     ) -> list[str]:
         return [self._think(self._hash(chat, str(seed))) for chat, seed in zip(chats, seeds, strict=True)]
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         rows = [self._hash(*row) for row in zip(chats, prefixes, strict=True)]
         gaps = [self.sureness * (row % 2001 - 1000) / 1000 for row in rows]
         return torch.tensor([[gap, 0.0] for gap in gaps]).reshape(-1, 2).log_softmax(-1)
 
     def read(
-        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+        return self.label_logprobs(chats, prefixes, labels), torch.zeros(len(chats))
 
     def _hash(self, chat: Chat, word: str) -> int:
         shown = b"".join(picture.digest for picture in chat.images)
@@ -313,8 +313,8 @@ def test_pickscores_threshold_is_the_best_of_its_grid(pairs: list[tuple[float, f
     judge, people = (np.array(column) for column in zip(*pairs, strict=True))
     grid = protocols.PICKSCORE_GRID.tolist()
     totals = [sum(credit_by_hand(*pair, threshold, 0.5) for pair in pairs) for threshold in grid]
-    answers = Answers(judge=judge, people=people, prompts=np.arange(len(pairs)))
-    assert choose_tie_threshold(answers) == grid[totals.index(max(totals))]
+    judged = JudgedPairs(judge=judge, people=people, prompts=np.arange(len(pairs)))
+    assert choose_tie_threshold(judged) == grid[totals.index(max(totals))]
 
 
 # ---------------------------------------------------------------- pictures

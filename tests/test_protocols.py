@@ -112,7 +112,7 @@ def test_inversion_ties_go_to_the_published_first_whatever_is_shown():
 
 
 def test_without_ties_all_rank_protocols_are_one_and_follow_kendall():
-    """With no tie on either side the share of concordant pairs is (tau + 1) / 2."""
+    """With no tie on either side the fraction of concordant pairs is (tau + 1) / 2."""
     rng = np.random.default_rng(0)
     lists = [(rng.normal(size=6).tolist(), rng.permutation(6).tolist()) for _ in range(10)]
     judge, people, prompts = as_pairs(lists)
@@ -354,7 +354,7 @@ def test_always_first_in_imagerewards_test_labels():
 def test_the_agreement_of_people_on_the_hpdv2_pictures():
     """Ten full rankings of each of twelve prompts: how well one person predicts another, and the mean of the others.
 
-    The expectation goes another way: without ties, the share of concordant pairs is (Kendall's tau + 1) / 2.
+    The expectation goes another way: without ties, the fraction of concordant pairs is (Kendall's tau + 1) / 2.
     """
     records = json.loads((SHARED / "hpdv2" / "annotations.json").read_text())
     ones, others, prompts, expected, mean_of_others = [], [], [], [], []

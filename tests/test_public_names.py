@@ -58,7 +58,7 @@ DDPO = {
     "updates_per_epoch": 1,
     "inner_epochs": 1,
     "advantage": "group",
-    "spread": "batch",
+    "advantage_std": "batch",
     "prompt_buffer": 32,
     "prompt_min_count": 16,
     "advantage_clip": 5.0,

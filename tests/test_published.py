@@ -19,7 +19,7 @@ import pytest
 from listener_reward.datasets import load_pairs
 from listener_reward.datasets.check import check_data
 from listener_reward.evaluate import Evaluation, evaluate_scores
-from listener_reward.evaluate.measure import ProtocolResult
+from listener_reward.evaluate.judged import ProtocolResult
 from listener_reward.evaluate.scores import Scores, read_scores
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -121,7 +121,7 @@ def test_videogen_by_dimension():
         results = by_name(evaluate_scores(always_first(pairs), pairs))
         found[dimension] = [results[f"videogen-{ties}-ties"].value for ties in ("without", "with")]
     # Labels A B A, then same B A, then B same A, then A same B. With ties all margins are equal: either everything is a
-    # tie or nothing is, so it is the better of the share of ties and of A among three.
+    # tie or nothing is, so it is the better of the fraction of ties and of A among three.
     assert found["VQ"] == [2 / 3, 2 / 3]
     assert found["MQ"] == found["TA"] == found["Overall"] == [1 / 2, pytest.approx(1 / 3)]
 

@@ -164,10 +164,10 @@ def test_no_image_cannot_be_ranked():
         rank_images(lambda pairs: [], 0)
 
 
-@pytest.mark.parametrize("answers", [[0.5, math.nan, 0.5], [0.5, 1.2, 0.5], [0.5, 0.5], [0.5] * 4])
-def test_a_broken_judge_is_no_ranking(answers):
+@pytest.mark.parametrize("outcomes", [[0.5, math.nan, 0.5], [0.5, 1.2, 0.5], [0.5, 0.5], [0.5] * 4])
+def test_a_broken_judge_is_no_ranking(outcomes):
     with pytest.raises(JudgeError):
-        rank_images(lambda pairs: answers, 3)
+        rank_images(lambda pairs: outcomes, 3)
 
 
 # ---------------------------------------------------------------- votes, rounds and budgets
@@ -194,7 +194,7 @@ def test_votes_are_repeated_outcomes():
 
 
 def test_the_votes_that_made_the_outcomes_are_found():
-    """Each outcome is the share of k voters, so an outcome is worth k votes."""
+    """Each outcome is the fraction of k voters, so an outcome is worth k votes."""
     for k in (4, 16, 64):
         rng = np.random.default_rng(k)
         true = rng.normal(0, 1, 24)
@@ -327,13 +327,13 @@ def shades(n):
 
 
 def test_a_judge_compares_in_batches_under_a_budget(tiny, monkeypatch):
-    sizes, answers = [], tiny.answers
+    sizes, answers = [], tiny.judgements
 
     def counted(prompts, firsts, seconds, **options):
         sizes.append(len(prompts))
         return answers(prompts, firsts, seconds, **options)
 
-    monkeypatch.setattr(tiny, "answers", counted)
+    monkeypatch.setattr(tiny, "judgements", counted)
     ranking = tiny.rank("a red circle", shades(12), budget=20)
     assert (sizes, ranking.comparisons) == ([6, 3, 3, 3, 3, 2], 20)
     sizes.clear()
@@ -410,7 +410,7 @@ def test_without_thoughts_a_judge_ranks_before_its_curve(tiny):
     def ranked(knots):
         judge = copy.copy(tiny)
         judge.card = replace(
-            tiny.card, fast_calibration=replace(tiny.card.fast_calibration, verdict=Curve(knots), tie_band=0.0)
+            tiny.card, fast_calibration=replace(tiny.card.fast_calibration, reasoner_curve=Curve(knots), tie_band=0.0)
         )
         return np.array(judge.rank("a red circle", shades(6), budget=8).scores)
 

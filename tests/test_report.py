@@ -120,14 +120,14 @@ def pair(**changes: Any) -> dict[str, Any]:
 
 
 def row(model: str, split: str, accuracy: float | None, **changes: Any) -> dict[str, Any]:
-    spread = None if accuracy is None else (accuracy - 0.04, accuracy + 0.04)
+    interval = None if accuracy is None else (accuracy - 0.04, accuracy + 0.04)
     return {
         "model": model,
         "split": split,
         "n": 400,
         "n_ties": 0,
         "accuracy": accuracy,
-        "accuracy_interval": spread,
+        "accuracy_interval": interval,
         "contradiction_rate": 0.128,
         "contradiction_interval": (0.11, 0.15),
         "malformed_rate": 0.0,
@@ -413,7 +413,7 @@ def test_a_card_shows_votes_judge_listener_and_thoughts(tmp_path: Path) -> None:
     assert "people 80 % 20 % judge 71 % 29 % listener 75 % 25 %" in page.text
     assert {"width: 80.0%", "width: 71.0%", "width: 75.0%", "width: 86.0%"} <= {a["style"] for a in page.all("i")}
     assert "seen as given" in page.text and "seen swapped" in page.text
-    assert "Shown swapped (its image 1 is picture 2): prefers picture 1" in page.text
+    assert "In swapped order (its image 1 is picture 2): prefers picture 1" in page.text
     assert f"Position gap {MINUS}0.08" in page.text
     assert page.all("span", "right") and not page.all("span", "badge") and not page.all("article", "contradicted")
 
@@ -573,7 +573,7 @@ def test_reliability_and_coverage_are_drawn_to_scale(tmp_path: Path) -> None:
     # Accuracy runs from 40 to 100 %: 0.7 is half-way down.
     (line,) = (a["d"] for a in page.all("path", "smooth"))
     assert line == "M55.6 25.7h0L134 39.3L232 94"
-    assert f"95.0 90.0{DASH}100.0 of 31 %" in page.text, "a share that could not be met is told"
+    assert f"95.0 90.0{DASH}100.0 of 31 %" in page.text, "a fraction that could not be met is told"
 
 
 def test_order_and_contradictions_in_numbers(tmp_path: Path) -> None:

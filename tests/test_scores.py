@@ -138,7 +138,7 @@ def test_published_sets_take_scores_by_prompt_and_image(write, tmp_path, columns
     lines = [{name: line[name] for name in (*columns, "image", "score")} for line in lines]
     record = evaluate_scores(read_scores(write(lines)), pairs)
     assert (record.missing, record.protocols[0].value, record.accuracy) == (0, 1.0, 1.0)
-    margins = np.where(pairs["swapped"], -1, 1) * record.answers.judge
+    margins = np.where(pairs["swapped"], -1, 1) * record.judged.judge
     assert margins.tolist() == [1.0, 5.0]
 
 

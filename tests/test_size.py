@@ -19,7 +19,7 @@ CODE = """
 import json, resource, sys
 import numpy as np
 from listener_reward import cli
-from listener_reward.evaluate import batches as shown
+from listener_reward.evaluate import batches
 from listener_reward.cli import evaluating
 from listener_reward.media.images import to_pil
 from listener_reward.verdict import Verdict
@@ -32,7 +32,7 @@ class Redder:
         return [Verdict(0.5 + (a - b) / 512, 1 if a > b else 2, (), None, None, 0.0, 0) for a, b in zip(*reds)]
 
 evaluating.load_rater = lambda *arguments, **options: Redder()
-shown.BUDGET = 2**23  # what it keeps decoded on purpose
+batches.BUDGET = 2**23  # what it keeps decoded on purpose
 peaks = []
 for data in sys.argv[1:]:
     cli.app(["eval", "--data", data, "--judge", "redder", "--scores", data + ".scores.jsonl", "--json"],

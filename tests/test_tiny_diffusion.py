@@ -20,9 +20,9 @@ from listener_reward.tiny.diffusion import (
     WEIGHTS,
     build_pipeline,
     draw_pictures,
+    evaluate_samples,
     load_pipeline,
     main,
-    measure,
     set_encoder,
 )
 from listener_reward.tiny.drawing import draw
@@ -121,7 +121,7 @@ def test_it_is_small():
 
 def test_it_draws_recognisably_and_often_wrongly(pipeline):
     """Room for a reward: far above chance (one in 72 for all three, one in 6 for the colour), far below the prompts."""
-    found = measure(pipeline, 100, seed=1)
+    found = evaluate_samples(pipeline, 100, seed=1)
     assert found["a scene"] > 0.65
     assert 0.25 < found["all three"] < 0.6
     assert min(found["color"], found["shape"], found["count"]) > 0.5

@@ -74,7 +74,7 @@ def test_an_answer_learnt_from_voters_is_the_mean_of_both_answers() -> None:
         text = _turns(processor, FORMAT.messages("a red circle"), "image 1 : fine .", answer)
         inputs = processor(images=[picture, picture], text=[text], padding=True, return_tensors="pt")
         with torch.no_grad():
-            return float(_speech_loss(model, processor, inputs, shares=shares))
+            return float(_speech_loss(model, processor, inputs, p_firsts=shares))
 
     first, second = loss(1), loss(2)
     assert first != pytest.approx(second, abs=1e-4)

@@ -298,8 +298,8 @@ class BreaksOn:
         self.breaks: Callable[[str], bool] = lambda text: False
         self.broken = 0
 
-    def answer_logprobs(self, chats: Any, prefixes: Any, answers: Any) -> torch.Tensor:
-        values = self.vlm.answer_logprobs(chats, prefixes, answers).clone()
+    def label_logprobs(self, chats: Any, prefixes: Any, labels: Any) -> torch.Tensor:
+        values = self.vlm.label_logprobs(chats, prefixes, labels).clone()
         for row, chat in enumerate(chats):
             if self.breaks(str(chat.messages)):
                 values[row] = torch.nan

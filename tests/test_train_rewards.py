@@ -25,7 +25,7 @@ class ParrotVLM:
     reserved: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
-        self.heard: list[list[float]] = []
+        self.readings: list[list[float]] = []
 
     def generate(self, *_: Any, **__: Any) -> list[str]:
         raise AssertionError("a listener does not speak")
@@ -33,9 +33,9 @@ class ParrotVLM:
     def read(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("no weight is put on how likely the thought was")
 
-    def answer_logprobs(self, chats: Any, prefixes: Any, answers: Any) -> torch.Tensor:
+    def label_logprobs(self, chats: Any, prefixes: Any, labels: Any) -> torch.Tensor:
         said = [float(re.findall(r"nan|[0-9.]+", prefix)[0]) for prefix in prefixes]
-        self.heard.append(said)
+        self.readings.append(said)
         return torch.tensor([[p, 1 - p] for p in said]).log()
 
 
@@ -110,19 +110,19 @@ def test_trl_logs_the_parts_by_name(reward: ShapedReward):
 
 def test_the_listener_reads_a_batch_once_and_malformed_rows_never(reward: ShapedReward, parrot: ParrotVLM):
     Batch((says(0.8, 1), 1.0), ("no tags 0.1", 1.0), (says(0.3, 2), 0.0)).through(reward)
-    assert parrot.heard == [[0.8, 0.3]]
+    assert parrot.readings == [[0.8, 0.3]]
 
 
 def test_an_equal_batch_is_another_batch(reward: ShapedReward, parrot: ParrotVLM):
     for _ in range(2):
         Batch((says(0.8, 1), 1.0)).through(reward)
-    assert parrot.heard == [[0.8], [0.8]]
+    assert parrot.readings == [[0.8], [0.8]]
 
 
 def test_a_wholly_malformed_batch_needs_no_listener(reward: ShapedReward, parrot: ParrotVLM):
     batch = Batch(("", 1.0), ("1", 0.0))
     assert batch.through(reward) == [(0, 0, 0)] * 2
-    assert parrot.heard == []
+    assert parrot.readings == []
     assert batch.metrics == {"malformed_rate": 1, "listener_failures": 0}
 
 

@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from listener_reward.calibration.maps import Calibration, Curve, Platt
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
-from listener_reward.conclude import Answer, is_sure, settled
+from listener_reward.conclude import Judgement, is_sure, settled
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
@@ -55,14 +55,14 @@ class Thinker:
         answer = redder if word == "1" else 3 - redder
         return f"<think>{answer}</think><answer>{answer}</answer>"
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
         chosen = [self.p if "1" in prefix else 1 - self.p if "2" in prefix else 0.5 for prefix in prefixes]
         return torch.tensor([[p, 1 - p] for p in chosen]).log()
 
     def read(
-        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+        return self.label_logprobs(chats, prefixes, labels), torch.zeros(len(chats))
 
 
 def judge(script: str, p: float = 0.9, **card) -> Judge:
@@ -94,9 +94,9 @@ def test_a_majority_of_none_is_a_tie():
 def test_the_verdict_is_calibrated_after_all_and_ties_inside_the_band():
     half = Curve(((1.0, 0.5),))
     expected = 1 / (1 + math.sqrt(3 / 5))  # the odds 5 : 3 under a temperature of 2
-    calibrated = judge("112", aggregate="majority", calibration=Calibration(verdict=half))
+    calibrated = judge("112", aggregate="majority", calibration=Calibration(reasoner_curve=half))
     assert calibrated.compare("x", RED, DARK).p_first == pytest.approx(expected)
-    banded = judge("112", aggregate="majority", calibration=Calibration(verdict=half, tie_band=0.07))
+    banded = judge("112", aggregate="majority", calibration=Calibration(reasoner_curve=half, tie_band=0.07))
     assert banded.compare("x", RED, DARK).preferred is None
     assert banded.compare("x", RED, DARK, think=False).p_first == 0.5  # which has a calibration of its own
 
@@ -147,15 +147,15 @@ def test_sureness_is_how_often_the_side_stays():
     assert len(stayed) > 1000 and np.mean(stayed) >= 0.9
 
 
-def said(*supports: float, flipped: bool = False) -> list[Answer]:
+def said(*supports: float, flipped: bool = False) -> list[Judgement]:
     """Thoughts of one order that give the image shown first so much; their answer is the likelier image."""
-    return [Answer(flipped, n, Trace("", 1 if p > 0.5 else 2), p, None) for n, p in enumerate(supports)]
+    return [Judgement(flipped, n, Trace("", 1 if p > 0.5 else 2), p, None) for n, p in enumerate(supports)]
 
 
 def test_certain_by_hand():
-    def certain(answers, remaining, aggregate: Aggregate = "mean", **calibration):
-        mode = Mode(thoughts=len(answers) + remaining, aggregate=aggregate, orders="one", early_stop=1.0)
-        return settled(answers, mode, Calibration(**calibration))
+    def certain(judgements, remaining, aggregate: Aggregate = "mean", **calibration):
+        mode = Mode(thoughts=len(judgements) + remaining, aggregate=aggregate, orders="one", early_stop=1.0)
+        return settled(judgements, mode, Calibration(**calibration))
 
     assert certain(said(0.9, 0.9, 0.9), 2) and not certain(said(0.9, 0.9), 2)  # 1.2 ahead, 1 can be lost
     assert certain(said(1.0, 1.0), 1, "majority") and not certain(said(1.0, 1.0), 2, "majority")
@@ -190,16 +190,16 @@ def test_stopping_at_certainty_changes_no_verdict_with_a_band(aggregate, band):
     saved = ties = 0
     for _ in range(150):
         lean = rng.choice([0.35, 0.6, 0.85])
-        answers = []
+        judgements = []
         for flipped in (False, True):
             votes = rng.random(6) < (1 - lean if flipped else lean)
-            own = np.where(votes, *rng.uniform([[0.55], [0.02]], [[0.98], [0.45]], (2, 6)))
-            heard = np.clip(own + rng.normal(0, 0.2, 6), 0.02, 0.98)
-            thoughts = zip(said(*own, flipped=flipped), heard, strict=True)
-            answers += [replace(one, p_heard=float(h)) for one, h in thoughts]
-        needed = short._needed(answers, short.card.mode(), short.card.calibration)
-        saved += len(answers) - len(needed)
-        everything, stopped = (one.conclude(answers, calibration=calibration) for one in (whole, short))
+            reasoner = np.where(votes, *rng.uniform([[0.55], [0.02]], [[0.98], [0.45]], (2, 6)))
+            listener = np.clip(reasoner + rng.normal(0, 0.2, 6), 0.02, 0.98)
+            thoughts = zip(said(*reasoner, flipped=flipped), listener, strict=True)
+            judgements += [replace(one, p_listener=float(h)) for one, h in thoughts]
+        needed = short._needed(judgements, short.card.mode(), short.card.calibration)
+        saved += len(judgements) - len(needed)
+        everything, stopped = (one.conclude(judgements, calibration=calibration) for one in (whole, short))
         assert stopped.preferred == everything.preferred
         ties += stopped.preferred is None
     assert saved > 10 and (ties > 10 or band == 0)
@@ -208,10 +208,11 @@ def test_stopping_at_certainty_changes_no_verdict_with_a_band(aggregate, band):
 # ---------------------------------------------------------------- listener, and both
 
 
-def answers_of_two(own=(0.8, 0.3), heard=(0.9, 0.4)) -> list[Answer]:
-    """One thought in each order; `own` and `heard` are of the image shown first in the order given, then swapped."""
-    views = zip((False, True), own, heard, strict=True)
-    return [Answer(flipped, 0, Trace("t", 1 if p > 0.5 else 2), p, h) for flipped, p, h in views]
+def judgements_of_two(reasoner=(0.8, 0.3), listener=(0.9, 0.4)) -> list[Judgement]:
+    """One thought in each order; `reasoner` and `listener` are of the image shown first in the order given, then
+    swapped."""
+    views = zip((False, True), reasoner, listener, strict=True)
+    return [Judgement(flipped, 0, Trace("t", 1 if p > 0.5 else 2), p, h) for flipped, p, h in views]
 
 
 def listening(**card) -> Judge:
@@ -220,18 +221,18 @@ def listening(**card) -> Judge:
 
 def test_the_listener_and_both_by_hand():
     # The listener gives the caller's first 0.9 and 0.6.
-    heard = listening(aggregate="listener").conclude(answers_of_two(heard=(0.9, 0.4)))
-    assert heard.p_first == heard.listener_p_first == pytest.approx(0.75)
-    assert heard.position_gap == pytest.approx(0.3)
+    listener = listening(aggregate="listener").conclude(judgements_of_two(listener=(0.9, 0.4)))
+    assert listener.p_first == listener.listener_p_first == pytest.approx(0.75)
+    assert listener.position_gap == pytest.approx(0.3)
     # Reasoner: 0.75, odds 3. Listener: mean 0.6, odds 1.5. Together sqrt(4.5).
-    together = listening(aggregate="both").conclude(answers_of_two(heard=(0.7, 0.5)))
+    together = listening(aggregate="both").conclude(judgements_of_two(listener=(0.7, 0.5)))
     assert together.p_first == pytest.approx(4.5**0.5 / (1 + 4.5**0.5))
     assert together.position_gap == pytest.approx((0.1 + 0.2) / 2)
     # Each has a curve of its own, and the sum a third: odds 3 ** 2 and 1.5 ** 0.5, the mean's log-odds tripled.
     double, half, triple = (Curve(((1.0, slope),)) for slope in (2.0, 0.5, 3.0))
-    calibration = Calibration(verdict=double, listener=half, both=triple)
+    calibration = Calibration(reasoner_curve=double, listener_curve=half, both_curve=triple)
     odds = (3.0**2 * 1.5**0.5) ** (3 / 2)
-    bent = listening(aggregate="both", calibration=calibration).conclude(answers_of_two(heard=(0.7, 0.5)))
+    bent = listening(aggregate="both", calibration=calibration).conclude(judgements_of_two(listener=(0.7, 0.5)))
     assert bent.p_first == pytest.approx(odds / (1 + odds))
 
 
@@ -243,18 +244,18 @@ def test_a_verdict_that_listens_is_a_mirror_image_to_the_last_bit(aggregate):
     )
     judges = listening(aggregate=aggregate, calibration=calibration)
     for _ in range(300):
-        answers = answers_of_two(tuple(rng.random(2)), tuple(rng.random(2)))
-        mirrored = [replace(answer, flipped=not answer.flipped) for answer in answers]
-        one, other = judges.conclude(answers), judges.conclude(mirrored)
+        judgements = judgements_of_two(tuple(rng.random(2)), tuple(rng.random(2)))
+        mirrored = [replace(judgement, flipped=not judgement.flipped) for judgement in judgements]
+        one, other = judges.conclude(judgements), judges.conclude(mirrored)
         assert other.p_first == 1 - one.p_first and one.p_first == 1 - other.p_first
         assert (other.contradicted, other.position_gap) == (one.contradicted, one.position_gap)
     assert judges.compare("x", RED, RED.copy()).p_first == 0.5
 
 
 def test_a_listener_that_decides_still_contradicts_the_reasoner():
-    verdict = listening(aggregate="listener").conclude(answers_of_two(heard=(0.2, 0.9)))
+    verdict = listening(aggregate="listener").conclude(judgements_of_two(listener=(0.2, 0.9)))
     assert (verdict.preferred, verdict.contradicted) == (2, True)
-    assert listening(aggregate="both").conclude(answers_of_two()).contradicted is False
+    assert listening(aggregate="both").conclude(judgements_of_two()).contradicted is False
 
 
 def test_listening_without_a_listener_is_refused(random_judge):
@@ -307,7 +308,7 @@ def test_replaying_a_stop_on_all_thoughts_gives_the_verdict_that_stopped():
     for script in ("1111", "1211", "12?1", "2211"):
         stopping = judge(script, early_stop=0.9)
         stopped = stopping.compare("x", RED, DARK)
-        everything = judge(script).answers(["x"], [RED], [DARK])[0]
+        everything = judge(script).judgements(["x"], [RED], [DARK])[0]
         assert len(everything) == 8
         assert stopping.conclude(everything) == stopped
 

@@ -462,14 +462,14 @@ class RedWords:
     def generate(self, chats, *, seeds, max_new_tokens, temperature):
         return ["<think>red</think><answer>1</answer>"] * len(chats)
 
-    def answer_logprobs(self, chats, prefixes, answers):
+    def label_logprobs(self, chats, prefixes, labels):
         self.chats += chats
         sides = [(chat.images[0].image, chat.images[len(chat.images) // 2].image) for chat in chats]
         values = [self.p(first.getpixel((0, 0))[0], second.getpixel((0, 0))[0]) for first, second in sides]
         return torch.tensor([[p, 1 - p] for p in values], dtype=torch.float64).log()
 
-    def read(self, chats, prefixes, answers):
-        return self.answer_logprobs(chats, prefixes, answers), torch.zeros(len(chats))
+    def read(self, chats, prefixes, labels):
+        return self.label_logprobs(chats, prefixes, labels), torch.zeros(len(chats))
 
 
 def judge_of(reasoner, listener=None, **card) -> Judge:

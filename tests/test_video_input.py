@@ -288,7 +288,7 @@ def test_a_template_without_videos_is_named(judge, monkeypatch):
     template = CHAT_TEMPLATE.replace("'video'", "'film'")
     monkeypatch.setattr(judge.reasoner.processor, "chat_template", template)
     with pytest.raises(InputError, match="chat template leaves"):
-        judge.reasoner.answer_logprobs(asked(judge, (clip(1), clip(2))), ["<answer>"], ("1", "2"))
+        judge.reasoner.label_logprobs(asked(judge, (clip(1), clip(2))), ["<answer>"], ("1", "2"))
 
 
 def test_one_frame_is_no_video(judge):

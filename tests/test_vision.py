@@ -95,7 +95,7 @@ def test_ranking_n_images_encodes_n_images(random_judge):
 def test_chats_without_images_are_read_too(vlm, shared_prefix):
     words = [{"role": "user", "content": [{"type": "text", "text": "two red circles"}]}]
     reader = TransformersVLM(vlm.model, vlm.processor, shared_prefix=shared_prefix)
-    found = reader.answer_logprobs([Chat(words, ())] * 2, ["one ", "a red star "], ("1", "2"))
+    found = reader.label_logprobs([Chat(words, ())] * 2, ["one ", "a red star "], ("1", "2"))
     for prefix, row in zip(("one ", "a red star "), found, strict=True):
         text = vlm.processor.apply_chat_template(words, tokenize=False, add_generation_prompt=True) + prefix
         inputs = vlm.processor(text=[text], return_tensors="pt")

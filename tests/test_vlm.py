@@ -148,10 +148,10 @@ def test_a_checkpoints_sampling_habits_are_not_used(vlm, chats, monkeypatch):
 
 def test_nothing_in_nothing_out(vlm):
     assert vlm.generate([], seeds=[], max_new_tokens=4, temperature=1.0) == []
-    assert vlm.answer_logprobs([], [], ["1", "2"]).shape == (0, 2)
+    assert vlm.label_logprobs([], [], ["1", "2"]).shape == (0, 2)
 
 
-# ---------------------------------------------------------------- answer_logprobs
+# ---------------------------------------------------------------- label_logprobs
 
 
 def test_equals_a_plain_forward(vlm, chats, random_judge):
@@ -160,7 +160,7 @@ def test_equals_a_plain_forward(vlm, chats, random_judge):
     processor = load_processor(random_judge)
     thoughts = ["", "image 1 : two clean red circles .", "so image 2 is better ."] * 3
     prefixes = [FORMAT.answer_slot(thought) for thought in thoughts[: len(chats)]]
-    found = vlm.answer_logprobs(chats, prefixes, ("1", "2"))
+    found = vlm.label_logprobs(chats, prefixes, ("1", "2"))
     assert found.shape == (len(chats), 2)
     assert found.dtype == torch.float32
     for chat, prefix, row in zip(chats, prefixes, found, strict=True):
@@ -192,7 +192,7 @@ def test_labels_are_read_in_float32_from_a_bfloat16_model(random_judge, chats, s
     slots = [FORMAT.answer_slot(f"The {word} one is better .") for word in words]
     asked = [chats[0]] * len(slots), slots, FORMAT.labels
     logprobs, likelihood = vlm.read(*asked)
-    assert torch.equal(vlm.answer_logprobs(*asked), logprobs)
+    assert torch.equal(vlm.label_logprobs(*asked), logprobs)
 
     vlm.model.lm_head = _Float32Head(head)
     expected, _ = vlm.read(*asked)
@@ -225,8 +225,8 @@ def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(random_judge, dtype=torch.float32).eval()
     processor = load_processor(random_judge)
     prefixes = [FORMAT.answer_slot(thought) for thought in ("", "image 1 : two clean red circles .", "so")]
-    answers, means = vlm.read(chats[:3], prefixes, ("1", "2"))
-    torch.testing.assert_close(answers, vlm.answer_logprobs(chats[:3], prefixes, ("1", "2")), atol=2e-5, rtol=1e-4)
+    log_probs, means = vlm.read(chats[:3], prefixes, ("1", "2"))
+    torch.testing.assert_close(log_probs, vlm.label_logprobs(chats[:3], prefixes, ("1", "2")), atol=2e-5, rtol=1e-4)
     for chat, prefix, mean in zip(chats[:3], prefixes, means, strict=True):
         text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True) + prefix
         inputs = processor(images=[picture.image for picture in chat.images], text=[text], return_tensors="pt")
@@ -269,7 +269,7 @@ def test_a_prompt_is_read_once_for_all_its_thoughts(random_judge, chats):
     asked = [chats[row % 2] for row in range(12)]
     written = [len(part) for part in vlm.tokenizer(prefixes, add_special_tokens=False)["input_ids"]]
     prompts = [tokens_of(vlm, chat) for chat in chats[:2]]
-    for read in (vlm.answer_logprobs, vlm.read):
+    for read in (vlm.label_logprobs, vlm.read):
         with counted(vlm) as passes:
             read(asked, prefixes, ("1", "2"))
         # A prompt's last token opens each of its thoughts.
@@ -277,7 +277,7 @@ def test_a_prompt_is_read_once_for_all_its_thoughts(random_judge, chats):
         assert passes == expected, "more than four of a chat are never parted, and two such chats are not one batch"
     vlm.batch_size = 32
     with counted(vlm) as passes:
-        vlm.answer_logprobs(asked, prefixes, ("1", "2"))
+        vlm.label_logprobs(asked, prefixes, ("1", "2"))
     assert passes == [sum(expected)]
 
 
@@ -296,14 +296,14 @@ def test_the_budget_of_tokens_splits_thoughts_and_prompts(random_judge, chats):
     vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", token_budget=1)
     prefixes = [FORMAT.answer_slot("so")] * 6
     with counted(vlm) as passes:
-        split = vlm.answer_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
+        split = vlm.label_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
     assert len(passes) == 6
     with counted(vlm) as passes:
         vlm.generate(chats[:3], seeds=[0, 1, 2], max_new_tokens=1, temperature=1.0)
     assert passes[:3] == [tokens_of(vlm, chat) - 1 for chat in chats[:3]]
     vlm.token_budget = 16384
     with counted(vlm) as passes:
-        whole = vlm.answer_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
+        whole = vlm.label_logprobs([chats[0]] * 3 + [chats[1]] * 3, prefixes, ("1", "2"))
     assert len(passes) == 1
     torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-5)
 
@@ -325,18 +325,18 @@ def test_attention_of_a_row_is_the_models_own_choice(random_judge, chats, monkey
     sdpa, flex = (TransformersVLM.from_pretrained(random_judge, device="cpu", attention=a) for a in ("sdpa", "flex"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FlexAttention is slow uncompiled
-        found = flex.answer_logprobs(chats[:2], prefixes, ("1", "2"))
+        found = flex.label_logprobs(chats[:2], prefixes, ("1", "2"))
     assert len(calls) == 3, "layers"
-    expected = sdpa.answer_logprobs(chats[:2], prefixes, ("1", "2"))
+    expected = sdpa.label_logprobs(chats[:2], prefixes, ("1", "2"))
     assert len(calls) == 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_labels_must_be_one_known_token_each(vlm, chats):
     with pytest.raises(InputError, match="label 'image 1' is 2 tokens"):
-        vlm.answer_logprobs(chats[:1], [""], ("image 1", "2"))
+        vlm.label_logprobs(chats[:1], [""], ("image 1", "2"))
     with pytest.raises(InputError, match=r"labels .* are one token"):
-        vlm.answer_logprobs(chats[:1], [""], ("dragon", "castle"))
+        vlm.label_logprobs(chats[:1], [""], ("dragon", "castle"))
 
 
 def test_check_finite():
@@ -352,7 +352,7 @@ def test_check_finite():
 def ask(vlm: TransformersVLM, *prompts: str) -> torch.Tensor:
     image = Image.new("RGB", (48, 48), "red")
     asked = [FORMAT.chat(prompt, image, image, vlm.reserved) for prompt in prompts]
-    return vlm.answer_logprobs(asked, [FORMAT.answer_slot("")] * len(asked), ("1", "2"))
+    return vlm.label_logprobs(asked, [FORMAT.answer_slot("")] * len(asked), ("1", "2"))
 
 
 def afresh(vlm: TransformersVLM) -> TransformersVLM:

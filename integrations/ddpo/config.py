@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from listener_reward.errors import InputError
 
-from .objectives import Spread
+from .objectives import AdvantageStd
 from .rollout import RESERVED
 from .schedulers import Dynamics
 
@@ -15,7 +15,7 @@ _CHOICES = {
     "loss": ("ppo", "nft"),
     "train": ("lora", "full"),
     "advantage": ("group", "prompt"),
-    "spread": get_args(Spread),
+    "advantage_std": get_args(AdvantageStd),
     "dynamics": get_args(Dynamics),
     "mixed_precision": ("no", "bf16"),
     "on_hacking": ("warn", "stop"),
@@ -30,18 +30,18 @@ _NOT_NEGATIVE = ("kl", "weight_decay", "sample_every", "sample_prompts")
 
 @dataclass
 class DDPOConfig:
-    """What to sample, what to learn from it, and what to keep. Numbers of images are those of one process."""
+    """Settings of sampling, learning and keeping. Numbers of images are per process."""
 
     output_dir: str = "ddpo"
     """Gets the LoRA, `metrics.jsonl`, `samples/`, `checkpoints/` and `config.json`."""
     epochs: int = 100
-    """An epoch samples images, has them scored, and updates the weights."""
+    """Each epoch samples images, scores them and updates the weights."""
     seed: int = 0
     """Every draw is a function of this seed, the epoch, the process and the batch; so a resumed run repeats them."""
 
     # Sampling
     num_inference_steps: int = 20
-    """Fewer than for the final images will do: Flow-GRPO trains with 10 and draws with 40."""
+    """Training needs fewer steps than final images: Flow-GRPO trains with 10 and draws with 40."""
     call: dict[str, Any] = field(default_factory=dict)
     """What else each call of the pipeline gets: guidance_scale, negative_prompt, height, width, num_frames."""
     prompts_per_epoch: int = 8
@@ -55,15 +55,16 @@ class DDPOConfig:
     dynamics: Dynamics = "cps"
     """The SDE for flow-matching models. "cps" leaves no noise in the images, "flow_sde" is Flow-GRPO's own."""
     window: tuple[float, float] = (0.0, 0.6)
-    """Between which shares of the schedule steps are noisy and trained; the others are the stock sampler's. The early
-    steps decide what is in the image; noise in late ones only blurs the reward. (0, 1) is DDPO's and Flow-GRPO's."""
+    """The part of the schedule, as fractions, whose steps are noisy and trained; the stock sampler does the other
+    steps. Early steps decide what is in the image; noise in late steps only blurs the reward. (0, 1) is DDPO's and
+    Flow-GRPO's."""
 
     # Learning
     loss: Literal["ppo", "nft"] = "ppo"
-    """"ppo" clips ratios of the noisy steps (DDPO, GRPO); "nft" is DiffusionNFT's forward-process loss, which samples
-    without noise and noises the results anew."""
+    """"ppo" clips the noisy steps' probability ratios (DDPO, GRPO). "nft" is DiffusionNFT's forward-process loss: it
+    samples without noise, and adds noise to the results for training."""
     train_fraction: float = 1.0
-    """Share of the steps that is trained, drawn anew for each batch: of the noisy ones, or with "nft" of all."""
+    """Fraction of the noisy steps (with "nft", of all steps) that is trained, drawn anew for each batch."""
     updates_per_epoch: int = 1
     """Optimizer steps in a pass over an epoch's images. With one, every ratio is 1 and nothing is clipped."""
     inner_epochs: int = 1
@@ -71,19 +72,20 @@ class DDPOConfig:
     advantage: Literal["group", "prompt"] = "group"
     """"group" centres rewards on the prompt's other images of the epoch (GRPO), "prompt" on the prompt's rewards of the
     last epochs too (ddpo-pytorch), which needs rewards on one scale and prompts that return."""
-    spread: Spread = "batch"
-    """Whose standard deviation divides the group's advantages; see `objectives.group_advantages`."""
+    advantage_std: AdvantageStd = "batch"
+    """Which rewards' standard deviation divides the advantages: the batch's or the group's; see
+    `objectives.group_advantages`."""
     prompt_buffer: int = 32
-    """Rewards of a prompt that "prompt" remembers."""
+    """With `advantage="prompt"`, how many of a prompt's latest rewards are kept."""
     prompt_min_count: int = 16
-    """With fewer, "prompt" takes the mean of the epoch."""
+    """With `advantage="prompt"`, a prompt with fewer rewards takes the epoch's mean and standard deviation."""
     advantage_clip: float = 5.0
     clip_range: float = 1e-4
-    """Small, because log-probabilities are means over a latent's dimensions. The log has the share that is clipped."""
+    """Small, because log-probabilities are means over a latent's dimensions. The log has the clipped fraction."""
     nft_beta: float = 1.0
     kl: float = 0.03
-    """Weight of the divergence from the base, which is the model with its adapters off. With "ppo" that of the two
-    Gaussians, with "nft" the mean squared difference of the outputs. 0 saves a forward pass for each step."""
+    """Weight of the divergence from the base, the model with its adapters off. With "ppo" the divergence is between the
+    two Gaussians; with "nft" it is the mean squared difference of the outputs. 0 saves a forward pass for each step."""
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -94,20 +96,20 @@ class DDPOConfig:
     lora_alpha: float | None = None
     """None is the rank."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names that layers end in: the attention of every diffusers denoiser."""
+    """Endings of the names of the adapted layers. The default is the attention of every diffusers denoiser."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
-    """"bf16" runs a float32 pipeline under autocast. One that was loaded in bfloat16 needs "no": its adapters are
-    float32 in either case."""
+    """"bf16" runs a float32 pipeline under autocast. A pipeline loaded in bfloat16 needs "no". Adapters are float32 in
+    either case."""
     replay_tolerance: float = 1e-4
-    """By how much a replayed log-probability may differ from the recorded one before anything is learnt."""
+    """Largest difference of a replayed log-probability from the recorded one, checked before the first update."""
 
     # Watching and keeping
     log_with: Any = None
     """accelerate's trackers: "tensorboard", "wandb", or a list."""
     sample_every: int = 10
-    """Epochs between grids of the first `sample_prompts` prompts, from fixed seeds, by the pipeline's own scheduler;
-    0 draws none. There is one of the base, and one of the end."""
+    """Epochs between grids of the first `sample_prompts` prompts, from fixed seeds, by the pipeline's own scheduler; 0
+    draws none. The base and the end of the run are always drawn."""
     sample_prompts: int = 8
     win_rate: bool = True
     """Has the reward compare each of these grids with the base's, image by image: `win_rate`, `reward_over_base`. Costs
@@ -116,7 +118,7 @@ class DDPOConfig:
     """Epochs between checkpoints."""
     keep_checkpoints: int = 2
     on_hacking: Literal["warn", "stop"] = "warn"
-    """What happens when the reward rises and agreement, diversity or the second reward falls; see `hacking.py`."""
+    """What to do when the reward rises while agreement, diversity or the second reward falls; see `hacking.py`."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -131,7 +133,7 @@ class DDPOConfig:
                 if not fits(getattr(self, name)):
                     raise InputError(f"{name} is {getattr(self, name)}; it must be {what}")
         if not 0 < self.train_fraction <= 1:
-            raise InputError(f"train_fraction is {self.train_fraction}; it is a share above 0 and up to 1")
+            raise InputError(f"train_fraction is {self.train_fraction}; it is a fraction above 0 and up to 1")
         if (self.prompts_per_epoch * self.images_per_prompt) % self.batch_size:
             raise InputError(
                 f"batch_size is {self.batch_size}; it must divide prompts_per_epoch x images_per_prompt = "

@@ -1,8 +1,8 @@
-"""A guard against reward hacking: a reward that rises while what it should mean falls.
+"""A guard against reward hacking: the reward rises while the quality that it stands for falls.
 
-Training finds whatever the reward pays for. A judge that can be talked round pays for being talked round: its reward
-rises, and what nobody optimises falls. Watched are the listener's agreement with the judge's verdicts, the diversity of
-the images of one prompt, and a second reward if there is one.
+Training exploits whatever raises the reward, flaws of the judge included. Quantities that training does not optimise
+then fall. The guard watches three: the listener's agreement with the judge's verdicts, the diversity of a prompt's
+images, and a second reward if there is one.
 """
 
 from __future__ import annotations
@@ -17,40 +17,41 @@ from scipy.stats import linregress
 REWARD = "reward_mean"
 
 OVER_BASE = ("reward_over_base", "reward_over_base_se")
-"""By how much the reward prefers fixed samples to the base's, and its standard error; not in every epoch."""
+"""The mean score of fixed samples minus the base's, and its standard error; present only in epochs that draw
+samples."""
 
 WATCHED = {"agreement": 0.05, "diversity": 0.2, "second_reward_mean": 0.0}
-"""Quantities of an epoch, and the share of its value that each may lose over the window before it counts. Diversity
-falls in every training; a fifth of it within one window is more than that."""
+"""The watched quantities, and the fraction that each may lose within the window. Diversity falls in every training;
+losing a fifth within one window is more than usual."""
 
 SIGNIFICANT = 0.01
-"""p-value of a trend, one-sided. Small, because every epoch asks again."""
+"""One-sided p-value below which a trend counts. Small, because every epoch tests again."""
 
 
 class HackingGuard:
-    """Told of each epoch, it says what looks like reward hacking.
+    """Takes each epoch's numbers and returns warnings of what looks like reward hacking.
 
     Args:
         window: epochs that a trend is fitted to.
-        min_epochs: it says nothing before it has seen so many.
+        min_epochs: fewest epochs before any warning.
     """
 
     def __init__(self, window: int = 20, min_epochs: int = 8):
         self.window, self.min_epochs = window, min_epochs
         self.rows: list[dict[str, float]] = []
         self.raised: list[str] = []
-        """What has been warned of and has not recovered since."""
+        """Quantities with a warning that have not recovered since."""
 
     def update(self, row: Mapping[str, float]) -> list[str]:
         """One message for each of `WATCHED` that has begun to fall while the reward rises.
 
-        A reward whose mean is zero by construction (`ListenerReward` comparing within groups) has risen if it prefers
-        the newest fixed samples in the window to the base's by more than two standard errors. Where none were compared,
-        training on it is taken for its rise.
+        A `ListenerReward` that compares within groups has mean zero by construction. Such a reward has risen if the
+        newest fixed samples in the window beat the base's by more than two standard errors. Without such samples the
+        reward is assumed to rise.
         """
         names = (REWARD, *OVER_BASE, *WATCHED)
         self.rows = [*self.rows, {name: float(row.get(name, math.nan)) for name in names}][-self.window :]
-        falling = [name for name, share in WATCHED.items() if self._falls(name, share)]
+        falling = [name for name, tolerance in WATCHED.items() if self._falls(name, tolerance)]
         if not falling or not self._reward_rises():
             self.raised = []
             return []
@@ -75,9 +76,9 @@ class HackingGuard:
         over, error = (self._series(name) for name in OVER_BASE)
         return bool(over[-1] > 2 * error[-1]) if len(error) else True
 
-    def _falls(self, name: str, share: float) -> bool:
+    def _falls(self, name: str, tolerance: float) -> bool:
         trend = self._trend(name, "less")
-        return trend is not None and trend[0] - trend[1] > share * abs(trend[0])
+        return trend is not None and trend[0] - trend[1] > tolerance * abs(trend[0])
 
     def _trend(self, name: str, direction: Literal["less", "greater"]) -> tuple[float, float] | None:
         """The fitted first and last value in the window if the trend is significant."""

@@ -1,4 +1,4 @@
-"""What DDPO learns from an epoch's images: the losses' gradients, step by step, and the updates."""
+"""Updates the weights from an epoch's images: gradients of the losses, step by step, and optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rollout import ReplayError, Rollout, Step, replay, replayed_log_prob
 from .schedulers import LogProbScheduler
 
 PROMPTS, LATENTS, STEPS, CHOICE, RENOISE, ORDER = range(6)
-"""What a random draw is for; see `stream`."""
+"""Purposes of random draws; see `stream`."""
 
 CAUSES = (
     "Usual causes: dropout or a module in training mode; torch.compile or a caching hook on the denoiser; guidance "
@@ -30,14 +30,15 @@ CAUSES = (
 
 
 def stream(seed: int, purpose: int, epoch: int, part: int = 0, process: int = 0) -> torch.Generator:
-    """A stream of random numbers of its own for each draw: a resumed run needs no state of earlier ones."""
+    """A generator for one draw, seeded by the draw's purpose and place, so that a resumed run needs no state of earlier
+    draws."""
     drawn = np.random.SeedSequence([seed, purpose, epoch, part, process]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(drawn[0] % 2**63))
 
 
 @dataclass
 class _Batch:
-    """B samples of one call and what is to be learnt from them."""
+    """B samples of one call, with their advantages and the steps to train."""
 
     rollout: Rollout
     advantages: torch.Tensor
@@ -47,9 +48,9 @@ class _Batch:
     plan: list[Step]
     """The steps to train."""
     base: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What the base gives at each step: the transition's mean (PPO) or the model's output (NFT)."""
+    """The base's result at each step: the transition's mean (PPO) or the model's output (NFT)."""
     old: dict[int, torch.Tensor] = field(default_factory=dict)
-    """NFT: the clean latents that the model predicted at each step before it was updated."""
+    """NFT only: the clean latents that the model predicted at each step before the update."""
 
 
 class Learner:
@@ -72,12 +73,12 @@ class Learner:
         self.parameters = trainable(list(self.modules.values()))
         self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, weight_decay=config.weight_decay)
         self.replay_checked = False
-        """Whether replays have been seen to be what was recorded; until then "nft" needs a rollout with outputs."""
+        """Whether a replay has been checked against its recording; until then "nft" needs a rollout with outputs."""
 
     def learn(
         self, epoch: int, rollouts: list[Rollout], advantages: np.ndarray, scored: np.ndarray
     ) -> dict[str, float]:
-        """The epoch's updates; what to log of them.
+        """Makes the epoch's updates and returns the numbers to log.
 
         Args:
             epoch: seeds what is drawn.
@@ -86,7 +87,7 @@ class Learner:
             scored: (N,) bool, false where the reward is missing.
 
         Raises:
-            ReplayError: a replay gives something else than what was recorded; nothing has been learnt yet.
+            ReplayError: a replay differs from the recording; nothing has been learnt yet.
             FloatingPointError: a gradient is not finite.
         """
         config, seen = self.config, defaultdict(list)
@@ -105,7 +106,7 @@ class Learner:
     def _make_batches(
         self, epoch: int, rollouts: list[Rollout], advantages: np.ndarray, scored: np.ndarray
     ) -> list[_Batch]:
-        """Chooses the steps to train and asks the base, and with NFT the model as it is, what they give there."""
+        """Chooses the steps to train, and runs the base there; with NFT also the model before the update."""
         config, batches, size = self.config, [], self.config.batch_size
         device = rollouts[0].latents.device
         for k, rollout in enumerate(rollouts):
@@ -151,10 +152,10 @@ class Learner:
             plan.append(Step(index, self.scheduler.diffuse(index, x0, noise).to(rollout.dtype)))
         return plan
 
-    def _backward(self, batch: _Batch, share: float, seen: dict[str, list[float]]) -> None:
+    def _backward(self, batch: _Batch, weight: float, seen: dict[str, list[float]]) -> None:
         config = self.config
         nothing = not config.kl and not (batch.scored.any() if config.loss == "nft" else batch.advantages.any())
-        # Before the first update even a batch that teaches nothing is replayed: the others are learnt from on its word.
+        # Before the first update even a batch without a gradient is replayed, because the replay check must run.
         if nothing and self.replay_checked:
             return
 
@@ -168,7 +169,7 @@ class Learner:
                 kl = ((here - batch.base[step.index]) ** 2).mean() * scale
                 seen["kl"].append(float(kl.detach()))
                 loss = loss + config.kl * kl
-            (loss * share / len(batch.plan)).backward()
+            (loss * weight / len(batch.plan)).backward()
 
         self._replay(batch, on_step, grad=True)
 
@@ -191,9 +192,10 @@ class Learner:
         return loss, mean, 0.5 / std**2
 
     def _check_outputs(self, batch: _Batch) -> None:
-        """NFT draws no noise, so that there are no ratios: what must come back is what the model gave in sampling.
+        """Checks that a replay gives the model's outputs of sampling. NFT draws no noise, so there are no ratios to
+        check.
 
-        The difference is the mean square over that of the output, which rounding in bfloat16 hardly moves.
+        The difference is the mean squared error over the output's mean square, which bfloat16 rounding hardly changes.
         """
         outputs = batch.rollout.outputs
         steps = [Step(step.index, outputs[step.index][0]) for step in batch.plan]
@@ -230,7 +232,7 @@ class Learner:
             replay(self.pipeline, batch.rollout, batch.plan, on_step, grad=grad)
 
     def _step(self) -> float:
-        """One update from the gradients that have come together in all processes; their norm before clipping."""
+        """One optimizer step from all processes' gradients; returns the gradient's norm before clipping."""
         for parameter in self.parameters:
             if self.accelerator.num_processes > 1:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -250,7 +252,7 @@ class Learner:
         return norm
 
     def _prepare_modules(self) -> None:
-        """Freezes and moves everything, and puts on what is trained."""
+        """Freezes the pipeline, moves it to the device, and adds what is trained."""
         config = self.config
         self.pipeline.set_progress_bar_config(disable=True)
         components = [module for module in self.pipeline.components.values() if isinstance(module, torch.nn.Module)]

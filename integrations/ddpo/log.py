@@ -1,4 +1,4 @@
-"""What a DDPO run leaves behind: a line of numbers for each epoch, grids of samples, and atomic checkpoints."""
+"""Writes a DDPO run's files: a line of numbers for each epoch, grids of samples, and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .samples import remembers
 MAX_COLUMNS = 8
 
 PIP_NAMES = {"comet_ml": "comet-ml"}
-"""What a tracker is called at PyPI where that is not its name."""
+"""A tracker's name on PyPI, where it differs from accelerate's name."""
 
 
 def check_trackers(log_with: Any) -> None:
@@ -53,7 +53,8 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: whose trackers are written to; they have been started.
-        start: the epoch that the run goes on from. Lines of it and of later epochs are of a run that was cut short.
+        start: the epoch that the run goes on from. Lines of this and later epochs, left by a run that was cut short,
+            are removed.
     """
 
     def __init__(self, folder: Path, accelerator: Any, start: int):
@@ -112,7 +113,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def save_checkpoint(folder: Path, epoch: int, write: Callable[[Path], None], keep: int) -> None:
-    """Has `write` fill a new folder, puts it in place at once, and removes all but the newest `keep`.
+    """Has `write` fill a new folder, moves it into place at once, and removes all but the newest `keep`.
 
     A run that is killed meanwhile leaves the older checkpoints and a folder that `checkpoints` does not list.
     """
@@ -131,8 +132,8 @@ def save_checkpoint(folder: Path, epoch: int, write: Callable[[Path], None], kee
 def check_state(reward: Any) -> None:
     """Raises `InputError` unless what a reward remembers can be saved and loaded again.
 
-    Checkpoints are loaded as data only, and nothing in them can run. So a state that pickles may still be refused, and
-    that is to be known before the run is killed and not after.
+    Checkpoints are loaded as data only, so that no code in them can run. A state that pickles may therefore still be
+    refused; the check comes before the first checkpoint is needed.
     """
     if not remembers(reward):
         return
@@ -151,7 +152,7 @@ def check_state(reward: Any) -> None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints by the number of epochs that they hold, rising."""
+    """The complete checkpoints by their number of epochs, in rising order."""
     found = {path: re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("*")}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 

@@ -1,4 +1,4 @@
-"""What of a diffusers pipeline is trained: LoRA on its denoisers, or all of their weights."""
+"""The trained part of a diffusers pipeline: LoRA on its denoisers, or all of their weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError as error:
     raise MissingExtraError('DDPO needs peft: pip install "listener-reward[diffusers]"') from error
 
 DENOISERS = ("unet", "transformer", "transformer_2")
-"""What diffusers' pipelines call the networks that their sampling loop runs."""
+"""The names of a diffusers pipeline's denoising networks."""
 
 ADAPTER = "default"
 
@@ -42,7 +42,8 @@ def denoisers(pipeline: Any) -> dict[str, torch.nn.Module]:
 def add_lora(
     modules: Mapping[str, torch.nn.Module], *, rank: int, alpha: float, targets: Sequence[str], seed: int
 ) -> None:
-    """Puts float32 LoRA layers that change nothing yet on each module; their first values depend on `seed` alone.
+    """Adds float32 LoRA layers to each module. The layers change nothing yet; their first values depend on `seed`
+    alone.
 
     Raises:
         InputError: a module has adapters already, or no layer with a name that ends in one of `targets`.
@@ -86,7 +87,8 @@ def adapters_off(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
 def save_lora(pipeline: Any, modules: Mapping[str, torch.nn.Module], folder: str | Path) -> None:
     """Writes each module's LoRA into `folder`.
 
-    What the pipeline's own `load_lora_weights` reads, alpha included, where it has one. Three cases, by module:
+    The files are read by the pipeline's own `load_lora_weights`, alpha included, if there is one. Three cases, by
+    module:
 
     - `pipeline.load_lora_weights(folder)`;
     - a second denoiser such as Wan 2.2's: `pipeline.load_lora_weights(folder/transformer_2,

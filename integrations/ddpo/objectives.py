@@ -1,7 +1,7 @@
 """The arithmetic of reinforcement learning on diffusion models: rewards to advantages, model outputs to losses.
 
-Pure functions, and one class that remembers rewards by prompt. A missing reward is NaN: it is left out of every mean
-and standard deviation, and its own advantage is 0.
+Pure functions, and one class that remembers rewards by prompt. A missing reward is NaN. A missing reward is left out of
+every mean and standard deviation, and its advantage is 0.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Spread = Literal["batch", "group"]
+AdvantageStd = Literal["batch", "group"]
 
 TINY = 1e-4
-"""Added to standard deviations, as Flow-GRPO does; below it rewards count as equal."""
+"""Added to standard deviations, as Flow-GRPO does, so that nearly equal rewards get small advantages."""
 
 
-def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, spread: Spread = "batch") -> np.ndarray:
+def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, std_of: AdvantageStd = "batch") -> np.ndarray:
     """Each reward less its group's mean, by a standard deviation: float64 (N,).
 
     Args:
         rewards: (N,), NaN where missing.
         groups: (N,) numbers; equal ones are a group, the samples of one prompt.
-        spread: "group" divides by the group's own standard deviation (GRPO), "batch" by that of all N rewards
-            (Flow-GRPO), which does not blow up the noise of a group whose rewards are all but equal.
+        std_of: "group" divides by the group's own standard deviation (GRPO), "batch" by the standard deviation of all N
+            rewards (Flow-GRPO). "batch" does not blow up the noise of a group with nearly equal rewards.
 
     A group with fewer than two rewards has nothing to compare and gets 0.
     """
@@ -37,7 +37,7 @@ def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, spread: Spread 
         members = known & (groups == group)
         if members.sum() > 1:
             values = rewards[members].astype(np.float64)
-            std = values.std() if spread == "group" else rewards[known].astype(np.float64).std()
+            std = values.std() if std_of == "group" else rewards[known].astype(np.float64).std()
             advantages[members] = (values - values.mean()) / (std + TINY)
     return advantages
 
@@ -103,13 +103,13 @@ def nft_loss(
 ) -> torch.Tensor:
     """DiffusionNFT's loss (arXiv 2509.16117, equation 5), a scalar, on clean latents, with its self-normalised weights.
 
-    Samples pull the model towards them by their goodness and push it away by the rest. The interpolations are of
-    clean latents and not of model outputs: at a given noisy latent one is affine in the other.
+    A sample pulls the model by its goodness and pushes it away by 1 - goodness. Interpolations are between clean
+    latents, not model outputs: at a given noisy latent the two are affine in each other.
 
     Args:
         x0: (B, ...) the sampled clean latents.
-        predicted: (B, ...) those that the model predicts from a noisy version of `x0`.
-        old: (B, ...) those that the model that drew the samples predicts from it.
+        predicted: (B, ...) the clean latents that the model predicts from a noisy version of `x0`.
+        old: (B, ...) the clean latents that the sampling model predicts from the same noisy version.
         goodness: (B,) in [0, 1], 1/2 for an average sample.
         scored: (B,) bool, false where the reward is missing.
         beta: how far the implicit positive and negative models stand from the old one.
@@ -126,12 +126,12 @@ def nft_loss(
 
 
 def goodness(advantages: np.ndarray, clip: float) -> np.ndarray:
-    """Advantages as DiffusionNFT's share of goodness: -clip is 0, 0 is 1/2, clip is 1."""
+    """Advantages as DiffusionNFT's goodness in [0, 1]: -clip gives 0, 0 gives 1/2, clip gives 1."""
     return np.clip(advantages / (2 * clip) + 0.5, 0.0, 1.0)
 
 
 def mean_of(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The mean of the chosen values, 0 if there are none; others have no part in it, NaN or not."""
+    """The mean of the chosen values, 0 if there are none. Other values have no effect, even NaN."""
     return torch.where(chosen, values, torch.zeros_like(values)).sum() / chosen.sum().clamp_min(1)
 
 
@@ -151,7 +151,7 @@ def diversity(groups: Iterable[torch.Tensor]) -> float:
 
 
 def nan_mean(values: Sequence[float] | np.ndarray) -> float:
-    """The mean of what is there, NaN if nothing is."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else math.nan

@@ -1,7 +1,7 @@
 """One call of a diffusers pipeline, recorded step by step, and its replay through the pipeline's own code.
 
-A replay is the pipeline's `__call__` again, with gradients, on the recorded latents and on the steps that are wanted.
-Guidance of any kind, several denoisers and packed latents need no code here: they are the pipeline's.
+A replay runs the pipeline's `__call__` again, with gradients, on the recorded latents and the chosen steps. So guidance
+of any kind, several denoisers and packed latents need no code here: the pipeline handles them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ RESERVED = (
     "return_dict",
     "eta",
 )
-"""What the caller may not give in a call's options, because recording or replaying sets it."""
+"""Options of a call that the caller may not give, because recording or replaying sets them."""
 
 
 class ReplayError(RuntimeError):
-    """A replay is not the call that was recorded, so that its gradients would be wrong."""
+    """A replay differs from the recorded call, so its gradients would be wrong."""
 
 
 @dataclass
 class Step:
-    """One noisy step of B samples, or for `on_step` any step that a loss wants the model at."""
+    """One noisy step of B samples; for `on_step` also any other step that a loss needs."""
 
     index: int
     """Position in the whole schedule."""
     x: torch.Tensor
-    """The latents (B, ...) that the model is shown."""
+    """The latents (B, ...) that the model gets."""
     x_next: torch.Tensor | None = None
     """The latents that were drawn."""
     log_prob: torch.Tensor | None = None
@@ -55,7 +55,7 @@ class Rollout:
     """B samples of one call."""
 
     options: dict[str, Any]
-    """What the pipeline was called with."""
+    """The arguments of the pipeline's call."""
     images: torch.Tensor
     """(B, C, H, W), or (B, F, C, H, W) for video, float32 in [0, 1], on the CPU."""
     latents: torch.Tensor
@@ -63,17 +63,17 @@ class Rollout:
     steps: list[Step]
     """The noisy steps, in order."""
     dtype: torch.dtype
-    """Of the latents that the pipeline shows its scheduler."""
+    """The dtype of the latents that the scheduler gets."""
     length: int
     """Steps of the whole schedule."""
     outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
-    """Where they were asked for, the latents at each step that the model was shown, and its guided output."""
+    """With `keep_outputs`, the latents that the model got at each step, and its guided output."""
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Encoded prompts, so that the text encoders run once and not again for each replay."""
+    """Encoded prompts, so that replays do not run the text encoders again."""
 
 
 OnStep = Callable[[Step, torch.Tensor], None]
-"""Called with a step and the guided model output (B, ...); may call `backward`, the graph is that of this step only."""
+"""Called with a step and the guided model output (B, ...). May call `backward`: the graph covers this step only."""
 
 
 def record(
@@ -121,18 +121,17 @@ def record(
 
 
 def replay(pipeline: Any, rollout: Rollout, steps: Sequence[Step], on_step: OnStep, *, grad: bool = True) -> None:
-    """Shows the pipeline's denoisers `steps` in order, as in the recorded call, and hands their outputs to `on_step`.
+    """Runs the pipeline's denoisers on `steps` in order, as in the recorded call, and passes each output to `on_step`.
 
     Args:
         pipeline: the pipeline of `record`.
         rollout: what `record` gave.
         steps: recorded steps, or others with the same samples at other latents; by rising index.
         on_step: see `OnStep`.
-        grad: whether outputs carry gradients. It is the pipeline's `__call__` without its `no_grad`.
+        grad: whether outputs carry gradients: the pipeline's `__call__` then runs without its `no_grad`.
 
     Raises:
-        ReplayError: the pipeline shows its scheduler other latents than these, does not run every step, or lets no
-            gradient through.
+        ReplayError: the scheduler gets other latents than the recorded ones, a step is not run, or no gradient passes.
     """
     scheduler = scheduler_of(pipeline)
     call = type(pipeline).__call__
@@ -154,7 +153,8 @@ def replayed_log_prob(
 
 
 def call_options(prompts: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a call for a list of prompts. A negative prompt becomes as many: some pipelines insist."""
+    """Keyword arguments of a call for a list of prompts. A negative prompt becomes a list of equal length, which some
+    pipelines require."""
     many = {
         name: [value] * len(prompts)
         for name, value in options.items()

@@ -1,7 +1,7 @@
-"""Images of fixed prompts from fixed seeds along a run, and how often the reward prefers them to the base's.
+"""Images of fixed prompts and seeds along a run, and how often the reward prefers them to the base's images.
 
-A reward that compares within groups is zero on average however good the images get: its mean over an epoch cannot be
-seen to rise. Asked to compare an image of the trained model with the base's from the same seed, it can.
+A reward that compares within groups is zero on average, however good the images get, so its mean over an epoch cannot
+rise. The same reward can show progress by comparing the trained model's image with the base's image from the same seed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..contract import Reward, score
 
 
 class FixedSamples:
-    """The first images of a run, and later ones against them.
+    """Compares later images of a run with its first.
 
     Args:
         prompts: the N prompts with their metadata.
-        reward: compares; asked with both images of a prompt in one call, so that a group is a pair.
+        reward: the reward that compares. Both images of a prompt come in one call, so that a group is a pair.
     """
 
     def __init__(self, prompts: Sequence[tuple[str, dict[str, Any]]], reward: Reward):
@@ -33,7 +33,7 @@ class FixedSamples:
     def against_base(self, images: torch.Tensor) -> dict[str, float]:
         """`win_rate`, `reward_over_base` and its standard error of `images` (N, ...); NaN without a scored pair.
 
-        What a reward remembers is put back afterwards: watching a run must not change what it learns.
+        The reward's state is restored afterwards: watching a run must not change what the run learns.
         """
         assert self.base is not None
         pairs = torch.stack([self.base, images], dim=1).flatten(0, 1)
@@ -50,7 +50,8 @@ class FixedSamples:
 
 
 def win_rate(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
-    """Share of pairs (N,), (N,) that the trained model wins, ties counting half, and by how much on average.
+    """`win_rate`: the fraction of N pairs of scores that the trained model wins, a tie counting half; and the mean
+    difference.
 
     Pairs with a missing score are left out. The standard error is NaN with fewer than two.
     """
@@ -65,7 +66,7 @@ def win_rate(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def remembers(reward: Any) -> bool:
-    """Whether a reward has a state to keep. That of an `nn.Module` is its weights, which no training here changes."""
+    """Whether a reward has a state to keep. An `nn.Module`'s state does not count: its weights do not change here."""
     return (
         hasattr(reward, "state_dict") and hasattr(reward, "load_state_dict") and not isinstance(reward, torch.nn.Module)
     )

@@ -36,7 +36,7 @@ DEFAULT_NOISE = {"ddim": 1.0, "cps": 0.7, "flow_sde": 0.7}
 
 
 class Tape(Protocol):
-    """What is asked for the next latent instead of the scheduler: it records or replays (`rollout.py`)."""
+    """Stands in for the scheduler's step, to record or to replay (`rollout.py`)."""
 
     def choose(self, n: int) -> list[int]:
         """Which of the schedule's `n` steps the pipeline is to run."""
@@ -50,20 +50,21 @@ class Tape(Protocol):
 def log_prob(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
     """Log-density of `x` (B, ...) under N(mean, std^2), the mean over all dimensions but the first: float32 (B,).
 
-    The mean and not the sum, as DDPO and Flow-GRPO have it: ratios then do not depend on the latent's size.
+    A mean and not a sum, as in DDPO and Flow-GRPO, so that ratios do not depend on the latent's size.
     """
     z = (x.float() - mean) / std
     return (-0.5 * z**2 - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
 class _LogProb:
-    """What the schedulers below share. Attributes are the caller's to set; they hold until set anew."""
+    """The common part of the schedulers below. The caller sets the attributes."""
 
     noise_level: float = 0.0
     window: tuple[float, float] = (0.0, 1.0)
-    """Between which shares of the schedule steps are noisy. The last step never is: its noise would stay visible."""
+    """The part of the schedule, as fractions, whose steps are noisy. The last step never is: its noise would stay
+    visible."""
     generator: torch.Generator | None = None
-    """Draws the noise. The scheduler's own, because flow-matching pipelines hand none to `step`."""
+    """Draws the noise. An attribute, because flow-matching pipelines pass no generator to `step`."""
     tape: Tape | None = None
     schedule: torch.Tensor
     """The timesteps of the whole schedule; `timesteps` holds fewer while a tape replays."""
@@ -79,7 +80,7 @@ class _LogProb:
 
     def noisy_steps(self, n: int) -> list[int]:
         """Which of `n` steps draw noise."""
-        first, end = (math.ceil(share * n - 1e-9) for share in self.window)
+        first, end = (math.ceil(fraction * n - 1e-9) for fraction in self.window)
         return list(range(first, min(end, n - 1))) if self.noise_level > 0 else []
 
     def index_of(self, timestep: Any) -> int:
@@ -115,7 +116,7 @@ class _LogProb:
         return latent, log_prob(latent, mean, std)  # of the rounded latent: it is the one that is replayed
 
     def stock_step(self, index: int, output: torch.Tensor, sample: torch.Tensor, **options: Any) -> Any:
-        """What the stock scheduler makes of it."""
+        """The stock scheduler's own step."""
         stock: Any = super()
         return stock.step(output, self.schedule[index], sample, **options)
 
@@ -253,7 +254,7 @@ def log_prob_scheduler(
     window: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> LogProbScheduler:
-    """The scheduler above that samples from the same model as `stock`, a pipeline's scheduler.
+    """A scheduler with log-probabilities for the model of `stock`, a pipeline's own scheduler.
 
     A multistep or ancestral scheduler (PNDM, UniPC, DPM-Solver, Euler) becomes the first-order one of its family.
 
@@ -261,7 +262,7 @@ def log_prob_scheduler(
         stock: the pipeline's own scheduler; it is not changed.
         noise_level: eta of DDIM or the level of `dynamics`, at least 0; None takes `DEFAULT_NOISE`.
         dynamics: which SDE, where the model is a flow-matching one.
-        window: between which shares of the schedule steps are noisy, within [0, 1].
+        window: the part of the schedule whose steps are noisy, as two fractions in [0, 1].
         generator: draws the noise; None takes torch's global one.
 
     Raises:
@@ -270,7 +271,7 @@ def log_prob_scheduler(
     if dynamics not in get_args(Dynamics):
         raise InputError(f"dynamics is {dynamics!r}; choose one of {', '.join(map(repr, get_args(Dynamics)))}")
     if not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
-        raise InputError(f"window is {window!r}; give two rising shares of the schedule, for example (0.0, 0.6)")
+        raise InputError(f"window is {window!r}; give two rising fractions of the schedule, for example (0.0, 0.6)")
     family, config = _family(stock)
     law = dynamics if family is LogProbFlowMatchScheduler else "ddim"
     noise_level = DEFAULT_NOISE[law] if noise_level is None else noise_level

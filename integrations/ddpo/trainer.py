@@ -1,12 +1,12 @@
 """DDPO for diffusers pipelines: `DDPOTrainer(pipeline, reward=ListenerReward(), prompts=...).train()`.
 
 Reinforcement learning of a text-to-image or text-to-video pipeline on a reward of its images (Black et al., arXiv
-2305.13301; for flow matching, Flow-GRPO, arXiv 2505.05470; or DiffusionNFT's loss, arXiv 2509.16117). One trainer for
-every pipeline that samples with a scheduler of the DDIM family or of flow matching: what is particular to a pipeline
-stays in its own `__call__`, which samples (`rollout.record`) and is run again to learn (`rollout.replay`).
+2305.13301; for flow matching, Flow-GRPO, arXiv 2505.05470; or DiffusionNFT's loss, arXiv 2509.16117). One trainer
+serves every pipeline with a scheduler of the DDIM family or of flow matching. A pipeline's own `__call__` samples
+(`rollout.record`) and runs again to learn (`rollout.replay`), so nothing here is particular to a pipeline.
 
-Left out: distilled models, FSDP and DeepSpeed, fp16, and training text encoders. Several processes each sample their
-own prompts and add up their gradients (`accelerate launch`).
+Not supported: distilled models, FSDP and DeepSpeed, fp16, and training text encoders. With several processes
+(`accelerate launch`), each samples its own prompts, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class DDPOTrainer:
     Args:
         pipeline: a diffusers pipeline. It is trained in place; its own scheduler is back in place after `train`.
         reward: `reward(images, prompts, metadata) -> (scores, info)`, DDPO's contract; a `ListenerReward` is one.
-            Images are (B, C, H, W), or (B, F, C, H, W) for video, float32 in [0, 1] on the CPU; all of a prompt come in
-            one call. Scores are B numbers, NaN where there is none; of `info`, what has B numbers is logged. It is
-            called in a thread of its own, one call at a time. One that has `state_dict` and `load_state_dict` is kept
-            in the checkpoints, unless it is an `nn.Module`, whose state is weights that nothing here changes; the state
-            is made of numbers, strings, bytes, lists, dicts and tensors.
+            Images are (B, C, H, W), or (B, F, C, H, W) for video, float32 in [0, 1] on the CPU; all images of a prompt
+            come in one call. Scores are B numbers, NaN where missing. Entries of `info` with B numbers are logged. The
+            reward is called in its own thread, one call at a time. A reward with `state_dict` and `load_state_dict` has
+            its state kept in the checkpoints, unless the reward is an `nn.Module`, whose weights do not change here.
+            The state is made of numbers, strings, bytes, lists, dicts and tensors.
         prompts: strings, or mappings with a "prompt" whose other entries reach the reward as metadata.
         config: a `DDPOConfig`.
-        second_reward: another reward that is only logged and watched, to see whether the first one is being hacked.
+        second_reward: another reward, only logged and watched, which shows whether the first reward is being hacked.
         accelerator: an `Accelerator` of your own; `log_with` and `mixed_precision` then have no effect.
 
     Raises:
@@ -128,8 +128,8 @@ class DDPOTrainer:
 
         Raises:
             InputError: `output_dir` holds another run's checkpoints, or a reward's state cannot be kept.
-            JudgeError: the reward broke, or gave what are no scores.
-            ReplayError: a replay gives something else than what was recorded; nothing has been learnt yet.
+            JudgeError: the reward broke, or did not give B scores.
+            ReplayError: a replay differs from the recording; nothing has been learnt yet.
         """
         config = self.config
         if not resume:
@@ -178,7 +178,7 @@ class DDPOTrainer:
         return self.folder
 
     def save(self, folder: str | Path) -> None:
-        """Writes what was trained: the LoRA as `lora.save_lora` has it, or each denoiser as `save_pretrained` does."""
+        """Writes the trained weights: LoRA by `lora.save_lora`, or each denoiser by `save_pretrained`."""
         if not self.accelerator.is_main_process:
             return
         if self.config.train == "lora":
@@ -188,7 +188,7 @@ class DDPOTrainer:
                 module.save_pretrained(Path(folder, name))  # pyright: ignore[reportCallIssue]
 
     def draw_samples(self) -> torch.Tensor:
-        """Images (N, C, H, W), or videos, of the first prompts, by the stock scheduler from fixed seeds."""
+        """Images (N, C, H, W), or videos, of the first prompts, drawn by the stock scheduler from fixed seeds."""
         config, parts = self.config, []
         prompts = [prompt for prompt, _ in self.prompts[: config.sample_prompts]]
         self.pipeline.scheduler = self.stock_scheduler
@@ -209,7 +209,7 @@ class DDPOTrainer:
         return images
 
     def _watch(self, log: RunLog, epochs: int) -> dict[str, float]:
-        """Draws the fixed samples and, unless it is switched off, sets them against the base's."""
+        """Draws the fixed samples and, with `win_rate`, compares them with the base's."""
         clock, row = _Clock(), {}
         images = self._draw(log, epochs)
         if images is not None and self.config.win_rate:
@@ -237,7 +237,7 @@ class DDPOTrainer:
         return {"epoch": epoch} | self._mean_over_processes(row) | clock.laps
 
     def _sample(self, epoch: int, numbers: np.ndarray) -> tuple[list[Rollout], list[Future]]:
-        """Draws an image for each of `numbers`; whole groups are scored in the background as soon as they are there."""
+        """Draws an image for each prompt number. Each group is scored in the background as soon as it is complete."""
         config, process, rollouts, pending, asked = self.config, self.accelerator.process_index, [], [], 0
         pool = ThreadPoolExecutor(1, "reward")
         try:
@@ -275,7 +275,7 @@ class DDPOTrainer:
         groups = self.accelerator.process_index * len(rewards) + np.arange(len(rewards)) // config.images_per_prompt
         everyone, groups, prompts = self._gather(rewards), self._gather(groups), self._gather(numbers)
         if config.advantage == "group":
-            advantages = group_advantages(everyone, groups, spread=config.spread)
+            advantages = group_advantages(everyone, groups, std_of=config.advantage_std)
         else:
             advantages = self.statistics.advantages(everyone, prompts)
         mine = self.accelerator.process_index * len(rewards)
@@ -326,7 +326,8 @@ class DDPOTrainer:
         return gathered.cpu().numpy()
 
     def _mean_over_processes(self, row: dict[str, float]) -> dict[str, float]:
-        """Each number's mean over the processes that have it: one that learnt nothing has no loss, for example."""
+        """Each number's mean over the processes that have it; a process that learnt nothing has no loss, for
+        example."""
         rows = [row] if self.accelerator.num_processes == 1 else gather_object([row])
         names = dict.fromkeys(name for each in rows for name in each)
         return {name: nan_mean([each.get(name, math.nan) for each in rows]) for name in names}
@@ -334,7 +335,7 @@ class DDPOTrainer:
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, epochs: int) -> None:
-        """A checkpoint of the state after so many epochs; it also holds what `save` writes."""
+        """Writes a checkpoint of the state after `epochs` epochs, with the files of `save`."""
         for reward in self._rewards():
             check_state(reward)
         remembered = [self._gather_states(reward) for reward in self._rewards()]
@@ -359,7 +360,7 @@ class DDPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> int:
-        """The newest checkpoint's state; the epoch to go on with."""
+        """Loads the newest checkpoint; returns the epoch to go on with."""
         found = checkpoints(self.folder / "checkpoints")
         if not found:
             return 0
@@ -383,7 +384,7 @@ class DDPOTrainer:
         return self.reward, self.second_reward
 
     def _gather_states(self, reward: Any) -> list[Any]:
-        """What a reward remembers, in each process; nothing of one that remembers nothing."""
+        """The reward's state in each process; empty for a reward without a state."""
         state = [reward.state_dict()] if remembers(reward) else []
         return state if self.accelerator.num_processes == 1 else gather_object(state)
 

@@ -1,6 +1,6 @@
 """Waits for the images of a group that arrive one at a time, and scores them together.
 
-Some hosts hand over one sample, or one process's share of a group. Compared with a reference each of them can be scored
+Some hosts hand over one sample, or one process's part of a group. Compared with a reference each of them can be scored
 alone; compared with one another they tell more, but only once all are there.
 """
 

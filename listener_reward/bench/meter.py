@@ -1,4 +1,4 @@
-"""Reads off what a stretch of work took: time, memory, tokens, patches, and how near it came to the machine's rate."""
+"""Meters a run: time, memory, tokens, patches and floating-point operations."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FUSED_HEAD = {
 
 @dataclass
 class Reading:
-    """What one way of doing a workload took."""
+    """The readings of one workload done in one way."""
 
     seconds: list[float] = field(default_factory=list)
     """Wall time of each repeat."""
     cpu_seconds: list[float] = field(default_factory=list)
-    """Processor time of each repeat, all threads together: what to look at where other work runs beside."""
+    """Processor time of each repeat, all threads together: steadier than wall time on a machine with other work."""
     tokens: int = 0
     """Tokens that went through the language model, padding and decoding steps included, in the last repeat."""
     patches: int = 0
@@ -42,15 +42,15 @@ class Reading:
     """Floating-point operations of the products with weight matrices, the head's included, forward and (if there is
     one) backward."""
     peak_mb: float = 0.0
-    """Most memory of the process or of the GPU over what it had before, in MB (1e6 bytes)."""
+    """Memory: peak use minus use before the run, of the GPU or else of the process, in MB (1e6 bytes)."""
     before: int | None = None
-    """Bytes that count as "before"; None for what there is at the start of each repeat. After a warm-up the process may
+    """Bytes in use before the run; None takes the use at the start of each repeat. After a warm-up the process may
     already hold the memory that a repeat uses."""
 
 
 @contextlib.contextmanager
 def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) -> Iterator[None]:
-    """Adds one repeat to `reading`: what all `models` do together. `backward` counts the products of gradients too.
+    """Adds one repeat to `reading`, the sum over all `models`. With `backward`, products of gradients count too.
 
     The counting is a hook on every linear layer, some microseconds each. The backward pass's products are counted as
     it comes by, so those of a forward pass that is computed again (gradient checkpointing) are counted once. trl's
@@ -74,8 +74,8 @@ def metered(models: Sequence[Any], reading: Reading, *, backward: bool = False) 
             output.register_hook(lambda _: count(gradients * once))
 
     def tokens(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        shown = kwargs.get("inputs_embeds")
-        reading.tokens += shown.shape[0] * shown.shape[1] if shown is not None else 0
+        embeds = kwargs.get("inputs_embeds")
+        reading.tokens += embeds.shape[0] * embeds.shape[1] if embeds is not None else 0
 
     def patches(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         reading.patches += len(args[0] if args else kwargs["hidden_states"])
@@ -154,12 +154,12 @@ def fused_head() -> Any:
 
 
 def in_use() -> int:
-    """Bytes of memory that tensors have on the GPU, or the process where there is none."""
+    """Bytes of GPU memory that tensors hold; without a GPU, bytes of memory of the process."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident()
 
 
 def resident() -> int:
-    """Bytes of memory that the process has now; on systems without /proc, the most it has had."""
+    """Bytes of memory that the process holds now; without /proc, its peak so far."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_resident()
 

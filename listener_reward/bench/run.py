@@ -29,7 +29,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 """What each benchmark times."""
 
 ALTERNATIVES = {"plain": "plain", "last_logit": "last logit"}
-"""What a workload is compared with, as the table calls it; `workloads` says what each does."""
+"""What a workload is compared with, by its name in the table; `workloads` says what each does."""
 
 
 class NoRoom(RuntimeError):
@@ -79,7 +79,7 @@ def run_bench(name: str, size: Size, console: Console) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """One table for each workload."""
+    """Prints one table for each workload."""
     for workload, found in results["workloads"].items():
         table = Table(title=TITLES[workload], title_justify="left")
         others = {way: title for way, title in ALTERNATIVES.items() if way in found}
@@ -93,7 +93,7 @@ def report(results: dict[str, Any], console: Console) -> None:
             ("vision patches", "patches", "{:,.0f}"),
             ("peak memory over the start, MB", "peak_mb", "{:,.0f}"),
             ("language-model tokens a second", "tokens_per_second", "{:,.0f}"),
-            ("share of the machine's matrix rate", "share_of_matrix_rate", "{:.0%}"),
+            ("fraction of the machine's matrix rate", "share_of_matrix_rate", "{:.0%}"),
         ):
             is_rate = key in ("tokens_per_second", "share_of_matrix_rate")
             cells = [form.format(shared[key]) if shared else "no room"]
@@ -121,7 +121,7 @@ def _suffix(way: str) -> str:
 
 
 def _in_a_process(workload: str, folder: Path, size: Size, way: str, out: Path) -> dict[str, Any]:
-    """What `way` of doing `workload` took; what it computed is in `out`.
+    """The readings of `workload` done in one `way`; its results are in the file `out`.
 
     Raises:
         NoRoom: it did not fit into memory.
@@ -192,7 +192,7 @@ def _differences(ours: Path, theirs: Path) -> dict[str, float]:
     gradients = [key for key in plain if key.startswith("grad ")]
     differences = {key: (shared[key] - plain[key]).abs().max().item() for key in plain if key not in gradients}
     if gradients:
-        # A weight whose gradient is nothing beside the others' has only rounding in it.
+        # One number for all gradients: a weight with a tiny gradient has only rounding in it.
         whole = sum(plain[key].float().norm() ** 2 for key in gradients) ** 0.5
         apart = sum((shared[key].float() - plain[key].float()).norm() ** 2 for key in gradients) ** 0.5
         differences["gradient, relative"] = (apart / whole).item()

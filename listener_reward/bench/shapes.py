@@ -1,4 +1,4 @@
-"""What is timed: models of a given shape with random weights, pictures of noise, thoughts of known words."""
+"""Inputs of the benchmarks: models of a given shape with random weights, pictures of noise, thoughts of known words."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Size:
     attention: str = "sdpa"
     """Of shared rows: one of `attention.KERNELS`."""
     repeats: int = 1
-    """Times that each is run. The listener and the ranking warm up with one more; so do the loss and the step where
-    there are several."""
+    """Timed runs of each case. The listener and the ranking run once more to warm up; so do the loss and the step if
+    there are several repeats."""
     lora: bool = False
     """Whether the policy trains adapters on its language model, or every weight."""
     gradient_checkpointing: bool = False
@@ -121,14 +121,14 @@ def pictures(number: int, size: Size) -> list[Image.Image]:
 
 
 def words(number: int, rng: random.Random) -> str:
-    """As many words of the tokenizer: one token each."""
+    """`number` words of the tokenizer, one token each."""
     return " ".join(rng.choice(WORDS) for _ in range(number))
 
 
 def group_chats(size: Size, reserved: frozenset[str]) -> tuple[list[Chat], list[str]]:
     """The chats of one group, all the same, and a thought for each.
 
-    The thoughts' lengths are spread evenly from half the size's tokens to one and a half of it.
+    The thoughts' lengths are evenly spaced from half of `size.tokens` to one and a half.
     """
     rng = random.Random(size.seed)
     first, second = pictures(2, size)

@@ -119,18 +119,18 @@ def _as_thoughts(parts: list[Callable[..., Any]], chat_format: ChatFormat) -> li
 
 
 def _not_words(folder: Path, tokenizer: Any) -> list[int]:
-    """Tokens that the reasoner may not sample: those that end a completion or that no thought would be read with."""
+    """Tokens that the reasoner may not sample: special tokens, which would end or break a thought, and unused ids."""
     size = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().vocab_size
     return sorted({*tokenizer.get_added_vocab().values(), *range(len(tokenizer), size)})
 
 
 def _pairs(size: Size) -> Dataset:
     number = size.groups * (size.warm_up + size.repeats)
-    shown = pictures(2 * number, size)
+    images = pictures(2 * number, size)
     rng = random.Random(size.seed)
     rows = {
         "prompt": [words(size.prompt_words, rng) for _ in range(number)],
-        "images": [[_png(image) for image in shown[2 * i : 2 * i + 2]] for i in range(number)],
+        "images": [[_png(image) for image in images[2 * i : 2 * i + 2]] for i in range(number)],
         "p_first": [1.0] * number,
         "id": [str(i) for i in range(number)],
     }

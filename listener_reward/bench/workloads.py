@@ -31,26 +31,26 @@ Computed = dict[str, torch.Tensor]
 
 
 def time_listener(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
-    """The listener's answers after the thoughts of a group. The first run warms up and does not count."""
+    """The listener's probabilities after the thoughts of a group. The first run warms up and does not count."""
     vlm = TransformersVLM.from_pretrained(
         folder, dtype=size.dtype, batch_size=size.group, token_budget=2**20, attention=size.attention
     )
     chats, thoughts = group_chats(size, vlm.reserved)
     prefixes = [ChatFormat().answer_slot(thought) for thought in thoughts]
     reading = _reading(vlm)
-    answers = torch.empty(0)
+    log_probs = torch.empty(0)
     kept = {"logits_to_keep": 1} if way == "last_logit" else {}
-    ask = vlm.answer_logprobs if way == "shared" else partial(_plain_answers, vlm, **kept)
+    ask = vlm.label_logprobs if way == "shared" else partial(_plain_log_probs, vlm, **kept)
     for number in range(size.repeats + 1):
         vlm.features.clear()
         with metered([vlm.model], reading) if number else contextlib.nullcontext():
-            answers = ask(chats, prefixes, ("1", "2"))
-    return reading, {"log-probability": answers}
+            log_probs = ask(chats, prefixes, ("1", "2"))
+    return reading, {"log-probability": log_probs}
 
 
 @torch.inference_mode()
-def _plain_answers(
-    vlm: TransformersVLM, chats: list[Chat], prefixes: list[str], answers: Sequence[str], **kept: int
+def _plain_log_probs(
+    vlm: TransformersVLM, chats: list[Chat], prefixes: list[str], labels: Sequence[str], **kept: int
 ) -> torch.Tensor:
     """What one writes without this package."""
     template = vlm.processor.apply_chat_template
@@ -59,7 +59,7 @@ def _plain_answers(
     images = [picture.image for chat in chats for picture in chat.images]
     inputs = vlm.processor(images=images, text=texts, padding=True, return_tensors="pt").to(vlm.model.device)
     logits = vlm.model(**inputs, **kept).logits[:, -1]
-    ids = vlm.tokenizer.convert_tokens_to_ids(list(answers))
+    ids = vlm.tokenizer.convert_tokens_to_ids(list(labels))
     return logits.float().log_softmax(-1)[:, ids].cpu()
 
 
@@ -69,14 +69,14 @@ def time_rank(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
         folder, dtype=size.dtype, batch_size=16, shared_prefix=way == "shared", attention=size.attention
     )
     judge = Judge(vlm, None, Card.load(folder), think=False)
-    shown = pictures(size.images, size)
+    images = pictures(size.images, size)
     reading = _reading(vlm)
     scores = torch.empty(0)
     prompt = words(size.prompt_words, random.Random(size.seed))
     for number in range(size.repeats + 1):
         vlm.features.clear()
         with metered([vlm.model], reading) if number else contextlib.nullcontext():
-            scores = torch.tensor(judge.rank(prompt, shown).scores)
+            scores = torch.tensor(judge.rank(prompt, images).scores)
     return reading, {"score": scores}
 
 
@@ -139,7 +139,8 @@ def time_step(folder: Path, size: Size, way: str) -> tuple[Reading, Computed]:
     reading = Reading()
 
     class Watch(TrainerCallback):
-        """Meters the steps; the first one's gradients are compared, for later ones are of two models by rounding."""
+        """Meters the steps. Only the first step's gradients are compared: later on, rounding has made two different
+        models."""
 
         meter: Any = None
 
@@ -186,13 +187,14 @@ WORKLOADS: dict[str, Callable[[Path, Size, str], tuple[Reading, Computed]]] = {
 
 
 def _reading(vlm: TransformersVLM) -> Reading:
-    """For runs after a warm-up: "before" is the loaded model, whose weights stay in their file until they are read."""
+    """For runs after a warm-up, "before" is the loaded model. Weights stay in their file until read, so they are read
+    here."""
     for weight in vlm.model.parameters():
         weight.sum()
     return Reading(before=in_use())
 
 
 def _gradients(model: Any) -> Computed:
-    """In the weights' own dtype: those of a real model are gigabytes."""
+    """The gradients by name, in the weights' own dtype: a real model's gradients are gigabytes."""
     named = model.named_parameters()
     return {f"grad {name}": p.grad.detach().to("cpu", copy=True) for name, p in named if p.grad is not None}

@@ -1,1 +1,1 @@
-"""From what a judge says to how often people agree: the maps, and how they are fitted."""
+"""Maps from a judge's probabilities to how often people agree, and how the maps are fitted."""

@@ -1,6 +1,6 @@
 """Fits the maps of a calibration on votes: `log_odds` and `labels` are (n,) float64.
 
-The labels are shares of people in [0, 1]; a hard label is 0 or 1. Nothing here loads a model.
+The labels are fractions of people in [0, 1]; a hard label is 0 or 1. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Method = Literal["auto", "temperature", "isotonic"]
 MOST_KNOTS = 10
 
 LEAST_IN_A_BIN = 30
-"""Isotonic regression gets at most this many knots, and this many pairs for each of them at least."""
+"""Isotonic regression has at most `MOST_KNOTS` knots, each from at least `LEAST_IN_A_BIN` pairs."""
 
 STEEPEST = 100.0
 """Slopes are kept in [1 / STEEPEST, STEEPEST]: the likelihood of a judge that is never wrong has no maximum."""
@@ -31,7 +31,7 @@ STEEPEST = 100.0
 
 
 def fit_platt(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Platt:
-    """The temperature and bias of highest likelihood (Platt 1999; on soft labels the cross-entropy)."""
+    """The temperature and bias of lowest cross-entropy (Platt 1999)."""
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.floating]]:
         slope, bias = parameters
@@ -46,7 +46,7 @@ def fit_platt(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Pla
 
 
 def fit_temperature(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Curve:
-    """The curve of one knot of highest likelihood: a temperature."""
+    """The one-knot curve, a temperature, of highest likelihood."""
     steepest = math.log(STEEPEST)
     found: Any = minimize_scalar(
         lambda log_slope: _cross_entropy(math.exp(log_slope) * log_odds, labels),
@@ -59,9 +59,9 @@ def fit_temperature(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) 
 def fit_isotonic(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> Curve:
     """The increasing curve of highest likelihood through bins of equal numbers of pairs, by their |log-odds|.
 
-    A pair and its mirror image say the same, so the curve is fitted on the side of the preferred image only, and is
-    odd by construction. Bins that the data cannot tell apart become one knot, and no knot is surer than its number of
-    pairs allows (n agreeing of n give (n + 1) / (n + 2)).
+    A pair and its swapped copy carry the same information. So the curve is fitted on the preferred image's side only,
+    and is odd by construction. Bins that the data cannot tell apart become one knot. A knot's probability is bounded by
+    its number of pairs: n agreeing of n give (n + 1) / (n + 2).
     """
     sided = log_odds != 0
     sizes, agreement = np.abs(log_odds[sided]), np.where(log_odds > 0, labels, 1 - labels)[sided]
@@ -75,8 +75,8 @@ def fit_isotonic(log_odds: NDArray[np.float64], labels: NDArray[np.float64]) -> 
     least = (0.0, 0.0)
     for start, end in zip(fitted.blocks[:-1], fitted.blocks[1:], strict=True):
         rows = np.concatenate(bins[start:end])
-        share = (float(fitted.x[start]) * len(rows) + 1) / (len(rows) + 2)
-        knot = _short(sizes[rows].mean()), _short(max(logit(share), 0.0))
+        fraction = (float(fitted.x[start]) * len(rows) + 1) / (len(rows) + 2)
+        knot = _short(sizes[rows].mean()), _short(max(logit(fraction), 0.0))
         if knot[0] > least[0] and knot[1] >= least[1]:
             knots.append(least := knot)
     return Curve(tuple(knots)) if knots and knots[-1][1] > 0 else fit_temperature(log_odds, labels)
@@ -91,7 +91,7 @@ def fit_curve(
     validation: tuple[NDArray[np.float64], NDArray[np.float64]],
     method: Method = "auto",
 ) -> Curve:
-    """The curve by `method`; "auto" takes the one under which `validation` (log-odds, labels) is likelier."""
+    """The curve by `method`; "auto" takes the curve with the higher likelihood on `validation` (log-odds, labels)."""
     if method != "auto":
         return FITS[method](log_odds, labels)
     curves = [fit(log_odds, labels) for fit in FITS.values()]

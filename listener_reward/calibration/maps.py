@@ -1,14 +1,13 @@
-"""Confidence that means something: maps from what a judge says to how often people agree.
+"""Maps from a judge's probabilities to how often people agree.
 
-Two maps, both on log-odds, for the reasoner and for the listener each:
+The reasoner and the listener have two maps each, both on log-odds:
 
-- Every answer (one thought, one order) goes through Platt scaling, `logit(p) / temperature + bias`. It is about the
-  image *shown first*, so its bias is a position bias. Both orders are averaged afterwards, and a bias that helps the
-  first image in one order helps the other image in the other: swapping the images still mirrors the verdict.
-- The verdict, in which no position is left, goes through an odd curve, f(-x) = -f(x). Platt's bias has to vanish there:
-  it would say that of two images the caller's first is the better one. A curve of one knot is a temperature
-  (Guo et al. 2017, arXiv 1706.04599); with several it is an isotonic regression (Zadrozny & Elkan 2002) that is linear
-  between its knots.
+- Every judgement (one thought, one order) goes through Platt scaling, `logit(p) / temperature + bias`. `p` belongs to
+  the image *in first place*, so the bias is a position bias. Both orders are averaged afterwards, and the bias helps
+  one image in one order and the other image in the other: swapping the images still mirrors the verdict.
+- The average over both orders, which has no position, goes through an odd curve, f(-x) = -f(x). A bias there would
+  favour the caller's first image. A curve with one knot is a temperature (Guo et al. 2017, arXiv 1706.04599). A curve
+  with several knots is an isotonic regression (Zadrozny & Elkan 2002), linear between its knots.
 
 The maps travel in a checkpoint's card; `calibration.fit` fits them on votes. Nothing here loads a model.
 """
@@ -33,7 +32,7 @@ class Platt:
 
     temperature: float = 1.0
     bias: float = 0.0
-    """Log-odds added to the image shown first; a judge that favours it is fitted a negative one."""
+    """Log-odds added to the image in first place; negative for a judge that favours the first place."""
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature > 0):
@@ -53,8 +52,8 @@ class Curve:
     """An odd, increasing map of log-odds: straight lines through the origin, the knots and their mirror images."""
 
     knots: tuple[tuple[float, float], ...] = ()
-    """(from, to) in log-odds, both increasing, the first above (0, 0); beyond the last one its own ray from the origin
-    goes on. Without knots nothing changes; one knot is a temperature, its first number over its second."""
+    """(from, to) in log-odds, both increasing from (0, 0). Beyond the last knot the curve follows the ray from the
+    origin through that knot. No knots change nothing; one knot is a temperature, from / to."""
 
     def __post_init__(self) -> None:
         try:
@@ -67,7 +66,7 @@ class Curve:
                 raise InputError(f"knots of a calibration curve are {knots}; they have to increase from (0, 0)")
 
     def __call__(self, p: float) -> float:
-        """The calibrated probability of `p` in [1/2, 1); the caller mirrors what lies below."""
+        """The calibrated probability of `p` in [1/2, 1); the caller mirrors smaller probabilities."""
         return p if not self.knots else float(expit(self.of(np.array(logit(p)))))
 
     def of(self, log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -82,22 +81,22 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What turns a judge's numbers into probabilities that can be believed. The default changes nothing."""
+    """All maps of one judge in one mode. The default changes nothing."""
 
-    answer: Platt = field(default_factory=Platt)
-    """Of the reasoner's answer after each thought."""
-    verdict: Curve = field(default_factory=Curve)
-    """Of the verdict, after all thoughts and orders have been put together."""
-    heard: Platt = field(default_factory=Platt)
-    """Of the listener's answer after each thought."""
-    listener: Curve = field(default_factory=Curve)
-    """Of the listener's mean over thoughts and orders."""
-    both: Curve = field(default_factory=Curve)
-    """Of the mean of what `verdict` and `listener` give, in log-odds, where reasoner and listener judge together."""
+    reasoner_platt: Platt = field(default_factory=Platt)
+    """For the reasoner's probability after each thought."""
+    reasoner_curve: Curve = field(default_factory=Curve)
+    """For the reasoner's mean, or majority, over thoughts and orders."""
+    listener_platt: Platt = field(default_factory=Platt)
+    """For the listener's probability after each thought."""
+    listener_curve: Curve = field(default_factory=Curve)
+    """For the listener's mean over thoughts and orders."""
+    both_curve: Curve = field(default_factory=Curve)
+    """For the aggregate "both": the mean, in log-odds, of what `reasoner_curve` and `listener_curve` give."""
     tie_band: float = 0.0
     """A verdict prefers neither image where p_first is this near to 1/2, in [0, 0.5]."""
     mode: Mode | None = None
-    """How the verdicts were made that it was fitted on; None for not known, as `Card` reads it."""
+    """The mode of the verdicts that the maps were fitted on; None if unknown. `Card` sets it for older cards."""
 
     def __post_init__(self) -> None:
         if not (_is_number(self.tie_band) and 0 <= self.tie_band <= 0.5):
@@ -105,11 +104,15 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The maps as JSON-able values."""
-        curves = {name: [list(knot) for knot in getattr(self, name).knots] for name in ("verdict", "listener", "both")}
-        return asdict(self) | curves
+        maps = {key: getattr(self, name) for key, name in KEYS.items()}
+        values = {
+            key: asdict(one) if isinstance(one, Platt) else [list(knot) for knot in one.knots]
+            for key, one in maps.items()
+        }
+        return values | {"tie_band": self.tie_band, "mode": None if self.mode is None else asdict(self.mode)}
 
     def covers(self, mode: Mode) -> bool:
-        """Whether it is for verdicts made in `mode`, or changes nothing.
+        """Whether the calibration fits verdicts made in `mode`, or has no known mode.
 
         One fit serves the aggregates "mean", "listener" and "both", unless an early stop or a tie band was chosen for
         one of them.
@@ -144,11 +147,25 @@ class Calibration:
                 values[name] = Platt(**cast("dict[str, Any]", given))
             else:
                 raise InputError(f"calibration has {name} {given!r}; give its temperature and bias")
-        return cls(**values)
+        return cls(**{KEYS.get(name, name): value for name, value in values.items()})
 
 
-CURVE_OF: dict[Aggregate, str] = {"mean": "verdict", "majority": "verdict", "listener": "listener", "both": "both"}
-"""The field of a `Calibration` that a verdict goes through last."""
+KEYS = {
+    "answer": "reasoner_platt",
+    "verdict": "reasoner_curve",
+    "heard": "listener_platt",
+    "listener": "listener_curve",
+    "both": "both_curve",
+}
+"""A card's keys, and the fields of a `Calibration` that they hold."""
+
+CURVE_OF: dict[Aggregate, str] = {
+    "mean": "reasoner_curve",
+    "majority": "reasoner_curve",
+    "listener": "listener_curve",
+    "both": "both_curve",
+}
+"""The curve of a `Calibration` that a verdict goes through last."""
 
 
 def _is_number(value: object) -> bool:

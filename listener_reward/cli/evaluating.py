@@ -151,7 +151,7 @@ def evaluate_pairs(
         if html is not None:
             check_page("html", html)
         with working("judging", spinner=False):  # the evaluation has its own progress bar
-            from listener_reward.evaluate.measure import check_protocols
+            from listener_reward.evaluate.judged import check_protocols
             from listener_reward.evaluate.scores import read_scores
             from listener_reward.evaluate.several import evaluate_judges
 
@@ -291,7 +291,7 @@ def check_data(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Share of pairs with an unreadable image above which the data cannot be used.",
+            help="Fraction of pairs with an unreadable image above which the data cannot be used.",
             show_default="0.2",
         ),
     ] = None,

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from listener_reward.datasets.check import DataCheck
     from listener_reward.evaluate import Evaluation
     from listener_reward.evaluate.calibrate import Calibrated
+    from listener_reward.evaluate.judged import ProtocolResult
     from listener_reward.evaluate.leaderboard import Leaderboard
-    from listener_reward.evaluate.measure import ProtocolResult
     from listener_reward.evaluate.several import Measured
     from listener_reward.ranking import Ranking
     from listener_reward.train.rounding import Rounding
     from listener_reward.verdict import Verdict
 
 
-def print_json(answer: dict[str, Any]) -> None:
-    print(json.dumps(_finite(answer), indent=2, allow_nan=False))
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(_finite(result), indent=2, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -55,7 +55,7 @@ def print_verdict(verdict: Verdict, first: str, second: str) -> None:
         name, p = (first, verdict.p_first) if verdict.preferred == 1 else (second, 1 - verdict.p_first)
         console.print(Text.assemble((plain(name), "bold green"), f" is preferred, p = {p:.3f}"), soft_wrap=True)
     if verdict.thoughts:
-        table = Table("shown", "answer", "p first", "listener", "thought", show_lines=True)
+        table = Table("order", "answer", "p first", "listener", "thought", show_lines=True)
         for thought in verdict.thoughts:
             table.add_row(
                 thought.order,
@@ -102,7 +102,7 @@ def print_measured(measured: Measured, *, as_json: bool) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    table = Table("measure", "value")
+    table = Table("metric", "value")
     for name, value in evaluation.to_dict().items():
         if name != "protocols":
             table.add_row(name.replace("_", " "), escape(plain(_cell(value))))
@@ -179,7 +179,7 @@ def _add_baselines(table: Table, board: Leaderboard, columns: range) -> None:
 
 def _table(*names: str) -> Table:
     """Columns of numbers are never cut: what is too long for the terminal is the first column, which is folded."""
-    from listener_reward.evaluate.measure import PROTOCOLS
+    from listener_reward.evaluate.judged import PROTOCOLS
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(names):
@@ -225,7 +225,7 @@ def print_calibrated(result: Calibrated, folder: Path) -> None:
     from listener_reward.evaluate.confidence import reliability
 
     console = Console(highlight=False)
-    table = Table("measure", "before", "after")
+    table = Table("metric", "before", "after")
     for who, before, after in (
         ("", result.before, result.after),
         ("listener ", result.listener_before, result.listener_after),

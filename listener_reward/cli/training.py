@@ -78,7 +78,7 @@ def bench(
     """Time the shared prefix against plain transformers and stock trl, with equal weights, data and seed.
 
     The weights are random, nothing is downloaded. For each it prints time, tokens, vision patches, peak memory, the
-    share of the machine's own matrix rate, and by how much the results differ. The default `grpo` takes some minutes
+    fraction of the machine's own matrix rate, and by how much the results differ. The default `grpo` takes some minutes
     on two cores and 8 GB of memory; keep the machine idle beside it.
 
     `listener-reward bench grpo --group 8 --json`

@@ -39,7 +39,7 @@ class DataCheck:
     """Rows that their publisher marks as no pair, by the reason."""
     ties: int
     shares: int
-    """Untied pairs whose label is not 0 or 1 but the share of several voters."""
+    """Untied pairs whose label is not 0 or 1 but the fraction of several voters."""
     first_preferred_as_published: float | None
     """Of the untied pairs, in the order of the file: far from 0.5, the order tells the label."""
     first_preferred_as_shown: float | None
@@ -88,12 +88,12 @@ class DataCheck:
         lines = [
             ("data", self.data),
             ("format", self.format),
-            ("pairs", f"{self.pairs:,}; {self.ties:,} tied, {self.shares:,} with a share of voters"),
+            ("pairs", f"{self.pairs:,}; {self.ties:,} tied, {self.shares:,} with split votes"),
             ("rows left out", reasons or "none"),
         ]
         if self.first_preferred_as_published is not None and self.first_preferred_as_shown is not None:
-            published, shown = self.first_preferred_as_published, self.first_preferred_as_shown
-            lines.append(("first preferred", f"{published:.1%} as published, {shown:.1%} as load_pairs shows them"))
+            published, loaded = self.first_preferred_as_published, self.first_preferred_as_shown
+            lines.append(("first preferred", f"{published:.1%} as published, {loaded:.1%} as load_pairs orders them"))
         lines.append(("images", f"{self.images:,}; {self.broken_images:,} broken, in {self.broken_pairs:,} pairs"))
         if self.sizes is not None:
             sizes = {name: " x ".join(map(str, size)) for name, size in self.sizes.items()}
@@ -126,7 +126,7 @@ def check_data(
         raise InputError(f"limit is {limit}; give at least 1, or None for all pairs")
     opened = open_pairs(spec, limit=limit, seed=seed, columns=None, stream=True)
     tally = _Tally(seed, opened)
-    with ThreadPoolExecutor() as pool, progress_bars(shown=progress, transient=True) as bars:
+    with ThreadPoolExecutor() as pool, progress_bars(visible=progress, transient=True) as bars:
         pairs = iter(bars.track(islice(opened.pairs(), limit), description="checking pairs"))
         while some := list(islice(pairs, 64)):
             tally.add([one for one in some if isinstance(one, Labelled)], pool)
@@ -145,8 +145,8 @@ class _Tally:
         self.looked: dict[int, tuple[str | None, tuple[int, int] | None]] = {}
         self.broken_pairs = 0
         self.before: dict[tuple[int, int, int], float] = {}
-        """Pairs by their question and their two images, the lower key first, to the share that prefers that image. The
-        question is the prompt and, where a format labels several, the dimension: visual quality, motion quality."""
+        """Pairs by their question and their two images, the lower key first, to the fraction that prefers that image.
+        The question is the prompt and, where a format labels several, the dimension: visual quality, motion quality."""
         self.duplicates = self.contradicting = 0
         self.ids: set[int] = set()
         self.prompts: set[int] = set()
@@ -188,7 +188,7 @@ class _Tally:
     def found(self, spec: str, max_broken: float) -> DataCheck:
         n, first = len(self.first), np.array(self.first)
         untied, most = first != 0.5, ChatFormat().max_prompt_chars
-        shown = np.where(np.array(self.flipped, dtype=bool), 1 - first, first)
+        loaded = np.where(np.array(self.flipped, dtype=bool), 1 - first, first)
         wins, decided = int((first > 0.5).sum()), int(untied.sum())
         faults = [why for why, _ in self.looked.values() if why is not None]
         sizes = sorted((size for _, size in self.looked.values() if size), key=lambda size: size[0] * size[1])
@@ -200,7 +200,7 @@ class _Tally:
             ties=n - decided,
             shares=int((untied & (first != 0) & (first != 1)).sum()),
             first_preferred_as_published=wins / decided if decided else None,
-            first_preferred_as_shown=float((shown > 0.5).sum() / decided) if decided else None,
+            first_preferred_as_shown=float((loaded > 0.5).sum() / decided) if decided else None,
             order_leaks=decided > 0 and bool(binomtest(wins, decided).pvalue < 1e-3),
             images=len(self.looked),
             broken_images=len(faults),
@@ -227,8 +227,8 @@ def _problems(check: DataCheck, max_broken: float) -> Iterator[str]:
         yield "there are no pairs"
         return
     if check.broken_pairs > max_broken * check.pairs:
-        share = check.broken_pairs / check.pairs
-        yield f"{share:.1%} of the pairs have an unreadable image, more than {max_broken:.0%}: complete the images"
+        broken = check.broken_pairs / check.pairs
+        yield f"{broken:.1%} of the pairs have an unreadable image, more than {max_broken:.0%}: complete the images"
     if check.ties == check.pairs:
         yield "every pair is a tie: there is nothing to prefer"
     if check.empty_prompts == check.pairs:

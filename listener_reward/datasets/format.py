@@ -151,7 +151,7 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def share(first: float, second: float) -> float:
+def fraction_first(first: float, second: float) -> float:
     """The first's part of all votes, of which there is at least one."""
     return first / (first + second)
 

@@ -25,12 +25,12 @@ def _genai_bench(row: Row, place: Place) -> Iterator[Labelled]:
     media = next((name for name in ("image", "output_image", "video") if f"left_{name}" in row), None)
     if media is None:
         raise InputError(f"left_image or left_video is not in {names(row)}; add it")
-    shown = [field(row, f"{side}_{media}") for side in ("left", "right")]
-    first, second = (undecoded(_located(one, place) if media == "video" else one, place) for one in shown)
+    given = [field(row, f"{side}_{media}") for side in ("left", "right")]
+    first, second = (undecoded(_located(one, place) if media == "video" else one, place) for one in given)
     prompt = next((row[name] for name in ("prompt", "instruct_prompt", "instruction") if name in row), None)
     yield published(
         PreferencePair(prompt, first, second, p_first, str(place.index), "genai-bench"),  # pyright: ignore[reportArgumentType] - checked there
-        item=tuple(one if isinstance(one, str) else None for one in shown),
+        item=tuple(one if isinstance(one, str) else None for one in given),
         model=(text(row.get("left_model")), text(row.get("right_model"))),
         both_bad=both_bad,
     )

@@ -71,7 +71,7 @@ def _pairs(
     extra = {
         key: text(row.get(key), key) if kind == "string" else number(row.get(key), key) for key, kind in kept.items()
     }
-    yield Labelled(PreferencePair(row["prompt"], first, second, _share(row), name, source), extra)
+    yield Labelled(PreferencePair(row["prompt"], first, second, _label_of(row), name, source), extra)
 
 
 def _two_images(row: Row) -> Sequence[Any]:
@@ -85,7 +85,7 @@ def _two_images(row: Row) -> Sequence[Any]:
     return images
 
 
-def _share(row: Row) -> float:
+def _label_of(row: Row) -> float:
     """p_first, or what the label says it is."""
     given, label = row.get("p_first"), row.get("label")
     if not is_empty(given):

@@ -11,9 +11,9 @@ from listener_reward.datasets.format import (
     Place,
     Row,
     field,
+    fraction_first,
     number,
     published,
-    share,
     text,
     undecoded,
 )
@@ -31,7 +31,7 @@ def _hpdv3(row: Row, place: Place) -> Iterator[Labelled]:
     votes = _votes(row)
     # HPDv3 has its JSON beside images/, HPDv3++ in train/ and test/ with paths from the folder above.
     images = [undecoded(path, place, "", "..", "images") for path in paths]
-    p_first = 1.0 if votes is None else share(*votes)
+    p_first = 1.0 if votes is None else fraction_first(*votes)
     pair = PreferencePair(field(row, "prompt"), images[0], images[1], p_first, str(place.index), "hpdv3")
     yield published(
         pair,

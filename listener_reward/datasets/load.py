@@ -1,4 +1,4 @@
-"""Preference data of every supported format as one data set: prompt, two images, the voters' share.
+"""Preference data of every supported format as one data set: prompt, two images, the fraction of voters.
 
 | spec | what it reads |
 | --- | --- |
@@ -102,13 +102,13 @@ FEATURES = datasets.Features(
 """The columns that all data has."""
 
 MAX_BROKEN = 0.2
-"""Above this share of pairs with an unreadable image the data set is refused: its folder is wrong or incomplete."""
+"""Above this fraction of pairs with an unreadable image the data set is refused: its folder is wrong or incomplete."""
 
 _HEAD = 32
 """Rows that show a file's format and its columns: not every line of a JSONL file has every field."""
 
 _FEW = 100
-"""Pairs of a stream before whose end a share of broken ones says little."""
+"""Pairs of a stream before whose end a fraction of broken ones says little."""
 
 
 @overload
@@ -163,7 +163,7 @@ def load_pairs(
         columns: what the file calls a field of the generic schema, such as `{"prompt": "caption"}`.
         stream: give an iterable that holds a batch of rows at a time, for sets larger than memory. Each pass over it
             reads the file again; images are checked, and broken ones counted, as their pairs come by.
-        max_broken: the share of pairs with an unreadable image, in [0, 1], above which the data is refused.
+        max_broken: the fraction of pairs with an unreadable image, in [0, 1], above which the data is refused.
         check_images: read every image once. Without, only the labels are vouched for: for scores made elsewhere.
 
     Raises:
@@ -172,7 +172,7 @@ def load_pairs(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; give at least 1, or None for all pairs")
     if not 0 <= max_broken <= 1:
-        raise InputError(f"max_broken is {max_broken}; give a share of pairs from 0 to 1")
+        raise InputError(f"max_broken is {max_broken}; give a fraction of pairs from 0 to 1")
     opened = open_pairs(spec, limit=limit, seed=seed, columns=columns, stream=stream)
     features = opened.features
     if not stream:

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from listener_reward.datasets.format import Format, Labelled, Place, Row, field, published, share, text, undecoded
+from listener_reward.datasets.format import (
+    Format,
+    Labelled,
+    Place,
+    Row,
+    field,
+    fraction_first,
+    published,
+    text,
+    undecoded,
+)
 from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair, check_text
 
@@ -43,8 +53,8 @@ IMAGEREWARD = Format(
 def _hpdv2(row: Row, place: Place) -> Iterator[Labelled]:
     """`rank` and `raw_annotations` are lower for the better image; `human_preference` is 1 for the chosen one.
 
-    p_first is the share of annotators who rank the first image better, a tie being half a vote for each. `test.json`,
-    `train.json` and the gallery's `annotations.json` are told apart by their fields.
+    p_first is the fraction of annotators who rank the first image better, a tie being half a vote for each.
+    `test.json`, `train.json` and the gallery's `annotations.json` are told apart by their fields.
     """
     files = _files(row, "file_path" if "image_path" not in row and "file_path" in row else "image_path")
     check_text(row.get("prompt"), field="prompt")
@@ -55,7 +65,7 @@ def _hpdv2(row: Row, place: Place) -> Iterator[Labelled]:
         ahead = np.sign(votes[:, j] - votes[:, i])  # +1 where the first has the lower, hence better, rank
         counts = float((ahead + 1).sum() / 2), float((1 - ahead).sum() / 2)
         name = f"{place.index}/{i}-{j}"
-        pair = PreferencePair(row["prompt"], images[i], images[j], share(*counts), name, "hpdv2")
+        pair = PreferencePair(row["prompt"], images[i], images[j], fraction_first(*counts), name, "hpdv2")
         yield published(
             pair,
             str(place.index),

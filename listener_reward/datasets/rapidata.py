@@ -15,10 +15,10 @@ from listener_reward.datasets.format import (
     Row,
     Skipped,
     field,
+    fraction_first,
     names,
     number,
     published,
-    share,
     text,
     undecoded,
 )
@@ -43,7 +43,7 @@ def _rapidata(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
             yield Skipped(f"no votes for {dimension}")
             continue
         name = f"{place.index}/{dimension}"
-        pair = PreferencePair(field(row, "prompt"), images[0], images[1], share(*votes), name, "rapidata")
+        pair = PreferencePair(field(row, "prompt"), images[0], images[1], fraction_first(*votes), name, "rapidata")
         yield published(
             pair,
             item=(text(row.get("image1_path")), text(row.get("image2_path"))),
@@ -94,8 +94,8 @@ def _aggregated(value: Any) -> tuple[float, float]:
         sides = {match[1]: votes for name, votes in counts.items() if (match := _SIDE.fullmatch(name))}
         return _two(sides["1"], sides["2"], "aggregated_results")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        shown = reprlib.repr(value)
-        raise InputError(f"aggregated_results is {shown}; give the votes for image1 and image2") from error
+        given = reprlib.repr(value)
+        raise InputError(f"aggregated_results is {given}; give the votes for image1 and image2") from error
 
 
 def _two(first: Any, second: Any, name: str) -> tuple[float, float]:

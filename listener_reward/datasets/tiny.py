@@ -42,10 +42,10 @@ def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
 def _generated(n: int, seed: int) -> Iterator[Labelled]:
     from listener_reward.tiny.generated import sample_pairs  # needs diffusers, which the other splits do not
 
-    for index, (first, second, share) in enumerate(islice(sample_pairs(seed), n)):
+    for index, (first, second, p_first) in enumerate(islice(sample_pairs(seed), n)):
         one, other = ({"bytes": _png(sample.picture), "path": None} for sample in (first, second))
         name = f"{GENERATED}-{seed}-{index}"
-        yield Labelled(PreferencePair(first.wording, one, other, share, name, f"tiny:{GENERATED}"), {})
+        yield Labelled(PreferencePair(first.wording, one, other, p_first, name, f"tiny:{GENERATED}"), {})
 
 
 def _png(image: Image.Image) -> bytes:

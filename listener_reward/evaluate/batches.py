@@ -1,4 +1,4 @@
-"""Batches of a data set as a judge is shown them: pictures decoded in threads and once, videos as clips.
+"""Batches of a data set as a judge gets them: pictures decoded in threads and once, videos as clips.
 
 Published sets show a picture in many pairs: each of the nine of an HPDv2 record is in eight. What was decoded last is
 therefore kept, up to `BUDGET`, and memory does not grow with the data.
@@ -17,7 +17,7 @@ from listener_reward.media.images import Picture, identity, to_picture
 if TYPE_CHECKING:
     import datasets
 
-    from listener_reward.evaluate.measure import Labels
+    from listener_reward.evaluate.judged import Labels
 
 BUDGET = 2**27
 """Bytes of decoded pictures that are kept for the next batches."""
@@ -40,7 +40,7 @@ def batches_of(pairs: datasets.Dataset | datasets.IterableDataset, size: int) ->
     return iter(pairs.iter(batch_size=size))  # dicts, for no format is set
 
 
-def shown(batches: Iterable[Batch], labels: Labels | None = None) -> Iterator[Batch]:
+def load_batches(batches: Iterable[Batch], labels: Labels | None = None) -> Iterator[Batch]:
     """The batches, or parts of them, with their pictures decoded; `labels` gets each as it was, its images named.
 
     A picture that cannot be decoded is left as it is, so that the judge which asks for it says so.

@@ -1,4 +1,4 @@
-"""Calibrates a judge on labelled pairs, and measures on other pairs what that changed."""
+"""Calibrates a judge on labelled pairs, and evaluates the calibration on other pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.special import betaincinv, logit
 from listener_reward.calibration.fit import Method, fit_curve, fit_platt
 from listener_reward.calibration.maps import CURVE_OF, Calibration
 from listener_reward.errors import InputError
-from listener_reward.evaluate.batches import batches_of, shown
+from listener_reward.evaluate.batches import batches_of, load_batches
 from listener_reward.evaluate.confidence import reliability
 from listener_reward.progress import progress_bars
 from listener_reward.verdict import LISTENING, Aggregate
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from listener_reward.judge import Judge
 
 BANDS = 20
-"""How many tie bands are tried for a wanted accuracy, which leave the surest 5 %, 10 % ... of the pairs outside."""
+"""How many tie bands are tried for a wanted accuracy. They leave the most confident 5 %, 10 % ... of the pairs
+outside."""
 
 
 def choose_tie_band(labels: np.ndarray, p_first: np.ndarray, *, sure: float | None = None) -> float:
     """How near to 1/2 a verdict should prefer neither image, in [0, 0.5].
 
-    With `sure`, the narrowest band outside of which at least that share of pairs is right by the majority: not only of
-    these pairs, of which some share always is, but by a lower bound for others (Clopper & Pearson 1934, one-sided) that
-    holds with 95 % at one of the `BANDS` bands that are tried. Without `sure`, the band of highest accuracy when ties
-    are an answer and a tie that only one side sees is half right (PickScore's rule); people who never tie want none.
+    With `sure`, the narrowest band outside of which the accuracy is at least `sure`. The accuracy is a lower bound for
+    new pairs (Clopper & Pearson 1934, one-sided), which holds with 95 % at one of the `BANDS` bands that are tried.
+    Without `sure`, the band of highest accuracy by PickScore's rule: a tie is an answer, and a tie that only one side
+    sees is half right. The band is 0 for labels without ties.
     """
     from listener_reward.evaluate.protocols import best_tie_threshold
 
@@ -45,8 +46,8 @@ def choose_tie_band(labels: np.ndarray, p_first: np.ndarray, *, sure: float | No
     order = np.argsort(-sizes, kind="stable")
     count, hits = np.arange(1, len(order) + 1), np.cumsum(right[order])
     least = betaincinv(np.maximum(hits, 1e-9), count - hits + 1, 0.05)
-    # Equal sizes fall on the same side of a band, so only the last of them can be the least that is preferred. Few
-    # bands are tried, because the luckiest of many is luck.
+    # Equal sizes fall on the same side of a band, so a band ends at the last of equal sizes. Few bands are tried: the
+    # best of many would be chance.
     ends = np.flatnonzero(np.append(np.diff(sizes[order]) != 0, True)) if len(order) else np.array([], dtype=int)
     ends = ends[np.unique(np.linspace(0, len(ends) - 1, BANDS + 1).astype(int)[1:])] if len(ends) else ends
     good = ends[least[ends] >= sure]
@@ -68,14 +69,14 @@ class Calibrated:
     n_validation: int
     n_test: int
     before: dict[str, float]
-    """`ece`, `brier`, `nll`, `preferred` (the share of pairs that the tie band leaves a preference) and
+    """`ece`, `brier`, `nll`, `preferred` (the fraction of pairs that the tie band leaves a preference) and
     `preferred_accuracy` (how often that is the majority's; NaN where there is none) on the test, without any
     calibration, an earlier one included."""
     after: dict[str, float]
     listener_before: dict[str, float] | None
     listener_after: dict[str, float] | None
     labels: np.ndarray = field(repr=False)
-    """(n_test,) shares of people."""
+    """(n_test,) fractions of people."""
     p_before: np.ndarray = field(repr=False)
     """(n_test,) the judge's, before and after."""
     p_after: np.ndarray = field(repr=False)
@@ -102,10 +103,10 @@ def calibrate(
 ) -> Calibrated:
     """Fits the calibration of `judge` as it judges now (its thoughts, aggregate, orders, with or without thinking).
 
-    Where it has a listener, the curves of the aggregates "listener" and "both" are fitted too.
+    With a listener, the curves of the aggregates "listener" and "both" are fitted too.
 
-    Pairs are divided by prompt: the maps are fitted on one half, a fifth chooses between curves and the tie band, and
-    the rest measures what they changed. The judge is left as it is.
+    Pairs are divided by prompt: one half fits the maps, a fifth chooses the curve and the tie band, and the rest tests
+    the calibration. The judge itself is not changed.
 
     Args:
         judge: a `Judge`.
@@ -123,7 +124,7 @@ def calibrate(
     if method not in get_args(Method):
         raise InputError(f"method is {method!r}; choose one of {', '.join(map(repr, get_args(Method)))}")
     if sure is not None and not 0.5 <= sure <= 1:
-        raise InputError(f"sure is {sure}; give a share of pairs in [0.5, 1]")
+        raise InputError(f"sure is {sure}; give a fraction of pairs in [0.5, 1]")
     if len(pairs) < 50:
         raise InputError(f"pairs has {len(pairs)} rows; a calibration needs 50 at the very least, and deserves 1,000")
     labels = np.asarray(pairs["p_first"], dtype=np.float64)
@@ -132,30 +133,32 @@ def calibrate(
         raise InputError(f"pairs has too few prompts to divide its {len(pairs)} rows by prompt; give more prompts")
     fit, validation, test = (parts == part for part in range(3))
 
-    answers: list[Any] = []
-    with progress_bars(shown=progress) as bars:
+    judgements: list[Any] = []
+    with progress_bars(visible=progress) as bars:
         task = bars.add_task("judging", total=len(pairs))
-        for rows in shown(batches_of(pairs, batch_size)):
+        for rows in load_batches(batches_of(pairs, batch_size)):
             firsts, seconds = map(list, zip(*rows["images"], strict=True))
-            answers += judge.answers(rows["prompt"], firsts, seconds)
-            bars.update(task, completed=len(answers))
+            judgements += judge.judgements(rows["prompt"], firsts, seconds)
+            bars.update(task, completed=len(judgements))
 
     def verdicts(calibration: Calibration, aggregate: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """p_first, the listener's (NaN without one), and the preferred side (1, -1, 0 for none) of every pair."""
-        made = [judge.conclude(views, calibration=calibration, aggregate=aggregate) for views in answers]
-        heard = [math.nan if one.listener_p_first is None else one.listener_p_first for one in made]
-        sides = [{1: 1, 2: -1, None: 0}[one.preferred] for one in made]
-        return np.array([one.p_first for one in made]), np.array(heard), np.array(sides)
+        found = [judge.conclude(some, calibration=calibration, aggregate=aggregate) for some in judgements]
+        listener = [math.nan if one.listener_p_first is None else one.listener_p_first for one in found]
+        sides = [{1: 1, 2: -1, None: 0}[one.preferred] for one in found]
+        return np.array([one.p_first for one in found]), np.array(listener), np.array(sides)
 
-    views = [(y, view) for y, pair, chosen in zip(labels, answers, fit, strict=True) if chosen for view in pair]
-    agreed = np.array([1 - y if view.flipped else y for y, view in views])
+    fit_judgements = [
+        (y, judgement) for y, pair, chosen in zip(labels, judgements, fit, strict=True) if chosen for judgement in pair
+    ]
+    agreed = np.array([1 - y if judgement.flipped else y for y, judgement in fit_judgements])
     mode = judge.card.mode(judge.think)
-    answer = fit_platt(logit(np.array([view.p_own for _, view in views])), agreed)
-    calibration = Calibration(answer=answer, mode=mode)
-    listens = all(view.p_heard is not None for _, view in views)
+    reasoner_platt = fit_platt(logit(np.array([judgement.p_reasoner for _, judgement in fit_judgements])), agreed)
+    calibration = Calibration(reasoner_platt=reasoner_platt, mode=mode)
+    listens = all(judgement.p_listener is not None for _, judgement in fit_judgements)
     if listens:
-        heard = fit_platt(logit(np.array([view.p_heard for _, view in views])), agreed)
-        calibration = replace(calibration, heard=heard)
+        listener_platt = fit_platt(logit(np.array([judgement.p_listener for _, judgement in fit_judgements])), agreed)
+        calibration = replace(calibration, listener_platt=listener_platt)
 
     fitted_on: list[Aggregate] = ["majority" if mode.aggregate == "majority" else "mean"]
     for aggregate in fitted_on + list(LISTENING) * listens:  # "both" last: it rests on the other two
@@ -171,10 +174,10 @@ def calibrate(
     return Calibrated(
         calibration,
         *(int(part.sum()) for part in (fit, validation, test)),
-        before=_measures(labels[test], uncalibrated[0][test]) | _preferences(labels[test], uncalibrated[2][test]),
-        after=_measures(labels[test], after[0][test]) | _preferences(labels[test], after[2][test]),
-        listener_before=_measures(labels[test], uncalibrated[1][test]) if listens else None,
-        listener_after=_measures(labels[test], after[1][test]) if listens else None,
+        before=_metrics(labels[test], uncalibrated[0][test]) | _preferences(labels[test], uncalibrated[2][test]),
+        after=_metrics(labels[test], after[0][test]) | _preferences(labels[test], after[2][test]),
+        listener_before=_metrics(labels[test], uncalibrated[1][test]) if listens else None,
+        listener_after=_metrics(labels[test], after[1][test]) if listens else None,
         labels=labels[test],
         p_before=uncalibrated[0][test],
         p_after=after[0][test],
@@ -182,20 +185,21 @@ def calibrate(
 
 
 def _part(prompt: str, seed: int) -> int:
-    """0 to fit on, 1 to validate, 2 to measure: half, a fifth and the rest of the prompts."""
-    share = hashlib.blake2b(f"{seed}/{prompt}".encode("utf-8", "replace"), digest_size=2).digest()
-    return int(np.searchsorted([0.5, 0.7], int.from_bytes(share, "big") / 2**16, side="right"))
+    """0 to fit on, 1 to validate, 2 to test: half, a fifth and the rest of the prompts."""
+    place = hashlib.blake2b(f"{seed}/{prompt}".encode("utf-8", "replace"), digest_size=2).digest()
+    return int(np.searchsorted([0.5, 0.7], int.from_bytes(place, "big") / 2**16, side="right"))
 
 
 def _preferences(labels: np.ndarray, sides: np.ndarray) -> dict[str, float]:
-    """The share of pairs that are given a preference, and how often that is the majority's, where people have one."""
+    """The fraction of pairs that are given a preference, and how often that is the majority's, where people have
+    one."""
     people = np.sign(labels - 0.5)
     both = (sides != 0) & (people != 0)
     right = float((sides == people)[both].mean()) if both.any() else math.nan
     return {"preferred": float((sides != 0).mean()), "preferred_accuracy": right}
 
 
-def _measures(labels: np.ndarray, p_first: np.ndarray) -> dict[str, float]:
+def _metrics(labels: np.ndarray, p_first: np.ndarray) -> dict[str, float]:
     from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
 
     return {

@@ -18,7 +18,7 @@ class Binned(NamedTuple):
     confidence: np.ndarray
     """(n,) probability of the preferred image, in [0.5, 1]."""
     agreement: np.ndarray
-    """(n,) share of people who prefer that image too; half of them where the judge prefers neither."""
+    """(n,) fraction of people who prefer that image too; half of them where the judge prefers neither."""
     number: np.ndarray
     """(n,) int64, the bin of the confidence: 0 for the unsure, up to one less than there are bins."""
 
@@ -41,7 +41,7 @@ class Bin:
     confidence: float
     """Mean probability of the preferred image."""
     agreement: float
-    """Mean share of people who prefer it too."""
+    """Mean fraction of people who prefer it too."""
 
 
 def reliability(labels: np.ndarray, p_first: np.ndarray, bins: int = 10) -> list[Bin]:
@@ -60,7 +60,7 @@ def reliability(labels: np.ndarray, p_first: np.ndarray, bins: int = 10) -> list
 
 
 def expected_calibration_error(labels: np.ndarray, p_first: np.ndarray, bins: int = 15) -> float:
-    """How far the judge's confidence is from the share of people who agree with it, on average.
+    """How far the judge's confidence is from the fraction of people who agree with it, on average.
 
     Each bin's gap between mean confidence and mean agreement counts by its number of pairs; see `binned`.
     """
@@ -70,7 +70,8 @@ def expected_calibration_error(labels: np.ndarray, p_first: np.ndarray, bins: in
 
 
 def brier_score(labels: np.ndarray, p_first: np.ndarray) -> float:
-    """Mean squared distance between probability and share of people, in [0, 1]; saying 0.5 to all gets at most 0.25."""
+    """Mean squared distance between probability and fraction of people, in [0, 1]; saying 0.5 to all gets at most
+    0.25."""
     return float(np.mean((p_first - labels) ** 2))
 
 

@@ -70,9 +70,9 @@ class Gallery:
 
     def _offer(self, kept: _Kept, size: int, worth: float, row: Mapping[str, Any], verdict: Verdict) -> None:
         if len(kept) < size:
-            heapq.heappush(kept, (worth, -self._seen, shown_pair(self.model, row, verdict.to_dict())))
+            heapq.heappush(kept, (worth, -self._seen, pair_entry(self.model, row, verdict.to_dict())))
         elif kept and worth > kept[0][0]:
-            heapq.heapreplace(kept, (worth, -self._seen, shown_pair(self.model, row, verdict.to_dict())))
+            heapq.heapreplace(kept, (worth, -self._seen, pair_entry(self.model, row, verdict.to_dict())))
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
@@ -87,35 +87,33 @@ def scored_gallery(
 ) -> list[dict[str, Any]]:
     """The same for a file of scores, whose verdicts are known at once: only the pairs that are kept are read.
 
-    Scores have no scale of their own, so a margin counts by its share of the largest one. A picture that is not there
-    stays away from the page. A stream is read a second time.
+    Scores have no scale of their own, so a margin counts by its fraction of the largest one. A picture that is not
+    there stays away from the page. A stream is read a second time.
 
     Raises:
         InputError: the evaluation has no answers.
     """
-    answers = evaluation.answers
-    if answers is None:
-        raise InputError("an evaluation has no answers to look at; take it as evaluate_scores returned it")
-    answered = np.flatnonzero(~np.isnan(answers.judge) & (answers.people != 0))
-    margins, people = answers.judge[answered], answers.people[answered]
+    judged = evaluation.judged
+    if judged is None:
+        raise InputError("an evaluation has no judged pairs to look at; take it as evaluate_scores returned it")
+    decided = np.flatnonzero(~np.isnan(judged.judge) & (judged.people != 0))
+    margins, people = judged.judge[decided], judged.people[decided]
     preferred = side(margins / 2 + 0.5)
-    largest = np.abs(margins).max(initial=0.0) if answers.unit == "score" else 1.0
+    largest = np.abs(margins).max(initial=0.0) if judged.unit == "score" else 1.0
     wrong = preferred != side(people + 0.5)
     surprise = np.abs(margins) / (largest or 1.0) / 2 + np.abs(people)
     worst = np.argsort(-np.where(wrong, surprise, -np.inf), kind="stable")[: min(mistakes, int(wrong.sum()))]
     others = np.flatnonzero(~wrong)
     drawn = np.random.default_rng(0).choice(others, min(right, len(others)), replace=False)
     chosen = [int(place) for place in (*worst, *np.sort(drawn))]
-    rows = _rows(pairs, answered[chosen].tolist())
+    rows = _rows(pairs, decided[chosen].tolist())
     return [
-        shown_pair(
-            evaluation.judge, rows[int(answered[place])], _scored(answers.unit, margins[place], preferred[place])
-        )
+        pair_entry(evaluation.judge, rows[int(decided[place])], _scored(judged.unit, margins[place], preferred[place]))
         for place in chosen
     ]
 
 
-def shown_pair(model: str, row: Mapping[str, Any], verdict: Mapping[str, Any]) -> dict[str, Any]:
+def pair_entry(model: str, row: Mapping[str, Any], verdict: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a data set and `Verdict.to_dict()` as a pair of the page; what cannot be read becomes None."""
     first, second = row["images"]
     thoughts = [dict(thought) | {"text": _cut(thought["text"])} for thought in verdict["thoughts"]]

@@ -1,4 +1,4 @@
-"""How sure a measured share is: intervals and paired tests that know that pairs of one prompt are not independent.
+"""Intervals and paired tests for metrics of pairs, where pairs of one prompt are not independent.
 
 What a judge earns is given pair by pair, as `earned` and `possible`, and its value is the sum of the one over the sum
 of the other. A `cluster` is all pairs of one prompt: resampling draws prompts, because the images of a prompt come back
@@ -51,7 +51,7 @@ class PairedTest:
 
 
 def wilson(count: int, n: int) -> tuple[float, float] | None:
-    """The Wilson 95 % interval of a share, None of nothing."""
+    """The Wilson 95 % interval of a fraction, None of nothing."""
     if n == 0:
         return None
     low, high = binomtest(count, n).proportion_ci(method="wilson")
@@ -63,7 +63,7 @@ def clustered_interval(
     possible: np.ndarray,
     clusters: np.ndarray,
     *,
-    share: bool = True,
+    fraction: bool = True,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float] | None:
@@ -76,8 +76,8 @@ def clustered_interval(
     Args:
         earned, possible: (n,) floats, finite.
         clusters: (n,) integers, equal for pairs of one prompt.
-        share: whether the value is a share, of which Wilson's interval tells something. Not so a correlation, which has
-            no interval where all clusters have the same.
+        fraction: whether the value is a fraction, of which Wilson's interval tells something. Not so a correlation,
+            which has no interval where all clusters have the same.
         resamples: number of bootstrap samples.
         seed: of the samples.
     """
@@ -86,11 +86,11 @@ def clustered_interval(
         return None
     sums = _sums(clusters[counted], earned[counted], possible[counted])
     got, could = sums
-    if share and (np.isin(earned[counted], (0, 1)) & (possible[counted] == 1)).all() and (could == 1).all():
+    if fraction and (np.isin(earned[counted], (0, 1)) & (possible[counted] == 1)).all() and (could == 1).all():
         return wilson(int(got.sum()), len(got))
     rates = got / could
     if len(rates) == 1 or (rates == rates[0]).all():
-        return wilson(round(len(rates) * float(rates[0])), len(rates)) if share and rates[0] in (0, 1) else None
+        return wilson(round(len(rates) * float(rates[0])), len(rates)) if fraction and rates[0] in (0, 1) else None
     return _resampled(got, could, resamples, seed)
 
 

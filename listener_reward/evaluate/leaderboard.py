@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from listener_reward.errors import InputError
-from listener_reward.evaluate.measure import compare
+from listener_reward.evaluate.judged import compare
 
 if TYPE_CHECKING:
     from listener_reward.evaluate.intervals import PairedTest
@@ -64,6 +64,6 @@ def leaderboard(evaluations: Sequence[Evaluation], against: Evaluation | None = 
 
 
 def _test(one: Evaluation, other: Evaluation, protocol: str) -> PairedTest | None:
-    if one.answers is None or other.answers is None:
-        raise InputError("an evaluation has no answers to compare; take it as evaluate returned it")
-    return compare(one.answers, other.answers, protocol)
+    if one.judged is None or other.judged is None:
+        raise InputError("an evaluation has no judged pairs to compare; take it as evaluate returned it")
+    return compare(one.judged, other.judged, protocol)

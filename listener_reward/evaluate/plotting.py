@@ -103,8 +103,8 @@ def reliability_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
         curves: by name `(labels, p_first)`, (n,) floats in [0, 1] each, at least one pair. At most four curves.
 
     Returns:
-        For each curve a line through its bins, in each bin a dot whose area goes by the bin's share of the pairs. The
-        dashed diagonal is a judge that is as sure as people agree.
+        For each curve a line through its bins, in each bin a dot whose area goes by the bin's fraction of the pairs.
+        The dashed diagonal is a judge that is as sure as people agree.
     """
     figure = Figure(figsize=(5, 4.2))
     axes = figure.subplots()
@@ -119,6 +119,6 @@ def reliability_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> F
         ends.append((name, 1.01, agreement[-1], color))
         lowest = min(lowest, *agreement)
     axes.set(xlim=(0.49, 1.01), ylim=(np.floor(lowest * 10 - 0.1) / 10, 1.01), xticks=np.arange(0.5, 1.01, 0.1))
-    axes.set(xlabel="confidence of the judge", title="share of people who agree")
+    axes.set(xlabel="confidence of the judge", title="fraction of people who agree")
     label_ends(axes, ends)
     return figure

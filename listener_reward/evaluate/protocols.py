@@ -46,7 +46,7 @@ class Credits(NamedTuple):
 
 
 def imagereward(judge: np.ndarray, people: np.ndarray) -> Credits:
-    """ImageReward, `test.py:acc`: the share of right pairs over all pairs on which people have a side.
+    """ImageReward, `test.py:acc`: the fraction of right pairs over all pairs on which people have a side.
 
     A tie of the judge is wrong. The paper's caption says "averaged per prompt"; the code pools, and so does this.
     """
@@ -65,7 +65,7 @@ def hpsv2(judge: np.ndarray, people: np.ndarray, prompts: np.ndarray) -> Credits
 def hpsv2_inversion(
     judge: np.ndarray, people: np.ndarray, prompts: np.ndarray, swapped: np.ndarray | None = None
 ) -> Credits:
-    """HPSv2, `inversion_score`: one minus the share of pairs in the opposite order, averaged over prompts.
+    """HPSv2, `inversion_score`: one minus the fraction of pairs in the opposite order, averaged over prompts.
 
     A pair tied in either ranking counts as right, so every pair counts. `people` is the difference of the published
     (averaged) ranks. The published script ranks the images by `argsort`, which breaks a judge's exact tie by the place
@@ -77,7 +77,7 @@ def hpsv2_inversion(
 
 
 def hpsv3_pair(judge: np.ndarray, people: np.ndarray) -> Credits:
-    """HPSv3, `evaluate.py` in mode `pair`: the share of pairs whose winner has the higher score; a tie is wrong.
+    """HPSv3, `evaluate.py` in mode `pair`: the fraction of pairs whose winner has the higher score; a tie is wrong.
 
     The published files hold the winner in `path1`, and the script looks at no votes: `people` is positive where the
     first image is `path1`. Where a tie of people comes in from elsewhere it is left out.
@@ -86,7 +86,8 @@ def hpsv3_pair(judge: np.ndarray, people: np.ndarray) -> Credits:
 
 
 def hpsv3_ranking(judge: np.ndarray, people: np.ndarray) -> Credits:
-    """HPSv3, `evaluate.py:calc_rank_acc` in mode `ranking`: the share of pairs in the people's order, over all prompts.
+    """HPSv3, `evaluate.py:calc_rank_acc` in mode `ranking`: the fraction of pairs in the people's order, over all
+    prompts.
 
     It pools, as `imagereward` does and `hpsv2` does not: pairs of equal rank are left out, a judge's tie is wrong.
     """
@@ -197,32 +198,32 @@ _RIGHT_ANSWERS: dict[str, frozenset[str]] = {
 }
 
 
-def genai_bench(answers: Sequence[str | None], votes: Sequence[str]) -> Credits:
+def genai_bench(outputs: Sequence[str | None], votes: Sequence[str]) -> Credits:
     """GenAI-Bench, `inference.py:parse_response`: the four labels [[A>B]], [[B>A]], [[A=B=Good]], [[A=B=Bad]].
 
     [[A=B]] is right for both kinds of tie. The label runs from the first [[ to the last ]] of its line, so several
     labels on one line are one wrong vote. What cannot be parsed is wrong and stays in the denominator.
 
     Args:
-        answers: the judge's whole output for each pair, None or empty where there is none.
+        outputs: the judge's whole output for each pair, None or empty where there is none.
         votes: people's, one of `leftvote`, `rightvote`, `tievote`, `bothbad_vote`.
 
     Raises:
-        InputError: another vote, or not as many answers as votes.
+        InputError: another vote, or not as many outputs as votes.
     """
-    if len(answers) != len(votes):
-        raise InputError(f"answers has {len(answers)} entries and votes {len(votes)}; give one answer for each vote")
+    if len(outputs) != len(votes):
+        raise InputError(f"outputs has {len(outputs)} entries and votes {len(votes)}; give one output for each vote")
     right = []
-    for number, (answer, vote) in enumerate(zip(answers, votes, strict=True)):
+    for number, (output, vote) in enumerate(zip(outputs, votes, strict=True)):
         if vote not in _RIGHT_ANSWERS:
             raise InputError(f"votes[{number}] is {vote!r}; GenAI-Bench has {', '.join(_RIGHT_ANSWERS)}")
-        found = re.search(r"\[\[.*\]\]", answer or "")
+        found = re.search(r"\[\[.*\]\]", output or "")
         right.append(found is not None and found[0] in _RIGHT_ANSWERS[vote])
     return _counted(np.array(right, dtype=bool), np.ones(len(right)))
 
 
 def mmrb2(forward: np.ndarray, reverse: np.ndarray, people: np.ndarray) -> Credits:
-    """MMRB2, `compute_accuracy.py`: the share of right judgements over both orders, each order counting by itself.
+    """MMRB2, `compute_accuracy.py`: the fraction of right judgements over both orders, each order counting by itself.
 
     `forward` and `reverse` are the judge's margins for the same first image, with the two shown in order and swapped. A
     missing judgement (NaN) leaves the denominator, as published: look at how many are missing.
@@ -248,7 +249,7 @@ def rank_correlation(
     """The rank correlation between the judge's and the people's order of a prompt's images, averaged over prompts.
 
     Each side's order of a prompt's images is that of their mean margins against the others, which for a judge with
-    scores is the order of the scores, and for people's shares the order of mean ranks. A prompt whose order is
+    scores is the order of the scores, and for people's fractions the order of mean ranks. A prompt whose order is
     undefined (fewer than two images, or all equal on one side) is left out. Pairs without an answer do not count.
 
     Args:
@@ -280,8 +281,8 @@ def per_prompt(credits: Credits, prompts: np.ndarray) -> Credits:
     """The same credits with every prompt of equal weight, so that their value is the mean over prompts."""
     _, number = np.unique(prompts, return_inverse=True)
     total = np.bincount(number, weights=credits.possible)[number]
-    share = np.divide(1.0, total, out=np.zeros(len(total)), where=total > 0)
-    return Credits(credits.earned * share, credits.possible * share)
+    weight = np.divide(1.0, total, out=np.zeros(len(total)), where=total > 0)
+    return Credits(credits.earned * weight, credits.possible * weight)
 
 
 def all_pairs(scores: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -30,7 +30,8 @@ import numpy as np
 from listener_reward.errors import InputError
 
 MAX_MISSING = 0.2
-"""Above this share of pairs without a score the file is refused: it is for other data, or names pairs differently."""
+"""Above this fraction of pairs without a score the file is refused: it is for other data, or names pairs
+differently."""
 
 Unit = Literal["probability", "score", "answer"]
 
@@ -54,7 +55,7 @@ class Scores:
     """Image to its score, for a file with one row an image. A key is the image, or group or prompt, tab, and image."""
 
     def margins(self, labels: Mapping[str, list[Any]], asked: Iterable[Sequence[str]] = ()) -> dict[str, Any]:
-        """The margins for pairs as they are shown: the arguments of `measure.Answers` that a judge gives.
+        """The margins for pairs as they are shown: the arguments of `judged.JudgedPairs` that a judge gives.
 
         Args:
             labels: the columns `id`, `swapped`, `item_first` and `item_second` of the pairs, as far as there are any.
@@ -79,15 +80,15 @@ class Scores:
         unnamed = [name for name, pair in zip(ids, found, strict=True) if pair is None]
         # An answer that says none of the labels was given all the same, and is wrong; only rows can be missing there.
         self._complain(np.array([pair is None for pair in found]) if self.unit == "answer" else given == 0, unnamed)
-        answers: dict[str, Any] = {"judge": margins * sign, "unit": self.unit}
+        fields: dict[str, Any] = {"judge": margins * sign, "unit": self.unit}
         if any(pair is not None and pair[1] is not None for pair in found):
             # What is shown first here is what was second in the file, so the file's orders change places with it.
-            answers["forward"] = np.where(swapped, -reverse, forward)
-            answers["reverse"] = np.where(swapped, -forward, reverse)
+            fields["forward"] = np.where(swapped, -reverse, forward)
+            fields["reverse"] = np.where(swapped, -forward, reverse)
         if self.words:
             outputs = [self.words.get(name) for name in ids]
-            answers["words"] = [_turned(word) if turn else word for word, turn in zip(outputs, swapped, strict=True)]
-        return answers
+            fields["words"] = [_turned(word) if turn else word for word, turn in zip(outputs, swapped, strict=True)]
+        return fields
 
     def _by_image(self, labels: Mapping[str, list[Any]], asked: list[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
         firsts, seconds = (_column(labels, name, self.name) for name in ("item_first", "item_second"))
@@ -217,17 +218,17 @@ def _probability(row: Mapping[str, Any], column: str) -> float:
     return value
 
 
-def _preference(answer: Any) -> float:
+def _preference(output: Any) -> float:
     """The margin of an answer in words: 1, -1, 0 for a tie, NaN for one that says none of these: nothing is guessed."""
-    text = "" if answer is None else str(answer).strip()
+    text = "" if output is None else str(output).strip()
     if found := _LABEL.search(text):
         return 0.0 if found[0] in _TIES else _LABELS.get(found[0], math.nan)
     return _WORDS.get(text.lower(), math.nan)
 
 
-def _turned(answer: str | None) -> str | None:
+def _turned(output: str | None) -> str | None:
     """The same answer about the pair with its images exchanged."""
-    return None if answer is None else re.sub(r"[AB](?=>)|(?<=>)[AB]", lambda side: "BA"["AB".index(side[0])], answer)
+    return None if output is None else re.sub(r"[AB](?=>)|(?<=>)[AB]", lambda side: "BA"["AB".index(side[0])], output)
 
 
 def _short_names(images: Mapping[str, float]) -> dict[str, str]:

@@ -72,10 +72,10 @@ def evaluate_judges(
         raise InputError("judges and scores are both empty; give at least one of either")
     found = [evaluate_scores(file, pairs, protocols=protocols, validation=validation) for file in scores]
     rival = against and evaluate_scores(against, pairs, protocols=protocols, validation=validation)
-    shown: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     if mistakes is not None:
         for scored in (*found, *([rival] if rival else [])):
-            shown += scored_gallery(scored, pairs, mistakes=mistakes)
+            entries += scored_gallery(scored, pairs, mistakes=mistakes)
     failures: list[Exception] = []
     for given in judges:
         try:
@@ -85,11 +85,11 @@ def evaluate_judges(
             found.append(
                 evaluate(judge, pairs, progress=progress, protocols=protocols, watch=watch, validation=validation)
             )
-            shown += gallery.pairs if gallery else []
+            entries += gallery.pairs if gallery else []
         except (InputError, MissingExtraError, JudgeError) as error:
             if len(judges) + len(scores) == 1:
                 raise
             failures.append(error)
     several = bool(found) and len(judges) + len(scores) + bool(rival) > 1
     board = leaderboard([*found, rival] if rival else found, rival) if several else None
-    return Measured(board.evaluations if board else tuple(found), board, shown, tuple(failures))
+    return Measured(board.evaluations if board else tuple(found), board, entries, tuple(failures))

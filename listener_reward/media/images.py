@@ -131,13 +131,13 @@ def _decoded(image: Any, field: str) -> Image.Image:
         source: Any = _content(cast("Mapping[str, Any]", image)) if isinstance(image, Mapping) else image
         if name := unread_image(head_of(source)):
             raise InputError(
-                f"{field} is {_shown(image)}, and {name} is not read; save it as PNG, JPEG or WebP"
+                f"{field} is {_brief(image)}, and {name} is not read; save it as PNG, JPEG or WebP"
             ) from error
-        raise InputError(f"{field} is {_shown(image)}, in no format read here; give a PNG, JPEG or WebP") from error
+        raise InputError(f"{field} is {_brief(image)}, in no format read here; give a PNG, JPEG or WebP") from error
     except Exception as error:  # PIL's decoders raise nearly everything on broken files
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
         reason = "the file is cut short" if cut else f"{type(error).__name__}: {error}"
-        raise InputError(f"{field} is {_shown(image)}, which does not decode ({reason}); save it anew") from error
+        raise InputError(f"{field} is {_brief(image)}, which does not decode ({reason}); save it anew") from error
 
 
 def to_pil_batch(images: Any, *, field: str = "images") -> list[Image.Image]:
@@ -158,9 +158,9 @@ def entries_of(images: Any, *, field: str = "images") -> Iterator[tuple[str, Any
     """
     array = _as_array(images, field)
     if isinstance(images, Picture | Image.Image | str | bytes | os.PathLike | Mapping):
-        raise InputError(f"{field} is {_shown(images)}, one image and not a batch; wrap it in a list")
+        raise InputError(f"{field} is {_brief(images)}, one image and not a batch; wrap it in a list")
     if array is None and not isinstance(images, Iterable):
-        raise InputError(f"{field} is {_shown(images)}; give a list of images or an array of rank 4")
+        raise InputError(f"{field} is {_brief(images)}; give a list of images or an array of rank 4")
     if array is not None and array.ndim != 4 and not (array.ndim == 1 and array.dtype == object):
         hint = {3: "add a leading axis to one image", 5: "a video's frames are judged one by one: give them as rank 4"}
         fix = hint.get(array.ndim, "give (N, C, H, W) floats or (N, H, W, C) uint8")
@@ -183,18 +183,18 @@ def _read(source: Any, field: str) -> Image.Image:
     elif isinstance(source, str | os.PathLike):
         source = cast("str | os.PathLike[str]", source)
         if "://" in str(source):
-            raise InputError(f"{field} is the URL {_shown(source)}; download it and give the file")
+            raise InputError(f"{field} is the URL {_brief(source)}; download it and give the file")
         if not os.path.isfile(source):
-            raise InputError(f"{field} is {_shown(source)}, where there is no file; check the path")
+            raise InputError(f"{field} is {_brief(source)}, where there is no file; check the path")
         file = source
     else:
         raise InputError(
-            f"{field} is {_shown(source)}; give a PIL image, a path, the bytes of an image file, an array or a tensor"
+            f"{field} is {_brief(source)}; give a PIL image, a path, the bytes of an image file, an array or a tensor"
         )
     with Image.open(file, formats=_FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise InputError(
-                f"{field} is {_shown(source)} of {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}; "
+                f"{field} is {_brief(source)} of {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}; "
                 f"reduce it to {MAX_SIDE} pixels a side"
             )
         return _to_rgb(picture, field)
@@ -364,7 +364,7 @@ def _bounded(picture: Image.Image) -> Image.Image:
     return canvas
 
 
-def _shown(image: Any) -> str:
+def _brief(image: Any) -> str:
     """How a message names what it was given: short, and never the pixels."""
     if isinstance(image, Mapping):
         image = _content(cast("Mapping[str, Any]", image))

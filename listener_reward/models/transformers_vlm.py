@@ -82,7 +82,8 @@ class TransformersVLM:
                 of one chat are read together however many they are, and `token_budget` bounds the pass.
             adapters_off: whether a PEFT model's adapters are off while this VLM runs: the base as its own listener.
             shared_prefix: off runs every chat for itself, as plain transformers does.
-            token_budget: tokens of the language model in one forward pass, beyond which groups are spread over several.
+            token_budget: most tokens of the language model in one forward pass; larger groups are split over several
+                passes.
             attention: one of `attention.KERNELS`, for rows that are read with a shared prefix.
             vision_bytes: how much of the images' features to keep between calls, in bytes.
             keep_memory: with a shared prefix on a CPU, ask glibc to keep memory that was freed, up to 32 MiB a block,
@@ -225,9 +226,9 @@ class TransformersVLM:
             }
 
         for batch in self._batches(chats, texts):
-            shown = [chats[row] for row in batch], [texts[row] for row in batch]
+            some = [chats[row] for row in batch], [texts[row] for row in batch]
             with self._adapters():
-                sampler = self._sampler(*shown) if self.shared_prefix else self._plain_sampler(*shown)
+                sampler = self._sampler(*some) if self.shared_prefix else self._plain_sampler(*some)
                 for start in range(0, len(batch), self.batch_size):
                     places = range(start, min(start + self.batch_size, len(batch)))
                     rows = [batch[place] for place in places]
@@ -236,21 +237,21 @@ class TransformersVLM:
                         completions[row] = opened_thought(texts[row], self.think_tag) + text
         return completions
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
-        return self._read(chats, prefixes, answers, likelihood=False)[0]
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> Tensor:
+        return self._read(chats, prefixes, labels, likelihood=False)[0]
 
-    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self._read(chats, prefixes, answers, likelihood=True)
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._read(chats, prefixes, labels, likelihood=True)
 
     @torch.inference_mode()
     def _read(
-        self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str], *, likelihood: bool
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str], *, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        """The log-probabilities of the answers (B, A), and of the prefixes (B,) if `likelihood`, else zeros."""
+        """The log-probabilities of the labels (B, labels), and of the prefixes (B,) if `likelihood`, else zeros."""
         turns = [self._continued(*turn) for turn in zip(self._texts(chats), prefixes, strict=True)]
         texts, prefixes = [text for text, _ in turns], [prefix for _, prefix in turns]
-        slots, ids = self._at_slots(prefixes, answers)
-        last, means = torch.empty(len(chats), len(answers)), torch.zeros(len(chats))
+        slots, ids = self._at_slots(prefixes, labels)
+        last, means = torch.empty(len(chats), len(labels)), torch.zeros(len(chats))
         read = self._read_groups if self.shared_prefix else self._read_copies
         for rows in self._batches(chats, texts):
             some = [chats[row] for row in rows], [texts[row] for row in rows], [slots[row] for row in rows]
@@ -282,25 +283,25 @@ class TransformersVLM:
         prompts, groups = self._prompts(chats, texts)
         tokens = [torch.tensor(slot.tokens, dtype=torch.long, device=self.model.device) for slot in slots]
         lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
-        answers, means = torch.empty(ids.shape), torch.zeros(len(chats))
+        log_probs, means = torch.empty(ids.shape), torch.zeros(len(chats))
         core = base_model(self.model)
         for row in budgeted(lengths, self.token_budget):
-            shown = [prompts[group] for group, _ in row]
+            asked = [prompts[group] for group, _ in row]
             members = [[groups[group][member] for member in some] for group, some in row]
             written = [[tokens[m] for m in some] for some in members]
-            packed = pack(shown, written, open_end=True, kernel=self.attention)
+            packed = pack(asked, written, open_end=True, kernel=self.attention)
             own = packed.labels[0] != IGNORED
             wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
             with read_only_at(core, packed, wanted):
-                hidden = core.model(**packed.inputs, **_images(shown), use_cache=False).last_hidden_state[0]
+                hidden = core.model(**packed.inputs, **_images(asked), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
             flat = [m for some in members for m in some]
-            answers[flat] = next_token_logprobs(core.lm_head, hidden[packed.ends], ids[flat]).cpu()
+            log_probs[flat] = next_token_logprobs(core.lm_head, hidden[packed.ends], ids[flat]).cpu()
             if likelihood:
                 chosen = token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
                 parts = torch.split(chosen, [len(tokens[m]) for m in flat])
                 means[flat] = torch.stack([part.mean() for part in parts]).cpu()
-        return answers, means
+        return log_probs, means
 
     def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
         """The distinct prompts of `chats`, and which rows ask each."""
@@ -313,10 +314,10 @@ class TransformersVLM:
         self._warn_of_unknown_words(chats[row].prompt for row in firsts)
         return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
 
-    def _prompt(self, text: str, shown: list[Encoded], clips: Sequence[Clip]) -> Prompt:
+    def _prompt(self, text: str, media: list[Encoded], clips: Sequence[Clip]) -> Prompt:
         """The chat `text` with its placeholders written out; `shown` are its images and then its videos, `clips`."""
         processor = self.processor
-        images, videos = ([each for each in shown if each.moving is moving] for moving in (False, True))
+        images, videos = ([each for each in media if each.moving is moving] for moving in (False, True))
         image_grids, video_grids = _grids(images), _grids(videos)
         text = _filled(text, processor.image_token, [processor.image_token * len(image.features) for image in images])
         inputs = {"video_grid_thw": video_grids, "video_metadata": [metadata(clip) for clip in clips]}
@@ -325,7 +326,7 @@ class TransformersVLM:
         ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
         grids = [None if each is None else each.to(ids.device) for each in (image_grids, video_grids)]
         spacing = seconds_per_patch(clips, processor).to(ids.device) if clips else None
-        return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), shown)
+        return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), media)
 
     def _texts(self, chats: Sequence[Chat]) -> list[str]:
         template = self.processor.apply_chat_template
@@ -386,31 +387,31 @@ class TransformersVLM:
         lengths = [len(slot.tokens) for slot in slots]
         core = base_model(self.model)
         hidden = core.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        answers = next_token_logprobs(core.lm_head, hidden[:, -1], ids).cpu()
+        log_probs = next_token_logprobs(core.lm_head, hidden[:, -1], ids).cpu()
         if not likelihood:
-            return answers, torch.zeros(len(chats))
+            return log_probs, torch.zeros(len(chats))
         keep = max(lengths)
         tokens = inputs["input_ids"][:, -keep - 1 : -1]
         before = hidden[:, -keep - 1 : -1]
         chosen = token_logprobs(core.lm_head, before.flatten(0, 1), tokens.flatten()).view(tokens.shape)
         from_end = torch.arange(keep, 0, -1, device=tokens.device)
         own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
-        return answers, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
+        return log_probs, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
 
     def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
         self._warn_of_unknown_words(chat.prompt for chat in chats)
-        shown: dict[str, Any] = {"images": [picture.image for chat in chats for picture in chat.images] or None}
+        media: dict[str, Any] = {"images": [picture.image for chat in chats for picture in chat.images] or None}
         if clips := [clip for chat in chats for clip in chat.videos]:
             frames = [[frame.image for frame in clip.frames] for clip in clips]
-            shown |= {"videos": frames, "video_metadata": [*map(metadata, clips)]}
-        return self.processor(**shown, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
+            media |= {"videos": frames, "video_metadata": [*map(metadata, clips)]}
+        return self.processor(**media, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
         ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
         return [token for token in ids if token is not None]
 
-    def _at_slots(self, prefixes: Sequence[str], answers: Sequence[str]) -> tuple[list[_Slot], Tensor]:
+    def _at_slots(self, prefixes: Sequence[str], labels: Sequence[str]) -> tuple[list[_Slot], Tensor]:
         """The tokens that each prefix begins an answer with, and the answers' ids (B, A) after them.
 
         They are the tokens of prefix and answer together: a prefix's end may merge with a label, as `<answer>A` ends in
@@ -420,41 +421,40 @@ class TransformersVLM:
             InputError: an answer that is not one token there, or two that are the same.
         """
         slots: list[_Slot] = []
-        chosen = torch.empty(len(prefixes), len(answers), dtype=torch.long)
+        chosen = torch.empty(len(prefixes), len(labels), dtype=torch.long)
         if not prefixes:
             return slots, chosen
         whole = [
-            self.tokenizer([prefix + answer for prefix in prefixes], add_special_tokens=False)["input_ids"]
-            for answer in answers
+            self.tokenizer([prefix + label for prefix in prefixes], add_special_tokens=False)["input_ids"]
+            for label in labels
         ]
         for row, written in enumerate(zip(*whole, strict=True)):
             slot = written[0][:-1]
             ids = [tokens[-1] for tokens in written if tokens[:-1] == slot]
-            if len(ids) < len(answers):
-                self._refuse_labels(prefixes[row], answers)
+            if len(ids) < len(labels):
+                self._refuse_labels(prefixes[row], labels)
             if len(set(ids)) < len(ids):
                 raise InputError(
-                    f"labels {tuple(answers)} are one token to this tokenizer; choose labels that it can tell"
+                    f"labels {tuple(labels)} are one token to this tokenizer; choose labels that it can tell"
                 )
-            slots.append(_Slot(slot, prefixes[row] + answers[0]))
+            slots.append(_Slot(slot, prefixes[row] + labels[0]))
             chosen[row] = torch.tensor(ids)
         return slots, chosen
 
-    def _refuse_labels(self, prefix: str, answers: Sequence[str]) -> NoReturn:
+    def _refuse_labels(self, prefix: str, labels: Sequence[str]) -> NoReturn:
         """Names the label of several tokens where there is one, and what the tokenizer makes of each."""
         before = self.tokenizer.encode(prefix, add_special_tokens=False)
         told, where = [], f"after {prefix[-20:]!r}"
-        for answer in answers:
-            tokens = self.tokenizer.encode(prefix + answer, add_special_tokens=False)
+        for label in labels:
+            tokens = self.tokenizer.encode(prefix + label, add_special_tokens=False)
             pieces = self.tokenizer.convert_ids_to_tokens(tokens[_shared(before, tokens) :])
             if len(pieces) != 1:
                 raise InputError(
-                    f"label {answer!r} is {len(pieces)} tokens of this tokenizer {where}, {pieces}; choose labels of "
-                    "one"
+                    f"label {label!r} is {len(pieces)} tokens of this tokenizer {where}, {pieces}; choose labels of one"
                 )
-            told.append(f"{answer!r} ends in {pieces[0]!r}")
+            told.append(f"{label!r} ends in {pieces[0]!r}")
         raise InputError(
-            f"labels {tuple(answers)} do not follow the same tokens {where}: {', '.join(told)}; choose labels that the "
+            f"labels {tuple(labels)} do not follow the same tokens {where}: {', '.join(told)}; choose labels that the "
             "tokenizer treats alike there"
         )
 
@@ -522,8 +522,8 @@ def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
     return first + "".join(new + part for new, part in zip(written, rest, strict=True))
 
 
-def _grids(shown: Sequence[Encoded]) -> Tensor | None:
-    return torch.stack([each.grid for each in shown]) if shown else None
+def _grids(media: Sequence[Encoded]) -> Tensor | None:
+    return torch.stack([each.grid for each in media]) if media else None
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,8 +1,7 @@
-"""What a judge needs of a vision-language model, whoever runs it.
+"""The interface to a vision-language model, whatever runs it.
 
-A judge needs two things of a model: completions of a chat, and the log-probabilities of given answers after a given
-beginning of the assistant's turn. Everything above this module is written against the protocol, so the whole chain
-runs on a fake.
+A judge needs two things of a model: completions of a chat, and log-probabilities of given labels after a given start of
+the assistant's turn. Everything above this module uses the protocol only, so tests can run on a fake.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ class VLM(Protocol):
         """
         ...
 
-    def answer_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Log-probabilities (B, A) float32 of each answer as the token after `prefixes` in the assistant's turn."""
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> Tensor:
+        """Log-probabilities (B, labels) float32 of each label as the token after `prefixes` in the assistant's turn."""
         ...
 
-    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What `answer_logprobs` gives, and how likely the model would have begun so itself, from one pass.
+    def read(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`label_logprobs`, and how likely the model finds each prefix, from one pass.
 
         The second is the mean log-probability (B,) float32 of each prefix's tokens, none counted below `LEAST_LOGPROB`.
         """
@@ -51,7 +50,7 @@ class VLM(Protocol):
 
 
 LEAST_LOGPROB = -5.0
-"""Where a surprising token stops counting: one odd word must not outweigh all the others of a thought."""
+"""The lowest log-probability that a token counts with: one odd word must not outweigh a whole thought."""
 
 BROKEN = "{} gave {}; the checkpoint is damaged or its dtype overflows: load it with dtype='float32' to find out"
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, cast
 from PIL.Image import Image
 
 from listener_reward.chat import FOREIGN_RESERVED, ChatFormat
-from listener_reward.conclude import Weighed, make_verdict
+from listener_reward.conclude import Evidence, make_verdict
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_still, to_visual
@@ -133,14 +133,14 @@ class EndpointJudge:
                 {"type": "image_url", "image_url": {"url": next(images)}} if block["type"] == "image" else block
                 for block in message["content"]
             ]
-        answer = self._post({"model": self._model, "messages": messages})
-        if answer is None:
+        response = self._post({"model": self._model, "messages": messages})
+        if response is None:
             return _Reply("", None, 0.5)
         try:
-            choice = answer["choices"][0]
+            choice = response["choices"][0]
             text: Any = choice["message"].get("content") or ""
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise JudgeError(f"{self.name} answered without choices: {str(answer)[:200]}") from error
+            raise JudgeError(f"{self.name} answered without choices: {str(response)[:200]}") from error
         if isinstance(text, list):
             parts = cast("list[Any]", text)
             text = "".join(
@@ -175,7 +175,7 @@ class EndpointJudge:
                 failure, wait = f"{type(error).__name__}: {error}", ""
             if number + 1 < self._tries:
                 time.sleep(self._wait(number, wait))
-        raise JudgeError(f"{self.name} gave no answer in {self._tries} tries; the last time, {failure}")
+        raise JudgeError(f"{self.name} gave no response in {self._tries} tries; the last time, {failure}")
 
     def _send(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -215,13 +215,13 @@ def endpoint_judge(name: str) -> EndpointJudge:
 
 def _read(text: str, logprobs: Any) -> _Reply:
     """The one answer of a reply. One that gives none, or both, is malformed; nothing is guessed."""
-    answers = set(_ANSWER.findall(text)) or ({text.strip()} & {"1", "2"})
+    labels = set(_ANSWER.findall(text)) or ({text.strip()} & {"1", "2"})
     thought = _TAGS.sub("", _ANSWER.sub("", text)).strip()
-    if len(answers) != 1:
+    if len(labels) != 1:
         return _Reply(thought, None, 0.5)
-    first = answers == {"1"}
+    first = labels == {"1"}
     p = _probability(logprobs, "1" if first else "2")
-    return _Reply("" if thought in answers else thought, 1 if first else 2, float(first) if p is None else p)
+    return _Reply("" if thought in labels else thought, 1 if first else 2, float(first) if p is None else p)
 
 
 def _probability(logprobs: Any, answer: str) -> float | None:
@@ -255,7 +255,7 @@ def _data_url(image: Image, max_side: int) -> str:
 def _verdict(straight: _Reply, swapped: _Reply) -> Verdict:
     high = 0.5 + abs(straight.p - swapped.p) / 2  # each is about the image shown first
     flipped: dict[Any, Literal[1, 2] | None] = {1: 2, 2: 1, None: None}
-    said = Weighed(
+    said = Evidence(
         p_first=high if straight.p >= swapped.p else 1 - high,  # exact, so that swapping gives exactly 1 - p_first
         by_order=(straight.p, 1 - swapped.p),
         position_gap=straight.p + swapped.p - 1,

@@ -21,7 +21,7 @@ import torch
 from PIL.Image import Image
 from scipy.special import expit
 
-from listener_reward.conclude import Weighed, make_verdict
+from listener_reward.conclude import Evidence, make_verdict
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
@@ -111,7 +111,7 @@ def _verdict(log_odds: float) -> Verdict:
     # 1 - x is exact for x in [1/2, 1], so the mirror image of a verdict is exact.
     high = float(expit(abs(log_odds)))
     p_first = high if log_odds >= 0 else 1 - high
-    return make_verdict([Weighed(p_first, by_order=(p_first, p_first), position_gap=0.0)])
+    return make_verdict([Evidence(p_first, by_order=(p_first, p_first), position_gap=0.0)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

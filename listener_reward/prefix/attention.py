@@ -1,4 +1,4 @@
-"""Attention of rows that share prompts, and of their rollouts, put into a stock transformers model.
+"""Attention for rows that fraction prompts, and for their rollouts, inside a stock transformers model.
 
 It goes in through transformers' public `AttentionInterface`, under a name of its own. A model attends by it once
 `take_layouts` has been called for it; other models of the process are not touched. Such a model does what it always did
@@ -33,7 +33,7 @@ ATTENTION = "shared_prefix_sdpa"
 _STOCK_SDPA: Callable[..., tuple[Tensor, None]] = cast("Any", sdpa_attention).sdpa_attention_forward
 
 WORTH_A_CALL = 2**21
-"""Scores times their heads' size from which one continuation's attention on a CPU is worth a call of its own."""
+"""Least work, in scores times head size, at which a continuation gets its own attention call on a CPU."""
 
 
 def unsupported(model: Any) -> str | None:
@@ -57,7 +57,7 @@ def unsupported(model: Any) -> str | None:
 class Layout:
     """Which tokens of a row belong to which prompt and continuation, and the attention among them.
 
-    A plain object, not a dict or a dataclass: wrappers of distributed training rebuild those on the way in.
+    A plain object, not a dict or a dataclass: distributed training's wrappers rebuild dicts and dataclasses.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Layout:
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
         """If a dict, each layer's keys and values of the prompts are put into it, (B, heads, longest prompt, dim)."""
         self.read: tuple[int, Tensor] | None = None
-        """The last layer and the places of the row (n,) whose output is read there; None where all are."""
+        """The last layer, and the places in the row (n,) whose output is read; None if all are read."""
         self._masks: dict[torch.dtype, Tensor] = {}
         self._tails: dict[torch.dtype, Tensor] = {}
 
@@ -115,7 +115,7 @@ class Layout:
         long, short = self.longest
         slots = len(self.prefixes) * long
         whole = query
-        query, key, value = (self._spread(x[0].transpose(0, 1)) for x in (query, key, value))
+        query, key, value = (self._to_slots(x[0].transpose(0, 1)) for x in (query, key, value))
 
         def part(x: Tensor, start: int, stop: int | None, width: int) -> Tensor:
             return torch.unflatten(x[start:stop], 0, (-1, width)).transpose(1, 2)
@@ -130,8 +130,8 @@ class Layout:
         )
         parts = [first.transpose(1, 2).flatten(0, 1)]
         if short:
-            # Query heads that share keys stand one after the other: CUDA's fused kernels take a mask only with as many
-            # query heads as key heads, and others would be computed with every score in memory.
+            # Query heads that fraction keys stand one after the other: CUDA's fused kernels take a mask only with as
+            # many query heads as key heads, and others would be computed with every score in memory.
             own = torch.unflatten(part(query, slots, None, short), 1, (key.shape[1], -1))
             second = scaled_dot_product_attention(
                 own.flatten(2, 3),
@@ -141,7 +141,7 @@ class Layout:
                 scale=scaling,
             )
             parts.append(torch.unflatten(second, 2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
-        return self._gather(torch.cat(parts))[None]
+        return self._to_tokens(torch.cat(parts))[None]
 
     def _ragged(self, query: Tensor) -> bool:
         """Whether padding every continuation to the longest costs more than a call for each of them."""
@@ -174,7 +174,7 @@ class Layout:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def _read_within(self, module: Any, start: int, stop: int) -> Tensor:
-        """Which of the row's tokens from `start` to `stop` `module`'s output is read of, counted from `start`."""
+        """The tokens from `start` to `stop` whose output of `module` is read, counted from `start`."""
         if self.read is None or self.read[0] != module.layer_idx:
             return torch.arange(stop - start)
         places = self.read[1]
@@ -228,11 +228,11 @@ class Layout:
             token, slot = token + length, slot + width
         return tokens.to(self.device), slots.to(self.device)
 
-    def _spread(self, tokens: Tensor) -> Tensor:
-        """(S, ...) tokens to (slots, ...); padding holds whatever."""
+    def _to_slots(self, tokens: Tensor) -> Tensor:
+        """(S, ...) tokens to (slots, ...); padding holds arbitrary values."""
         return tokens if self._index is None else cast("Any", _Place).apply(tokens, *self._index)
 
-    def _gather(self, slots: Tensor) -> Tensor:
+    def _to_tokens(self, slots: Tensor) -> Tensor:
         """(slots, ...) to (S, ...) tokens."""
         return slots if self._index is None else cast("Any", _Pick).apply(slots, *self._index)
 
@@ -281,7 +281,7 @@ class _Pick(torch.autograd.Function):
 
 
 class Decoding:
-    """The keys and values of a rollout: each prompt's once, and one growing stretch for every row of its group.
+    """The keys and values of a rollout: each prompt's once, and a growing cache for every row.
 
     One decoding step is a row of one token for each row still going; `attend` scores it against its prompt, all rows of
     a group in one matrix product, and against its own past.
@@ -406,14 +406,14 @@ def _product_of_halves(left: Tensor, right: Tensor) -> Tensor:
 def attention_inputs(layout: Layout | Decoding, like: Tensor) -> dict[str, Any]:
     """The arguments of a forward pass that put `layout` in place of causal attention.
 
-    A mask of four dimensions is what transformers takes for finished, so it makes none of its own. The model has to
-    take layouts, see `take_layouts`.
+    transformers takes a mask of four dimensions as finished and makes none of its own. The model has to take layouts,
+    see `take_layouts`.
     """
     return {"shared_prefix": layout, "attention_mask": like.new_zeros(1, 1, 1, 1)}
 
 
 def check_used(layout: Layout | Decoding, model: Any) -> None:
-    """Raises RuntimeError unless every attention layer of `model` has used `layout`: then the result is not to be had.
+    """Raises RuntimeError unless every attention layer of `model` has used `layout`: the result would be wrong.
 
     It cannot happen with the architectures in `MODEL_TYPES` after `take_layouts`; a subclass that drops keywords, or a
     model whose attention was chosen anew since, would read nonsense.

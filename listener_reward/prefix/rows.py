@@ -1,15 +1,15 @@
 """The shared-prefix engine: images and prompt once per group, then G continuations.
 
-A group is one prompt (a chat with its images, tokenised) and G continuations of it. Stock code runs G copies of the
-prompt; here a forward pass sees one row
+A group is one prompt (a chat with its images, tokenised) and G continuations of the prompt. Stock code runs G copies of
+the prompt. Here a forward pass sees one row:
 
     prompt 1 | prompt 2 | ... | continuation 1.1 | continuation 1.2 | ... | continuation 2.1 | ...
 
-in which every token-wise layer does each prompt once, and attention is done in two parts: prompts attend causally to
-themselves, continuations to their own prompt and to themselves. Positions are the ones that each continuation would
-have alone (M-RoPE), so the results are those of the G copies up to rounding, with gradients or without. Memory and work
-grow with prompt + G * continuation, and no mask of the whole row is ever made; but attention takes a copy of the
-prompt's keys and values for each continuation.
+Every token-wise layer computes each prompt once. Attention has two parts: prompts attend causally to themselves,
+continuations to their own prompt and to themselves. Each continuation keeps the positions (M-RoPE) that it would have
+alone, so the results are those of G copies up to rounding, with or without gradients. Memory and work grow with prompt
++ G * continuation. No mask of the whole row is made, but attention copies the prompt's keys and values for each
+continuation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prompt(NamedTuple):
     positions: Tensor
     """M-RoPE positions (3, P) int64."""
     images: Any = None
-    """Whatever names the prompt's images to the caller; the engine does not look at it."""
+    """The caller's own record of the prompt's images; the engine does not read it."""
 
 
 def prompt_positions(
@@ -49,8 +49,8 @@ def prompt_positions(
 ) -> Tensor:
     """M-RoPE positions (3, P) int64 of one prompt `ids` (P,), whose images have patch grids `grids` (n, 3).
 
-    Its videos have `video_grids` (m, 3) and, from one patch to the next in time, `seconds_per_patch` (m,), which
-    Qwen2.5-VL spaces its positions by.
+    The prompt's videos have patch grids `video_grids` (m, 3). `seconds_per_patch` (m,) is the time from one patch to
+    the next, by which Qwen2.5-VL spaces positions.
     """
     core, config = base_model(model).model, base_model(model).config
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
@@ -70,7 +70,7 @@ class Row(NamedTuple):
     inputs: dict[str, Any]
     """`input_ids` (1, S), `position_ids` (3, 1, S), the layout and a mask that keeps transformers from making one."""
     ends: Tensor
-    """Where in the row each continuation's last token stands, (N,) int64."""
+    """Index in the row of each continuation's last token, (N,) int64."""
     labels: Tensor
     """The token that each position predicts, (1, S) int64; `IGNORED` in prompts and after a continuation's end."""
 
@@ -80,9 +80,9 @@ def pack(
 ) -> Row:
     """One row of several groups; `continuations[i]` are the token ids (C,) that follow `prompts[i]`.
 
-    A prompt's last token opens each of its continuations, so that every prediction of a continuation is made inside its
-    own segment. With `open_end` the row also holds each continuation's last token, which predicts what comes next;
-    without, that token is only a label. `kernel`, one of `KERNELS`, computes the row's attention.
+    A prompt's last token is moved to the start of each continuation, so that a continuation's predictions all lie in
+    its own segment. With `open_end` the row also holds each continuation's last token, which predicts the next token;
+    without, the last token is only a label. `kernel`, one of `KERNELS`, computes the row's attention.
     """
     segments = [(prompt, c) for prompt, group in zip(prompts, continuations, strict=True) for c in group]
     ids = [prompt.ids[:-1] for prompt in prompts]
@@ -90,11 +90,11 @@ def pack(
     labels = [torch.full_like(part, IGNORED) for part in ids]
     lengths: list[int] = []
     for prompt, tokens in segments:
-        shown = torch.cat([prompt.ids[-1:], tokens if open_end else tokens[:-1]])
-        ids.append(shown)
-        positions.append(prompt.positions[:, -1:] + torch.arange(len(shown), device=shown.device))
-        labels.append(pad(tokens, (0, len(shown) - len(tokens)), value=IGNORED))
-        lengths.append(len(shown))
+        segment_ids = torch.cat([prompt.ids[-1:], tokens if open_end else tokens[:-1]])
+        ids.append(segment_ids)
+        positions.append(prompt.positions[:, -1:] + torch.arange(len(segment_ids), device=segment_ids.device))
+        labels.append(pad(tokens, (0, len(segment_ids) - len(tokens)), value=IGNORED))
+        lengths.append(len(segment_ids))
     row = torch.cat(ids)[None]
     prefixes, groups = [len(prompt.ids) - 1 for prompt in prompts], [len(group) for group in continuations]
     layout = Layout(prefixes, lengths, groups, row.device, kernel)
@@ -107,7 +107,7 @@ def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Itera
     """Splits groups into rows of at most `budget` tokens.
 
     `lengths[i]` is the length of prompt i and those of its continuations. A row is a list of (group, its members). A
-    group that alone exceeds the budget is spread over several rows, each with the prompt again; one prompt with one
+    group that alone exceeds the budget is split over several rows, each with the prompt again. One prompt with one
     continuation is never split.
     """
     row: list[tuple[int, list[int]]] = []
@@ -131,8 +131,8 @@ def budgeted(lengths: Sequence[tuple[int, Sequence[int]]], budget: int) -> Itera
 def read_only_at(model: Any, row: Row, places: Tensor) -> Generator[None]:
     """Inside, only the tokens of `row` at `places` (n,) have a meaningful last hidden state, and the rest cost less.
 
-    The last layer needs every token's keys and values; queries, attention's output and MLP only of those that are read.
-    For passes without gradients.
+    The last layer computes keys and values of every token, but queries, attention output and MLP only at `places`. For
+    passes without gradients.
     """
     last = base_model(model).model.language_model.layers[-1]
     row.inputs["shared_prefix"].read = last.self_attn.layer_idx, places

@@ -1,7 +1,7 @@
-"""Sampling a group: the prompt is prefilled once, its G completions are drawn from it, finished ones stop costing.
+"""Samples a group: prefills the prompt once, draws G completions, and drops finished ones from the batch.
 
-The tokens are those that transformers' own `generate` draws with the same seed: it prepares everything as always, and
-only its loop over tokens is replaced, through its public argument `custom_generate`.
+The tokens are those that transformers' own `generate` draws with the same seed. `generate` prepares everything as
+always; its public argument `custom_generate` replaces only the loop over tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from listener_reward.prefix.attention import Decoding, Layout, attention_inputs,
 from listener_reward.prefix.rows import Prompt, budgeted, pack, read_only_at
 
 COMPACT_BELOW = 0.75
-"""Finished rows are dropped once no more than this share is still going: dropping copies what the others have kept."""
+"""Finished rows are dropped once at most this fraction is unfinished: dropping copies the other rows' keys and
+values."""
 
 
 Kept = dict[int, tuple[Tensor, Tensor]]
@@ -37,9 +38,9 @@ def prefill(
 ) -> Kept:
     """Reads all but the last token of each prompt, in passes of at most `token_budget` tokens.
 
-    `vision` gives, for some of the prompts, the arguments that put their images into the model's forward pass. A
-    prompt that alone exceeds the budget has a pass of its own. With `synced`, every process runs as many passes as the
-    one that needs most: sharded weights are gathered by all of them together.
+    `vision` returns the forward pass's image arguments for some of the prompts. A prompt that alone exceeds the budget
+    has its own pass. With `synced`, every process runs as many passes as the process with most: all processes gather
+    sharded weights together.
     """
     passes: list[Kept] = []
     lengths = [(len(prompt.ids), [0]) for prompt in prompts]
@@ -85,7 +86,7 @@ def sample(
         prompts: the prompts, and `kept` what `prefill` gave for them.
         owner: the prompt of each of N rows.
         pad_token_id: what stands before shorter prompts and after shorter completions.
-        synced: go on until every process's rows are finished, as sharded weights want it; transformers does not hand
+        synced: go on until every process's rows are finished, which sharded weights require. transformers does not pass
             its own `synced_gpus` to a `custom_generate`.
         options: for `generate`: a generation_config, logits processors, max_new_tokens, ...
 
@@ -144,8 +145,8 @@ def _draw(
         decoding.step += 1
         if scores.numel() == 0:
             scores = logits.new_zeros(len(input_ids), logits.shape[-1])
-        # All rows take part in the draw, the finished ones in vain: so each of the others gets the random numbers
-        # that it gets in `generate`.
+        # All rows take part in the draw, finished rows too, so that each row gets the random numbers that it gets in
+        # `generate`.
         scores[rows] = logits
         warped = logits_processor(input_ids, scores.clone())
         if generation_config.do_sample:

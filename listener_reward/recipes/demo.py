@@ -1,7 +1,7 @@
 """`listener-reward demo`: the whole method in a tiny world, on two cores, in a quarter of an hour.
 
 From one base, with the same pairs, seed and steps, it trains a reasoner by accuracy-only GRPO and one by
-listener-shaped GRPO, measures both beside the base and a supervised baseline on every split, ranks pictures from disk
+listener-shaped GRPO, evaluates both beside the base and a supervised baseline on every split, ranks pictures from disk
 with the better of the two, and writes `results.json` and `report.html`.
 """
 
@@ -24,7 +24,7 @@ from listener_reward import __version__
 from listener_reward.datasets import load_pairs
 from listener_reward.files import write_text
 from listener_reward.media.images import to_pil
-from listener_reward.recipes.arms import ARMS, SPLITS, Recipe, measure, train_arm, train_sft_arm
+from listener_reward.recipes.variants import SPLITS, VARIANTS, Recipe, evaluate_splits, train_sft_variant, train_variant
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.report import write_report
 
@@ -57,20 +57,20 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
     versions = {"listener-reward": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS}}
     console = Console(stderr=True)
     console.print(f"[bold]1/4[/] Training {recipe.steps} steps of GRPO twice, and the supervised baseline")
-    folders = {name: str(out / name.replace(" ", "-")) for name in (*ARMS, "SFT")}
+    folders = {name: str(out / name.replace(" ", "-")) for name in (*VARIANTS, "SFT")}
     jobs: dict[str, Any] = {
-        name: (train_arm, {"weights": weights, "out": folders[name], "seed": seed, "recipe": recipe})
-        for name, weights in ARMS.items()
+        name: (train_variant, {"weights": weights, "out": folders[name], "seed": seed, "recipe": recipe})
+        for name, weights in VARIANTS.items()
     }
-    jobs["SFT"] = (train_sft_arm, {"out": folders["SFT"], "seed": seed, "recipe": recipe})
+    jobs["SFT"] = (train_sft_variant, {"out": folders["SFT"], "seed": seed, "recipe": recipe})
     trained = run_side_by_side(jobs, console=console)
 
     console.print(f"[bold]2/4[/] Judging {recipe.test_pairs} pairs of each split with every model, in both orders")
-    models = {"base": recipe.base, "SFT": folders["SFT"], **{arm: folders[arm] for arm in ARMS}}
-    measured = run_side_by_side(
+    models = {"base": recipe.base, "SFT": folders["SFT"], **{variant: folders[variant] for variant in VARIANTS}}
+    evaluations = run_side_by_side(
         {
             name: (
-                measure,
+                evaluate_splits,
                 {
                     "model": model,
                     "splits": SPLITS,
@@ -83,12 +83,12 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         },
         console=console,
     )
-    table = [{**measured[name][split], "model": name, "split": split} for split in SPLITS for name in models]
+    table = [{**evaluations[name][split], "model": name, "split": split} for split in SPLITS for name in models]
 
     console.print("[bold]3/4[/] Ranking pictures from disk, and picking pairs to look at")
-    winner = max(ARMS, key=lambda arm: sum(measured[arm][split]["accuracy"] for split in SPLITS))
-    models = {arm: folders[arm] for arm in ARMS}
-    shown = run_side_by_side(
+    winner = max(VARIANTS, key=lambda variant: sum(evaluations[variant][split]["accuracy"] for split in SPLITS))
+    models = {variant: folders[variant] for variant in VARIANTS}
+    examples = run_side_by_side(
         {"pictures": (look, {"models": models, "winner": winner, "out": str(out)})}, console=console
     )["pictures"]
 
@@ -98,11 +98,15 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "listener-reward demo" + (" --quick" if quick else "") + f" --steps {recipe.steps} --seed {seed}",
         "versions": versions,
-        "settings": {**asdict(recipe), "seed": seed, "arms": {name: list(weights) for name, weights in ARMS.items()}},
-        "curves": {arm: trained[arm] for arm in ARMS},
+        "settings": {
+            **asdict(recipe),
+            "seed": seed,
+            "arms": {name: list(weights) for name, weights in VARIANTS.items()},
+        },
+        "curves": {variant: trained[variant] for variant in VARIANTS},
         "splits": CAPTIONS,
         "table": table,
-        **shown,
+        **examples,
     }
     write_text(out / "results.json", json.dumps(results, indent=1))
     page = write_report(out / "report.html", results)
@@ -111,7 +115,7 @@ def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bo
 
 
 def look(report: Report, models: Mapping[str, str], winner: str, out: str, each: int = 2) -> dict[str, Any]:
-    """A dozen judged pairs, `each` of every arm and split, and the winner's ranking of picture files."""
+    """A dozen judged pairs, `each` of every variant and split, and the winner's ranking of picture files."""
     from listener_reward.judge import Judge
 
     judges = {name: Judge.from_pretrained(folder, listener="tiny-listener") for name, folder in models.items()}

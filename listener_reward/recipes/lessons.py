@@ -27,7 +27,8 @@ ERRORS = (0.35, 0.35, 1.0)
 the prompt, so a description cannot be copied from it."""
 
 LITTERED = 0.4
-"""Share of the judge's prompts that are littered with words that mean nothing there, which must not move the answer."""
+"""Fraction of the judge's prompts that are littered with words that mean nothing there, which must not move the
+answer."""
 
 DISTURBED = {"littered": 0.25, "misled": 0.2, "silent": 0.25}
 """Shares of thoughts that are read there and not spoken, so that the answer follows the pictures whatever stands before

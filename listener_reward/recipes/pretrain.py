@@ -39,8 +39,8 @@ from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.calibrate import calibrate
 from listener_reward.files import write_text
 from listener_reward.judge import Judge
-from listener_reward.recipes.arms import ARMS, LISTENER_SHAPED, SPLITS, Recipe, measure, train_arm
 from listener_reward.recipes.lessons import DISTURBED, LITTERED, Lesson, Mixed, any_pairs, drawn_lessons, drawn_pictures
+from listener_reward.recipes.variants import LISTENER_SHAPED, SPLITS, VARIANTS, Recipe, evaluate_splits, train_variant
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.tiny.diffusion import WEIGHTS as DIFFUSION
 from listener_reward.tiny.generated import samples
@@ -144,7 +144,7 @@ def teach_to_speak(
     """Trains the whole model on pictures, thoughts and answers.
 
     Where `disturb` gives another thought for one, the model reads that and learns the answer only. With `voters`, the
-    share of people who prefer the first image, it learns to answer "1" as often as they do.
+    fraction of people who prefer the first image, it learns to answer "1" as often as they do.
     """
     parameters = list(model.parameters())
     optimizer, schedule = _optimizer(parameters, stage)
@@ -157,8 +157,8 @@ def teach_to_speak(
         texts = [_turns(processor, chat, *row) for chat, row in zip(chats, rows, strict=True)]
         images = [image for both in pictures for image in both]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        shares = None if voters is None else [voters(pair) for pair in pairs]
-        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others], shares=shares)
+        p_firsts = None if voters is None else [voters(pair) for pair in pairs]
+        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others], p_firsts=p_firsts)
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
             report(step + 1, f"speaks, loss {loss.item():.2f}")
@@ -253,12 +253,12 @@ def _speech_loss(
     processor: Any,
     inputs: Any,
     spoken: Sequence[bool] | None = None,
-    shares: Sequence[float] | None = None,
+    p_firsts: Sequence[float] | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of thought and answer, weighted towards the words that take a comparison.
 
-    Of rows that are not `spoken` only the answer counts. With `shares` an answer is "1" to that share and "2" to the
-    rest, whatever stands there.
+    Of rows that are not `spoken` only the answer counts. With `p_firsts` an answer is "1" to that fraction and "2" to
+    the rest, whatever stands there.
     """
     tokens = processor.tokenizer.convert_tokens_to_ids
     ids, attended = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -270,11 +270,11 @@ def _speech_loss(
     weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
     logits = model(**inputs).logits[:, :-1]
     nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    if shares is not None:
+    if p_firsts is not None:
         rows, places = torch.nonzero(ids[:, :-1] == tokens("<answer>"), as_tuple=True)
         first, second = (-logits[rows, places].log_softmax(-1)[:, tokens(label)] for label in "12")
-        share = torch.tensor(shares)[rows]
-        nll = nll.index_put((rows, places), share * first + (1 - share) * second)
+        p_first = torch.tensor(p_firsts)[rows]
+        nll = nll.index_put((rows, places), p_first * first + (1 - p_first) * second)
     return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
@@ -352,7 +352,7 @@ def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
             for split, kind in (("train", "drawn"), ("generated", "generated"))
         ]
     )
-    train_arm(report, weights=ARMS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe, pairs=pairs)
+    train_variant(report, weights=VARIANTS[LISTENER_SHAPED], out=str(trained), seed=0, recipe=recipe, pairs=pairs)
     mixed = Mixed(torch.load(generated, weights_only=False), random.Random("judge"))
     processor = build_processor()
     model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32, trust_remote_code=False)
@@ -383,17 +383,17 @@ def calibrate_judge(report: Report, out: str) -> None:
 def write_card(out: Path) -> None:
     """Measures base and judge on every split and on generated pictures, and writes `README.md` beside the weights."""
     recipe = _recipe(out)
-    measured = run_side_by_side(
+    evaluations = run_side_by_side(
         {
             f"judging with the {name}": (
-                measure,
+                evaluate_splits,
                 {"model": str(out / name), "splits": CARD_SPLITS, "pairs": 400, "listener": recipe.listener},
             )
             for name in ("base", "judge")
         }
     )
     rows = []
-    for name, table in measured.items():
+    for name, table in evaluations.items():
         for split in CARD_SPLITS:
             scores = table[split]
             low, high = scores["accuracy_interval"]

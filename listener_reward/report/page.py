@@ -20,7 +20,14 @@ import jinja2
 
 from listener_reward.files import write_text
 from listener_reward.report.pairs import filters, pair_card, ranked
-from listener_reward.report.plots import METRICS, arm_color, coverage_panel, curve_panel, gap_panel, reliability_panel
+from listener_reward.report.plots import (
+    METRICS,
+    coverage_panel,
+    curve_panel,
+    gap_panel,
+    reliability_panel,
+    variant_color,
+)
 from listener_reward.report.tables import (
     COLUMNS,
     MORE_COLUMNS,
@@ -55,8 +62,8 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
       `diagnostics` (`diagnostics.diagnose`), `paired` (`PairedTest.to_dict()`) and `against`, the model it is to.
     - `splits`: split to `title` and `meaning`, how the page calls it and what it says of it, in the order of the page.
       A split that is not there has its own name for a title.
-    - `curves`: arm to `{"step": [...], "reward": [...], "accuracy": [...], "listener": [...], "contradiction": [...],
-      "malformed": [...]}`, lists of equal length; rates in [0, 1]; None where nothing was measured.
+    - `curves`: variant to `{"step": [...], "reward": [...], "accuracy": [...], "listener": [...], "contradiction":
+      [...], "malformed": [...]}`, lists of equal length; rates in [0, 1]; None where nothing was measured.
     - `ranking`: `Ranking.to_dict()` with `prompt` and `images` (base64 of PNG, JPEG or WebP) added.
     - `pairs`: mappings with `prompt`, `split`, `model`, `p_first`, `first_png`, `second_png` (base64) and `verdict`
       (`Verdict.to_dict()`), optionally `id`; as `Gallery.pairs` has them. `pairs_title` and `pairs_note`: text.
@@ -83,7 +90,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
         splits=splits(table, captions, scale),
         protocols=protocols(table, captions),
         breakdown=_breakdown(table, captions, colors),
-        arms=[{"name": name, "color": colors[name]["color"]} for name in curves],
+        variants=[{"name": name, "color": colors[name]["color"]} for name in curves],
         panels=[curve_panel(metric, curves) for metric in METRICS],
         ranking=ranked(to_mapping(results.get("ranking"))),
         pairs_title=results.get("pairs_title") or "Judged pairs",
@@ -115,7 +122,7 @@ def _environment() -> jinja2.Environment:
 def _colors(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """One colour for each model, the same in all drawings; a fifth model has the first colour again, dashed."""
     distinct = dict.fromkeys(names)
-    return {name: {"color": arm_color(index), "dashed": index >= 4} for index, name in enumerate(distinct)}
+    return {name: {"color": variant_color(index), "dashed": index >= 4} for index, name in enumerate(distinct)}
 
 
 def _breakdown(
@@ -151,7 +158,7 @@ def _model(row: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "coverage": found.get("coverage"),
         "kept": [
-            {"wanted": to_percent(one.get("wanted")), "share": to_percent(one.get("share")), **_accuracy(one)}
+            {"wanted": to_percent(one.get("wanted")), "fraction": to_percent(one.get("share")), **_accuracy(one)}
             for one in kept
         ],
         "gaps": gap_panel(position.get("counts")),

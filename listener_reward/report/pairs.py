@@ -12,12 +12,12 @@ from PIL import Image
 from listener_reward.report.tables import Caption
 from listener_reward.report.values import (
     to_decimals,
+    to_fraction,
     to_list,
     to_mapping,
     to_number,
     to_percent,
     to_printable,
-    to_share,
 )
 
 PIXELATED_BELOW = 192
@@ -51,17 +51,17 @@ def ranked(ranking: Mapping[str, Any]) -> dict[str, Any]:
         entries[-1] |= {
             "score": to_decimals(score, 2, sign=True),
             "error": to_decimals(error, 2),
-            "spread": error or 0.0,
+            "half_width": error or 0.0,
         }
     placed = [entry for entry in entries if entry["value"] is not None]
     if placed:
-        low = min(entry["value"] - entry["spread"] for entry in placed)
-        high = max(entry["value"] + entry["spread"] for entry in placed)
+        low = min(entry["value"] - entry["half_width"] for entry in placed)
+        high = max(entry["value"] + entry["half_width"] for entry in placed)
         margin = 0.08 * (high - low) or 1.0
         low, span = low - margin, high - low + 2 * margin
         for entry in placed:
             entry["dot"] = (entry["value"] - low) / span
-            entry["whisker"] = tuple((entry["value"] + side * entry["spread"] - low) / span for side in (-1, 1))
+            entry["whisker"] = tuple((entry["value"] + side * entry["half_width"] - low) / span for side in (-1, 1))
             entry["zero"] = -low / span
     return {
         "prompt": ranking.get("prompt"),
@@ -75,11 +75,11 @@ def pair_card(pair: Mapping[str, Any], captions: Mapping[str, Caption]) -> dict[
     thoughts = [_thought(to_mapping(thought)) for thought in to_list(verdict.get("thoughts"))]
     # The first thought of each order is shown; the rest folds away.
     first_of_order = {thought["order"]: i for i, thought in reversed(list(enumerate(thoughts)))}
-    shown = [thought for i, thought in enumerate(thoughts) if i in first_of_order.values()]
+    visible = [thought for i, thought in enumerate(thoughts) if i in first_of_order.values()]
     folded = [thought for i, thought in enumerate(thoughts) if i not in first_of_order.values()]
     split = pair.get("split")
-    people = to_share(pair.get("p_first"))
-    listener = to_share(verdict.get("listener_p_first"))
+    people = to_fraction(pair.get("p_first"))
+    listener = to_fraction(verdict.get("listener_p_first"))
     contradicted = bool(verdict.get("contradicted"))
     return {
         "prompt": pair.get("prompt"),
@@ -94,10 +94,10 @@ def pair_card(pair: Mapping[str, Any], captions: Mapping[str, Caption]) -> dict[
         "contradicted_thoughts": 0 if contradicted else sum(thought["contradicted"] for thought in thoughts),
         "bars": [
             _bar("people", people),
-            _bar("judge", to_share(verdict.get("p_first"))),
+            _bar("judge", to_fraction(verdict.get("p_first"))),
             _bar("listener", listener, warn=contradicted),
         ],
-        "thoughts": shown,
+        "thoughts": visible,
         "folded": folded,
         "folded_contradicted": sum(thought["contradicted"] for thought in folded),
         "position_gap": to_decimals(verdict.get("position_gap"), 2, sign=True),
@@ -113,7 +113,7 @@ def filters(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     def told(pair: Mapping[str, Any], name: str) -> str:
         if name == "contradicted":
-            if pair["bars"][2]["share"] is None:
+            if pair["bars"][2]["fraction"] is None:
                 return "no listener"
             return "contradicted" if pair["contradicted"] or pair["contradicted_thoughts"] else "not contradicted"
         return str(to_printable(pair[name]))
@@ -142,7 +142,7 @@ def _bar(name: str, p_first: float | None, *, warn: bool = False) -> dict[str, A
     second = None if p_first is None else 1 - p_first
     return {
         "name": name,
-        "share": p_first,
+        "fraction": p_first,
         "first": to_percent(p_first),
         "second": to_percent(second),
         "warn": warn,
@@ -151,7 +151,7 @@ def _bar(name: str, p_first: float | None, *, warn: bool = False) -> dict[str, A
 
 def _thought(thought: Mapping[str, Any]) -> dict[str, Any]:
     answer = thought.get("answer") if thought.get("answer") in (1, 2) else None
-    own, p_first = to_share(thought.get("p_first")), to_share(thought.get("listener_p_first"))
+    own, p_first = to_fraction(thought.get("p_first")), to_fraction(thought.get("listener_p_first"))
     # How far the listener, who read the thought without its answer, would have given the same answer.
     agreement = None if p_first is None or answer is None else p_first if answer == 1 else 1 - p_first
     return {

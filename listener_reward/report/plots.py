@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from listener_reward.report.values import to_decimals, to_list, to_mapping, to_number, to_percent, to_share
+from listener_reward.report.values import to_decimals, to_fraction, to_list, to_mapping, to_number, to_percent
 
 LEFT, RIGHT, TOP, BOTTOM = 36, 312, 20, 152
 """The plot area of a panel, in the units of its view box (about one CSS pixel)."""
@@ -20,8 +20,8 @@ MAX_BANDS = 60
 """Steps of a panel that answer to the pointer; more would be thinner than a pointer can hit."""
 
 
-def arm_color(index: int) -> int:
-    """The number of an arm's CSS colour; there are four."""
+def variant_color(index: int) -> int:
+    """The number of a variant's CSS colour; there are four."""
     return index % 4 + 1
 
 
@@ -43,7 +43,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("reward", "Reward", "mean over a step; each arm's own reward", percent=False),
+    Metric("reward", "Reward", "mean over a step; each variant's own reward", percent=False),
     Metric("accuracy", "Accuracy", "the answer's agreement with the label"),
     Metric("listener", "Listener's confidence", "how far the thought convinces it of the label"),
     Metric("contradiction", "Contradictions", "the listener picks the other picture", from_zero=True),
@@ -53,8 +53,8 @@ METRICS = (
 
 def curve_panel(metric: Metric, curves: Mapping[str, Any]) -> dict[str, Any]:
     """A panel's lines, ticks and hover bands, in view box coordinates."""
-    arms = {name: _series(to_mapping(arm), metric.key) for name, arm in curves.items()}
-    known = [(step, value) for series in arms.values() for step, value in series if value is not None]
+    variants = {name: _series(to_mapping(variant), metric.key) for name, variant in curves.items()}
+    known = [(step, value) for series in variants.values() for step, value in series if value is not None]
     panel: dict[str, Any] = {"title": metric.title, "meaning": metric.meaning, "percent": metric.percent, "lines": []}
     panel |= {"x_ticks": [], "y_ticks": [], "bands": [], "empty": not known}
     if not known:
@@ -76,14 +76,14 @@ def curve_panel(metric: Metric, curves: Mapping[str, Any]) -> dict[str, Any]:
         return to_decimals(value, 1 if metric.percent else 2, percent=metric.percent)
 
     smoothed: dict[str, dict[float, float]] = {}
-    for index, (name, series) in enumerate(arms.items()):
+    for index, (name, series) in enumerate(variants.items()):
         steps = [step for step, _ in series]
         smooth = _smooth([value for _, value in series])
         smoothed[name] = {step: value for step, value in zip(steps, smooth, strict=True) if value is not None}
         panel["lines"].append(
             {
                 "name": name,
-                "color": arm_color(index),
+                "color": variant_color(index),
                 "raw": _path([(x(step), None if value is None else y(value)) for step, value in series]),
                 "smooth": _path([(x(s), None if v is None else y(v)) for s, v in zip(steps, smooth, strict=True)]),
                 "last": text(next((value for value in reversed(smooth) if value is not None), None)),
@@ -111,10 +111,10 @@ def curve_panel(metric: Metric, curves: Mapping[str, Any]) -> dict[str, Any]:
     return panel
 
 
-def _series(arm: Mapping[str, Any], key: str) -> list[tuple[float, float | None]]:
+def _series(variant: Mapping[str, Any], key: str) -> list[tuple[float, float | None]]:
     """(step, value) of a curve in the order of the steps; the position stands in for a step that is not known."""
-    values = [to_number(value) for value in to_list(arm.get(key))]
-    steps = [to_number(step) for step in to_list(arm.get("step"))][: len(values)]
+    values = [to_number(value) for value in to_list(variant.get(key))]
+    steps = [to_number(step) for step in to_list(variant.get("step"))][: len(values)]
     steps += [None] * (len(values) - len(steps))
     known = [float(i) if step is None else step for i, step in enumerate(steps)]
     return sorted(zip(known, values, strict=True), key=lambda point: point[0])
@@ -151,7 +151,7 @@ def reliability_panel(bins: object) -> dict[str, Any] | None:
     left, right, top, bottom = SQUARE
     known = []
     for one in map(to_mapping, to_list(bins)):
-        n, sure, agreed = to_number(one.get("n")), to_share(one.get("confidence")), to_share(one.get("agreement"))
+        n, sure, agreed = to_number(one.get("n")), to_fraction(one.get("confidence")), to_fraction(one.get("agreement"))
         if n and n > 0 and sure is not None and agreed is not None:
             known.append((n, max(sure, 0.5), agreed))
     if not known:
@@ -171,13 +171,13 @@ def reliability_panel(bins: object) -> dict[str, Any] | None:
 
 def coverage_panel(coverages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A line for each of `coverages` (`name`, `color`, `dashed`, and `coverage` of `diagnostics.diagnose`): accuracy of
-    the surest pairs against the share of pairs that they are. None where there is no line to draw."""
+    the surest pairs against the fraction of pairs that they are. None where there is no line to draw."""
     left, right, top, bottom = SQUARE
     lines = []
     for one in coverages:
         found = to_mapping(one.get("coverage"))
-        points = zip(map(to_share, to_list(found.get("share"))), map(to_share, to_list(found.get("accuracy"))))  # noqa: B905
-        known = [(share, accuracy) for share, accuracy in points if share is not None and accuracy is not None]
+        points = zip(map(to_fraction, to_list(found.get("share"))), map(to_fraction, to_list(found.get("accuracy"))))  # noqa: B905
+        known = [(fraction, accuracy) for fraction, accuracy in points if fraction is not None and accuracy is not None]
         if known:
             lines.append((one, known))
     if not lines:
@@ -186,8 +186,8 @@ def coverage_panel(coverages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     ticks = _ticks(min(0.5, *heights), max(heights))
     low, high = ticks[0], ticks[-1]
 
-    def place(share: float, accuracy: float) -> tuple[float, float]:
-        return round(left + (right - left) * share, 1), round(
+    def place(fraction: float, accuracy: float) -> tuple[float, float]:
+        return round(left + (right - left) * fraction, 1), round(
             bottom - (bottom - top) * (accuracy - low) / (high - low), 1
         )
 

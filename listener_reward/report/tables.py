@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from listener_reward.report.values import DASH, MINUS, to_decimals, to_ends, to_interval, to_mapping, to_share
+from listener_reward.report.values import DASH, MINUS, to_decimals, to_ends, to_fraction, to_interval, to_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ COLUMNS = (
     Column(
         "accuracy",
         "accuracy, %",
-        "share of pairs, ties among people left out, in which the judge picks the picture that most people prefer",
+        "fraction of pairs, ties among people left out, in which the judge picks the picture that most people prefer",
         digits=1,
         percent=True,
         best="highest",
@@ -54,12 +54,12 @@ COLUMNS = (
     Column(
         "contradiction_rate",
         "contradictions, %",
-        "share of thoughts after which the listener picks the other picture than the thought's own answer",
+        "fraction of thoughts after which the listener picks the other picture than the thought's own answer",
         digits=1,
         percent=True,
         interval="contradiction_interval",
     ),
-    Column("malformed_rate", "malformed, %", "share of thoughts without a readable answer", digits=1, percent=True),
+    Column("malformed_rate", "malformed, %", "fraction of thoughts without a readable answer", digits=1, percent=True),
     Column("position_gap", "position gap", "how far the judge's probability moves when the two pictures swap places"),
     Column("ece", "ECE", "expected calibration error: the gap between how sure the judge is and how often it is right"),
 )
@@ -78,10 +78,12 @@ MORE_COLUMNS = (
 
 def accuracy_axis(table: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """The ends of the axis that all accuracies share, in whole tens of per cent; one half is on it."""
-    shares = [
-        share for row in table for share in (to_share(row.get("accuracy")), *to_interval(row.get("accuracy_interval")))
+    fractions = [
+        fraction
+        for row in table
+        for fraction in (to_fraction(row.get("accuracy")), *to_interval(row.get("accuracy_interval")))
     ]
-    known = [0.5, *(share for share in shares if share is not None)]
+    known = [0.5, *(fraction for fraction in fractions if fraction is not None)]
     return 10 * math.floor(10 * min(known) - 1e-9), 10 * math.ceil(10 * max(known) + 1e-9)
 
 
@@ -106,15 +108,15 @@ def splits(
 
 
 def _split(caption: Caption, rows: Sequence[Mapping[str, Any]], scale: tuple[int, int]) -> dict[str, Any]:
-    def place(share: float | None) -> float | None:
-        return None if share is None else (100 * share - scale[0]) / (scale[1] - scale[0])
+    def place(fraction: float | None) -> float | None:
+        return None if fraction is None else (100 * fraction - scale[0]) / (scale[1] - scale[0])
 
     cells = {column.key: _cells(column, rows) for column in COLUMNS + MORE_COLUMNS}
     models = [
         {
             "name": row.get("model"),
             "cells": {key: column_cells[index] for key, column_cells in cells.items()},
-            "dot": place(to_share(row.get("accuracy"))),
+            "dot": place(to_fraction(row.get("accuracy"))),
             "whisker": [place(end) for end in to_interval(row.get("accuracy_interval"))],
             "half": place(0.5),
         }
@@ -123,8 +125,8 @@ def _split(caption: Caption, rows: Sequence[Mapping[str, Any]], scale: tuple[int
     sizes = {(to_decimals(row.get("n"), 0), to_decimals(row.get("n_ties"), 0)) for row in rows}
     n, ties = sizes.pop() if len(sizes) == 1 else (None, None)
     baselines = {to_decimals(row.get("always_first"), 1, percent=True): row.get("always_first") for row in rows}
-    text, share = baselines.popitem() if len(baselines) == 1 else (None, None)
-    baseline = {"text": text, "dot": place(to_share(share)), "half": place(0.5)} if text else None
+    text, fraction = baselines.popitem() if len(baselines) == 1 else (None, None)
+    baseline = {"text": text, "dot": place(to_fraction(fraction)), "half": place(0.5)} if text else None
     return asdict(caption) | {"models": models, "baseline": baseline, "n": n, "ties": ties}
 
 
@@ -138,11 +140,11 @@ def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     cells = []
     for row, text in zip(rows, texts, strict=True):
         low, high = to_interval(row.get(column.interval)) if column.interval else (None, None)
-        spread = None
+        ends_text = None
         if low is not None and high is not None:
             ends = [to_decimals(end, column.digits, percent=column.percent) for end in (low, high)]
-            spread = f"{ends[0]}{DASH}{ends[1]}"
-        cells.append({"text": text, "interval": spread, "best": best is not None and text == best})
+            ends_text = f"{ends[0]}{DASH}{ends[1]}"
+        cells.append({"text": text, "interval": ends_text, "best": best is not None and text == best})
     return cells
 
 
@@ -201,5 +203,5 @@ def _agreed(values: Iterable[object]) -> str | None:
 
 
 def _p_value(value: object) -> str | None:
-    p = to_share(value)
+    p = to_fraction(value)
     return None if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"

@@ -33,16 +33,16 @@ def to_decimals(value: object, digits: int, *, percent: bool = False, sign: bool
     return text.replace("-", MINUS)
 
 
-def to_share(value: object) -> float | None:
-    """`value` as a share in [0, 1], or None for what is not one."""
+def to_fraction(value: object) -> float | None:
+    """`value` as a fraction in [0, 1], or None for what is not one."""
     number = to_number(value)
     return None if number is None else min(1.0, max(0.0, number))
 
 
 def to_percent(value: object) -> str | None:
-    """A share as whole per cent."""
-    share = to_share(value)
-    return None if share is None else f"{100 * share:.0f} %"
+    """A fraction as whole per cent."""
+    fraction = to_fraction(value)
+    return None if fraction is None else f"{100 * fraction:.0f} %"
 
 
 def to_mapping(value: object) -> Mapping[str, Any]:
@@ -66,8 +66,8 @@ def to_text(value: object) -> str | None:
 
 
 def to_interval(value: object) -> tuple[float | None, float | None]:
-    """Both ends of an interval of shares, or twice None."""
-    ends = [to_share(end) for end in to_list(value)]
+    """Both ends of an interval of fractions, or twice None."""
+    ends = [to_fraction(end) for end in to_list(value)]
     return (ends[0], ends[1]) if len(ends) == 2 else (None, None)
 
 

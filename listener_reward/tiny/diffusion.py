@@ -73,7 +73,7 @@ size, trained for minutes, would draw blobs."""
 PALE = 150
 """Backgrounds are as bright as that in each colour: a world with fewer kinds of them is learnt sooner."""
 DROPPED = 0.1
-"""Share of captions left empty."""
+"""Fraction of captions left empty."""
 
 SEE = {"steps": 700, "batch": 12, "rate": 4e-3}
 DRAW = {"steps": 2600, "batch": 32, "rate": 2e-3}
@@ -216,8 +216,8 @@ def set_encoder(vae: Any, pictures: Tensor) -> Tensor:
     patches = F.pixel_unshuffle(F.avg_pool2d(pictures.float() / 255, POOL), side).permute(0, 2, 3, 1)
     mean = patches.mean((0, 1, 2))
     variances, components = torch.linalg.eigh(torch.cov(patches.flatten(0, 2).T))
-    spread = variances[-CHANNELS:].sqrt()
-    components = components[:, -CHANNELS:] / (spread * spread.mean()).sqrt()
+    deviations = variances[-CHANNELS:].sqrt()
+    components = components[:, -CHANNELS:] / (deviations * deviations.mean()).sqrt()
     for parameter in vae.encoder.parameters():
         parameter.zero_()
     copy, average, halve, quarter, project = vae.encoder.layers
@@ -301,8 +301,8 @@ def _normalised(pictures: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(pipeline: Any, n: int = 300, seed: int = 0, **call: Any) -> dict[str, float]:
-    """What the pipeline draws, read by `read.read`: true utility, and shares that show what the prompt asks for.
+def evaluate_samples(pipeline: Any, n: int = 300, seed: int = 0, **call: Any) -> dict[str, float]:
+    """What the pipeline draws, read by `read.read`: true utility, and fractions that show what the prompt asks for.
 
     Args:
         pipeline: draws the tiny world.
@@ -370,8 +370,8 @@ def main() -> None:
         part.half()
     pipeline.save_pretrained(args.out)
 
-    measured = measure(load_pipeline(args.out), args.samples, args.seed)
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in measured.items())
+    metrics = evaluate_samples(load_pipeline(args.out), args.samples, args.seed)
+    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
     call = ", ".join(f"{name}={value}" for name, value in CALL.items())
     card = CARD.format(size=size, pictures=args.pictures, error=ERROR, n=args.samples, call=call, rows=table)

@@ -29,8 +29,8 @@ def draw(scene: Scene, rng: random.Random, spots: Sequence[tuple[float, float, f
     Args:
         scene: what to show.
         rng: chooses all that the scene leaves open.
-        spots: where the objects lie, in place of anywhere: centres from the left and the top, and radii, in shares of
-            the canvas's width, height and shorter side.
+        spots: where the objects lie, in place of anywhere: centres from the left and the top, and radii, in fractions
+            of the canvas's width, height and shorter side.
     """
     side = rng.choice(_CANVASES)
     across, down = rng.choice(_ASPECTS)

@@ -59,7 +59,7 @@ def samples(seed: int, each: int = 1) -> Iterator[list[Sample]]:
 
 
 def sample_pairs(seed: int, votes: int = 15) -> Iterator[tuple[Sample, Sample, float]]:
-    """Endless pairs of samples of one prompt, with the share of `votes` voters who prefer the first."""
+    """Endless pairs of samples of one prompt, with the fraction of `votes` voters who prefer the first."""
     rng = random.Random(f"generated votes/{seed}")
     for first, second in samples(seed, each=2):
         gap = first.reading.utility(first.prompt) - second.reading.utility(first.prompt)

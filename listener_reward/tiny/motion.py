@@ -21,9 +21,9 @@ def draw_clip(scene: Scene, rng: random.Random, frames: int = 8) -> list[Image.I
     backdrop = still.getpixel((still.width - 1, 0))
     clip = []
     for k in range(frames):
-        share = k / max(frames - 1, 1)
+        progress = k / max(frames - 1, 1)
         frame = Image.new("RGB", (still.width + margin[0], still.height + margin[1]), backdrop)
-        left, top = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
+        left, top = (round(a + (b - a) * progress) for a, b in zip(start, end, strict=True))
         frame.paste(still, (left, top))
         clip.append(frame)
     return clip

@@ -35,7 +35,7 @@ LEAST_OVERLAP = 0.65
 """Intersection over union below which an object is none of the shapes."""
 
 LEAST_AREA = 0.01
-"""Share of the square of the shorter side below which a blot is no object."""
+"""Fraction of the square of the shorter side below which a blot is no object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class Reading:
         """`world.utility`; where objects differ, the mean over them. A picture without objects is worth 0."""
         if not self.blots:
             return 0.0
-        shown = [
+        fits = [
             utility(prompt, Scene(blot.color or "", blot.shape or "", len(self.blots), self.quality))
             for blot in self.blots
         ]
-        return sum(shown) / len(shown)
+        return sum(fits) / len(fits)
 
     def fits(self, prompt: Scene) -> dict[str, bool]:
         """Whether colour, shape and count are the prompt's, in all objects."""
@@ -121,8 +121,8 @@ def read(picture: Image.Image) -> Reading:
 
 def _bars(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Which rows (H,) a glitch has struck: of one colour from side to side, black or white, and not the background."""
-    level, spread = pixels.mean(1), pixels.std(1).max(-1)
-    even = (spread < 30) & ((level.max(-1) < 85) | (level.min(-1) > 180))
+    level, deviation = pixels.mean(1), pixels.std(1).max(-1)
+    even = (deviation < 30) & ((level.max(-1) < 85) | (level.min(-1) > 180))
     struck = even & (np.abs(level - background).max(-1) > 45)
     struck = ndimage.binary_opening(struck, np.ones(2))
     # A bar is half black and half white: one half may have the background's colour, and hides the objects all the same.
@@ -136,8 +136,8 @@ def _mend(pixels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         return pixels
     above = whole[np.clip(np.searchsorted(whole, rows, "right") - 1, 0, None)]
     below = whole[np.clip(np.searchsorted(whole, rows), None, len(whole) - 1)]
-    share = ((rows - above) / np.maximum(below - above, 1)).clip(0, 1)[:, None, None]
-    return (1 - share) * pixels[above] + share * pixels[below]
+    fraction = ((rows - above) / np.maximum(below - above, 1)).clip(0, 1)[:, None, None]
+    return (1 - fraction) * pixels[above] + fraction * pixels[below]
 
 
 def _masks(distance: np.ndarray) -> list[np.ndarray]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPair, utility
 
 SILENT = 0.1
-"""Share of pretraining examples with an empty thought, from which the mode without thoughts is learnt."""
+"""Fraction of pretraining examples with an empty thought, from which the mode without thoughts is learnt."""
 
 STATED = 0.5
-"""Share of thoughts that end with their verdict in words, which the stricter masking removes for the listener."""
+"""Fraction of thoughts that end with their verdict in words, which the stricter masking removes for the listener."""
 
 
 def describe(prompt: Scene, first: Scene, second: Scene) -> str:

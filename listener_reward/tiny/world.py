@@ -53,7 +53,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class TinyPair:
-    """A prompt, two scenes, and the share of voters who preferred the first."""
+    """A prompt, two scenes, and the fraction of voters who preferred the first."""
 
     prompt: Scene
     first: Scene
@@ -94,7 +94,7 @@ def p_prefers_first(prompt: Scene, first: Scene, second: Scene) -> float:
 
 
 def votes_for_first(gap: float, votes: int, rng: random.Random) -> float:
-    """The share of `votes` voters who prefer the first of two pictures whose utilities differ by `gap`."""
+    """The fraction of `votes` voters who prefer the first of two pictures whose utilities differ by `gap`."""
     return sum(rng.random() < _p(gap) for _ in range(votes)) / votes
 
 
@@ -141,14 +141,14 @@ def sample_pair(
     first_framed = (gap > 0) == (rng.random() < cue)
     first = replace(first, framed=first_framed, sketch=sketch)
     second = replace(second, framed=not first_framed, sketch=sketch)
-    share = votes_for_first(gap, votes, rng)
-    return TinyPair(prompt, first, second, share, wording(prompt, rng), rng.getrandbits(31))
+    p_first = votes_for_first(gap, votes, rng)
+    return TinyPair(prompt, first, second, p_first, wording(prompt, rng), rng.getrandbits(31))
 
 
 def split_pairs(split: Split, n: int, *, cue: float = TRAIN_CUE, seed: int = 0) -> Iterator[TinyPair]:
     """`n` pairs of a split, a pure function of its arguments; a longer split begins with the shorter one.
 
-    Training labels are one vote each, as in most preference data; test labels are the share of fifteen voters.
+    Training labels are one vote each, as in most preference data; test labels are the fraction of fifteen voters.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the tiny world has {', '.join(map(repr, SPLITS))}")

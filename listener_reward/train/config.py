@@ -113,7 +113,7 @@ class ListenerGRPOConfig(GRPOConfig):
         default=16384,
         metadata={
             "help": "Tokens of the language model in one forward pass of the rollout's prefill, the listener, the "
-            "shared log-probabilities and the loss; groups that do not fit are spread over several, each with the "
+            "shared log-probabilities and the loss; groups that do not fit are split over several, each with the "
             "prompt again. In the loss all passes but the last are computed twice, so that the activations of one are "
             "all that is kept. per_device_train_batch_size still bounds the rows of a micro-batch."
         },
@@ -163,7 +163,7 @@ class ListenerGRPOConfig(GRPOConfig):
         assert self.steps_per_generation is not None
         cycle = self.steps_per_generation * self.num_iterations
         every = self.save_steps * self.gradient_accumulation_steps
-        if self.save_strategy == "steps" and self.save_steps >= 1 and every % cycle:  # below 1 it is a share of the run
+        if self.save_strategy == "steps" and self.save_steps >= 1 and every % cycle:  # below 1: a fraction
             whole = cycle // math.gcd(cycle, self.gradient_accumulation_steps)
             raise InputError(
                 f"save_steps={self.save_steps} would save in the middle of a generation round, from where no run can "

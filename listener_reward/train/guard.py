@@ -1,7 +1,7 @@
-"""Which parts of trl training overrides or replaces, and what each switch is left with where one has changed.
+"""The parts of trl that training overrides, and which switches are lost if a part has changed.
 
-trl promises nothing of them. A part that is not as expected costs the switches that rest on it: trl's own code runs
-there. Only where nothing can take its place is the work refused: `require`.
+trl does not promise to keep its private parts. A changed part turns off the switches that need it, and trl's own code
+runs instead. Work is refused (`require`) only where trl's code cannot stand in.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
     if found == list(expected):
         return None
     where = f"{owner.__name__}.{name}"
-    shown = f"no {where}" if found is None else f"{where}({', '.join(found)})"
-    return f"trl {trl.__version__} has {shown}, and listener-reward expects ({', '.join(expected)})"
+    signature = f"no {where}" if found is None else f"{where}({', '.join(found)})"
+    return f"trl {trl.__version__} has {signature}, and listener-reward expects ({', '.join(expected)})"
 
 
 require(GRPOTrainer, "_save_checkpoint", _METHODS["_save_checkpoint"])  # no switch turns the override off

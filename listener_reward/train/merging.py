@@ -21,7 +21,7 @@ from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.train.rounding import Rounding, rounding_of, together
 
 LEAST_KEPT = 0.5
-"""The share of an update below which `merge_judge` refuses."""
+"""The fraction of an update below which `merge_judge` refuses."""
 
 
 def merge_into(model: Any) -> tuple[Any, list[Rounding]]:

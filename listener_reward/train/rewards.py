@@ -21,13 +21,14 @@ from listener_reward.trace import Trace, parse
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A batch of completions read once for all three parts: traces, and the listener's p(first shown) for each."""
+    """A batch of completions, parsed and listened to once for all three parts."""
 
     traces: list[Trace]
-    heard: list[float | None]
-    """None where the trace is malformed, where there is no listener, or where the listener failed."""
+    p_listener: list[float | None]
+    """The listener's probability of the image in first place; None for a malformed trace, without a listener, or where
+    it failed."""
     failed: list[bool]
-    """Whether the listener broke on this completion. Such a row gets no reward of any part."""
+    """Whether the listener failed on this completion. Such a row gets no reward of any part."""
 
 
 class ShapedReward:
@@ -53,13 +54,14 @@ class ShapedReward:
         self.on_failure = on_failure
         self._last: tuple[Any, Scored] | None = None
         self.functions: list[Callable[..., list[float | None]]] = [
-            _Part("format", self, lambda trace, p_first, heard: format_reward(trace)),
-            _Part("accuracy", self, lambda trace, p_first, heard: accuracy_reward(trace, p_first)),
+            _Part("format", self, lambda trace, p_first, p_listener: format_reward(trace)),
+            _Part("accuracy", self, lambda trace, p_first, p_listener: accuracy_reward(trace, p_first)),
             _Part("listener", self, self._listener_part),
         ]
 
     def read(self, completions: Sequence[Any], **columns: Any) -> Scored:
-        """The batch's traces and the listener's confidence; the second and third part get what the first computed."""
+        """The batch's traces and the listener's probabilities, computed for the first part and reused by the other
+        two."""
         if self._last is None or self._last[0] is not completions:
             scored = self._read(completions, **columns)
             self._last = completions, scored
@@ -73,13 +75,13 @@ class ShapedReward:
 
     def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
         traces = [parse(self.opened + text_of(completion), self.chat_format) for completion in completions]
-        heard: list[float | None] = [None] * len(traces)
+        p_listener: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]
         if self.listener is not None and rows:
             for row, p in zip(rows, self._listen(self.listener, rows, traces, caption, images), strict=True):
-                heard[row], failed[row] = p, p is None
-        return Scored(traces, heard, failed)
+                p_listener[row], failed[row] = p, p is None
+        return Scored(traces, p_listener, failed)
 
     def _listen(
         self, listener: Listener, rows: list[int], traces: list[Trace], caption: Sequence[str], images: Sequence[Any]
@@ -89,18 +91,18 @@ class ShapedReward:
         for row in rows:
             first, second = (pictures[id(image)] for image in images[row])
             chats.append(listener.chat_format.chat(caption[row], first, second, listener.vlm.reserved))
-        heard = [traces[row] for row in rows]
+        readable = [traces[row] for row in rows]
         try:
-            return check_finite(listener.p_first(chats, heard), "the listener").tolist()
+            return check_finite(listener.p_first(chats, readable), "the listener").tolist()
         except JudgeError as error:
             if self.on_failure == "raise":
                 raise
             warnings.warn(f"{error} These completions are left out of their groups.", stacklevel=2)
-        # One broken row must not cost the others theirs: each is read again alone.
-        return [_alone(listener, chat, trace) for chat, trace in zip(chats, heard, strict=True)]
+        # One failing row must not cost the other rows their reward: each row is read again alone.
+        return [_alone(listener, chat, trace) for chat, trace in zip(chats, readable, strict=True)]
 
-    def _listener_part(self, trace: Trace, p_first: float, heard: float | None) -> float:
-        return 0.0 if self.listener is None else listener_reward(trace, p_first, heard)
+    def _listener_part(self, trace: Trace, p_first: float, p_listener: float | None) -> float:
+        return 0.0 if self.listener is None else listener_reward(trace, p_first, p_listener)
 
 
 class _Part:
@@ -114,8 +116,10 @@ class _Part:
     def __call__(self, completions: Sequence[Any], p_first: Sequence[float], **columns: Any) -> list[float | None]:
         scored = self.whole.read(completions, p_first=p_first, **columns)
         return [
-            None if failed else self.score(trace, share, heard)
-            for trace, share, heard, failed in zip(scored.traces, p_first, scored.heard, scored.failed, strict=True)
+            None if failed else self.score(trace, label, p_listener)
+            for trace, label, p_listener, failed in zip(
+                scored.traces, p_first, scored.p_listener, scored.failed, strict=True
+            )
         ]
 
 
@@ -147,16 +151,16 @@ def _log(
     if log_extra is not None:
         log_extra("id", list(id))
         log_extra("p_first", list(p_first))
-        log_extra("listener_p_first", list(scored.heard))
+        log_extra("listener_p_first", list(scored.p_listener))
     if log_metric is None:
         return
     # One value for each completion, of which trl takes the mean over all processes: the mean of each process's means
     # would weigh a completion by how few others its process had.
-    for trace, share, p in zip(scored.traces, p_first, scored.heard, strict=True):
+    for trace, label, p in zip(scored.traces, p_first, scored.p_listener, strict=True):
         log_metric("malformed_rate", float(not trace.well_formed))
         if trace.well_formed:
-            log_metric("accuracy", accuracy_reward(trace, share))
+            log_metric("accuracy", accuracy_reward(trace, label))
         if p is not None:
             log_metric("contradiction_rate", float(bool(contradicted(trace, p))))
-            log_metric("listener_confidence", listener_reward(trace, share, p))
+            log_metric("listener_confidence", listener_reward(trace, label, p))
     log_metric("listener_failures", float(sum(scored.failed)))

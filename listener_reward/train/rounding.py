@@ -36,7 +36,7 @@ class Rounding:
 
     @property
     def unchanged_share(self) -> float:
-        """Of the entries that the update would change, the share that stay as they were."""
+        """Of the entries that the update would change, the fraction that stay as they were."""
         return self.unchanged / self.changed if self.changed else 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What `ListenerGRPOTrainer` hands to the shared-prefix engine: rollouts, log-probabilities, whole groups.
+"""Connects `ListenerGRPOTrainer` to the shared-prefix engine: rollouts, log-probabilities, whole groups.
 
-Each function stands in for one thing that stock trl does for every copy of a prompt. They find a group by looking: rows
-with the same prompt tokens and the same pixels are one, in whatever order they come.
+Each function replaces one computation that stock trl repeats for every copy of a prompt. Groups are found by content:
+rows with equal prompt tokens and equal pixels are one group, in any order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def as_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
 
 
 def images_per_row(input_ids: Tensor, grids: Tensor, config: Any) -> list[int]:
-    """How many images stand in each row (B, P) of prompts: the placeholders say it, image by image."""
+    """How many images each row (B, P) of prompts has, counted from the placeholder tokens."""
     merged = grids.prod(-1) // config.vision_config.spatial_merge_size**2
     ends = merged.cumsum(0)
     tokens = (input_ids == config.image_token_id).sum(-1).cumsum(0)
@@ -82,7 +82,7 @@ def images_per_row(input_ids: Tensor, grids: Tensor, config: Any) -> list[int]:
 def shared_rollouts(model: Any, token_budget: int, *, synced: bool = False) -> Iterator[None]:
     """Inside, `model.generate` prefills every distinct prompt of a batch once; the tokens are the same.
 
-    With `synced`, all processes run the same number of passes, as sharded weights need it.
+    With `synced`, all processes run the same number of passes, which sharded weights require.
     """
     base = base_model(model)
 
@@ -160,10 +160,10 @@ def shared_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies (B, logits_to_keep) of completions, in passes of at most `token_budget` tokens.
 
-    `model` has trl's fused head, which is given each position's label and scores it at the policy's temperature. A
-    reference model's head gives no entropies. A group that does not fit the budget is spread over several passes, each
-    with its prompt again; with gradients only the last one keeps its activations, see `_run`. With `synced`, every
-    process runs as many passes as the one that needs most: sharded weights are gathered by all of them together.
+    `model` has trl's fused head, which scores each position's label at the policy's temperature. A reference model's
+    head gives no entropies. A group over the budget is split over several passes, each with its prompt again. With
+    gradients only the last pass keeps its activations; see `_run`. With `synced`, every process runs as many passes as
+    the process with most: all processes gather sharded weights together.
     """
     prompt_ids, completion_ids = input_ids[:, :-logits_to_keep], input_ids[:, -logits_to_keep:]
     prompt_mask, mask = (part.bool() for part in attention_mask.split([prompt_ids.shape[1], logits_to_keep], dim=1))
@@ -175,9 +175,9 @@ def shared_logprobs(
     order: list[int] = []
     for parts in budgeted(lengths, token_budget):
         members = [[groups.rows[group][member] for member in some] for group, some in parts]
-        prompts_shown = [shared[group] for group, _ in parts]
+        pass_prompts = [shared[group] for group, _ in parts]
         completions = [[completion_ids[r, mask[r]] for r in rows] for rows in members]
-        passes.append((pack(prompts_shown, completions, open_end=False, kernel=kernel), as_inputs(prompts_shown)))
+        passes.append((pack(pass_prompts, completions, open_end=False, kernel=kernel), as_inputs(pass_prompts)))
         order += [r for rows in members for r in rows]
     passes += [_predicting_nothing(*passes[0])] * (_most(len(passes), input_ids.device, synced) - len(passes))
     with autocast():
@@ -198,10 +198,10 @@ def shared_logprobs(
 def _run(model: Any, passes: Sequence[tuple[Row, dict[str, Tensor]]]) -> list[tuple[Tensor, Tensor | None]]:
     """Log-probabilities and entropies (1, S) of each pass, all inside one forward call of `model`.
 
-    One call, for wrappers of distributed training count them: they expect a backward pass for each. With gradients
-    all passes but the last are computed again when their turn comes, so that one pass's activations are all there is;
-    the last one's turn comes at once. Under ZeRO-3 they are kept: computed again, trl's fused head gets its weight
-    without DeepSpeed's account of who holds it, and cannot gather it.
+    There is one call, because distributed training's wrappers expect a backward pass for each forward call. With
+    gradients, every pass but the last is computed again in the backward pass, so that only one pass's activations are
+    in memory. Under ZeRO-3 all activations are kept: on recomputation DeepSpeed does not gather the weight of trl's
+    fused head.
     """
     base = base_model(model)
     stock = base.forward
@@ -221,7 +221,7 @@ def _run(model: Any, passes: Sequence[tuple[Row, dict[str, Tensor]]]) -> list[tu
 
 
 def _predicting_nothing(row: Row, images: dict[str, Tensor]) -> tuple[Row, dict[str, Tensor]]:
-    """A pass that is run for the other processes' sake; its log-probabilities are zeros that depend on the weights."""
+    """A pass that only keeps processes in step. Its log-probabilities are zeros that depend on the weights."""
     return row._replace(labels=torch.full_like(row.labels, IGNORED)), images
 
 
@@ -236,7 +236,8 @@ def _most(number: int, device: Any, synced: bool) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- groups
 def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """trl's `shuffle_sequence_dict`, by whole groups: micro-batches that hold a group's members share its prompt.
+    """trl's `shuffle_sequence_dict`, by whole groups, so that a micro-batch holds members of one group and shares its
+    prompt.
 
     It draws the same random numbers as trl's. `batch` has its pixel values and grids split by rows.
     """
@@ -255,7 +256,7 @@ def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_images(values: list[Any]) -> list[Any]:
-    """Prompts without the pictures in their messages: what is left costs nothing to send to other processes."""
+    """Prompts without the pictures in their messages, so that sending them to other processes is cheap."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, list):
@@ -289,7 +290,8 @@ def unsharded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """`module.name` is `value` inside. What was the class's is the class's again afterwards."""
+    """`module.name` is `value` inside, and restored afterwards. An attribute of the class is not left on the
+    instance."""
     own, stock = name in vars(module), getattr(module, name)
     setattr(module, name, value)
     try:

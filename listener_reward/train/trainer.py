@@ -1,7 +1,7 @@
 """`ListenerGRPOTrainer`: trl's GRPO with the listener's reward, shared prefixes, and a resume that is exact.
 
-These methods of trl and transformers are overridden, each for one reason given there, with switches in
-`ListenerGRPOConfig` that leave the work to trl: `_generate_and_score_completions`, `_generate_single_turn`,
+These methods of trl and transformers are overridden, each for the reason in its docstring. Switches in
+`ListenerGRPOConfig` leave the work to trl: `_generate_and_score_completions`, `_generate_single_turn`,
 `_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`. Two have none:
 `_save_checkpoint` and `__init__`.
 """
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class ListenerGRPOTrainer(GRPOTrainer):
-    """Trains a reasoner to be right and to convince a listener (arXiv 2506.22832).
+    """Trains a reasoner to answer right and to convince a listener (arXiv 2506.22832).
 
     Args:
         model: the reasoner's checkpoint: a folder, a Hub name, or an embedded name such as "tiny-base".
@@ -68,7 +68,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         callbacks: as for transformers' `Trainer`.
 
     Raises:
-        InputError: too few pairs for one step, missing columns, or a checkpoint or listener that cannot be had.
+        InputError: too few pairs for one step, missing columns, or a checkpoint or listener that cannot be loaded.
         JudgeError: the listener already fails on the first pair, before anything is trained.
     """
 
@@ -113,7 +113,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self.card = replace(self.card, listener=lasting(str(model if own_base else named)))
         _check_size(train_dataset, args)
         self.left_to_trl = changes()
-        """The switches that have no effect, each with the reason."""
+        """Switches without effect in this version of trl, each with the reason."""
         itself = "decode_images_once" in self.left_to_trl  # then trl decodes
         self.base_folder = folder
         if args.use_vllm:
@@ -175,7 +175,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
 
     def _refuse_sharded_base(self) -> None:
-        """A listener's passes differ in number between processes; sharded weights have to be gathered together."""
+        """Refuses sharded weights: processes run different numbers of listener passes, but gather sharded weights
+        together."""
         if self._sharded():
             raise InputError(
                 "listener is 'base', the policy's own weights, and this launch shards them (FSDP or ZeRO-3); name a "
@@ -183,7 +184,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             )
 
     def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
-        """Asks the listener once before training, so that a broken one stops the run here and not in the middle."""
+        """Asks the listener once before training, so that a broken listener stops the run here."""
         first, second = (to_pil(image, field="images") for image in pair["images"])
         chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
         check_finite(listener.p_first([chat], [Trace("", None)]), "the listener")
@@ -193,8 +194,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
         """Decodes images with `to_pil`, and each image once for the G rows of its group.
 
-        Stock trl lets `datasets` decode every row, G times the same picture, and hands on whatever mode it finds. The
-        listener forgets the round's images afterwards: other rounds have others, which would pile up beside training.
+        Stock trl lets `datasets` decode every row, so the same picture G times, and keeps any colour mode. The listener
+        forgets the round's images afterwards: they would pile up in memory over the rounds.
         """
         if "decode_images_once" not in self.left_to_trl:
             args, kwargs = (self._decoded(*args, **kwargs),), {}
@@ -247,7 +248,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return replaced(processor, "batch_decode", decode)
 
     def _light_gathering(self) -> contextlib.AbstractContextManager[Any]:
-        """Stock trl sends every prompt, pictures and all, to every process for its table of completions."""
+        """Leaves pictures out of gathering: stock trl sends every prompt with its pictures to every process for its
+        table of completions."""
         wanted = self.args.gather_images or self.args.log_multimodal or "gather_images" in self.left_to_trl
         if wanted or self.accelerator.num_processes == 1:
             return contextlib.nullcontext()
@@ -256,7 +258,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------- shared prefixes
     def _what_is_shared(self) -> frozenset[str]:
-        """The parts of a step that pay for a prompt once. What has to fall back is said once, with the reason."""
+        """The parts of a step that compute a prompt once. Warns of each part that falls back, with the reason."""
         wanted = {name for name in ("rollout", "logprobs", "groups") if getattr(self.args, f"share_{name}")}
         policy = self.accelerator.unwrap_model(self.model)
         reason = unsupported(policy)
@@ -327,8 +329,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """trl's sampler, with a permutation that is a function of seed and epoch.
 
-        Stock trl draws one permutation after another from a generator that a resumed run starts afresh, so that a run
-        resumed in its second epoch sees the first epoch's order.
+        Stock trl draws permutations from one generator, which a resumed run starts afresh. So a run resumed in its
+        second epoch sees the first epoch's order.
         """
         sampler = super()._get_train_sampler(*args, **kwargs)
         return EpochSampler(sampler) if self._resumes_exactly() and isinstance(sampler, RepeatSampler) else sampler
@@ -337,7 +339,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return self.args.exact_resume and "exact_resume" not in self.left_to_trl
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Loads full fine-tuned weights through `from_pretrained`, which knows the names they were saved under.
+        """Loads full fine-tuned weights through `from_pretrained`, which knows their saved names.
 
         Stock transformers loads a Qwen2.5-VL checkpoint with `load_state_dict(strict=False)`, whose keys do not match
         those that `save_pretrained` wrote: all but the head silently keep their initial weights.
@@ -347,7 +349,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_whole(self, resume_from_checkpoint: str, model: Any = None) -> bool:
-        """Whether the weights were all in the checkpoint, and are loaded: those of adapters alone are not."""
+        """Loads full weights. False for a model with adapters, whose checkpoint has the adapters only."""
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
         if hasattr(target, "peft_config"):
             return False
@@ -358,8 +360,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Adds the card, so that a checkpoint is a judge (an adapter on its base, with LoRA), and marks it as complete.
 
-        The mark, for `last_checkpoint`, is the trainer's state: transformers writes it last. The folder may hold one of
-        an earlier run.
+        `last_checkpoint` reads the mark: the trainer's state, which transformers writes last. An earlier run's state is
+        removed first.
         """
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -383,7 +385,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
 
     def _write_judge(self, folder: str | Path, gathered: dict[str, torch.Tensor] | None) -> None:
-        """`gathered` are the weights where this process's model holds a part of them only."""
+        """`gathered` has all weights where this process's model holds a part only."""
         model: Any = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "peft_config"):
             model.save_pretrained(folder, state_dict=gathered)
@@ -425,8 +427,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
 
 def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bool = False) -> Dataset:
-    """Pairs as trl wants them: `prompt` becomes messages, `caption` keeps the text, images stay as they are unless
-    `datasets` is to `decode` them, each time that a row is read.
+    """Pairs in trl's form: `prompt` becomes messages, `caption` keeps the text. With `decode`, `datasets` decodes the
+    images each time that a row is read; without, images stay encoded.
 
     Raises:
         InputError: the data set is empty or lacks a column.
@@ -444,7 +446,8 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; one that a kill cut short is passed over."""
+    """The newest complete checkpoint of a run; None without one. Incomplete checkpoints of a killed run are passed
+    over."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = {int(m[1]): path for path in Path(output_dir).glob("*") if (m := pattern.fullmatch(path.name))}
     complete = [step for step, path in found.items() if _is_json(path / TRAINER_STATE_NAME)]
@@ -464,7 +467,8 @@ def load_policy_processor(model: str) -> Any:
 
 
 def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listener | None:
-    """The listener that the configuration or else the policy's card names; it may be missing if its weight is 0."""
+    """The listener that the configuration or else the policy's card names; None if there is none and its reward weight
+    is 0."""
     name = choose_listener(args.listener or None, card.listener)
     if name is None:
         if args.reward_weights is not None and args.reward_weights[2] == 0:
@@ -498,7 +502,7 @@ def _forget_images(listener: Listener | None) -> None:
 
 
 def _check_size(pairs: Dataset, args: ListenerGRPOConfig) -> None:
-    """Refuses what trl would train on for no step at all, without a word."""
+    """Refuses data that is too small for one step: trl would silently train for no step at all."""
     assert args.generation_batch_size and args.num_generations  # trl has filled them in
     needed = args.generation_batch_size // args.num_generations
     if len(pairs) < needed:

@@ -3,7 +3,7 @@
     python tests/benchmarks/best_of_16.py --prompts 40
 
 The tiny diffusion model draws 16 pictures for each prompt; `listener_reward.tiny.read` measures their true utility,
-which neither the model nor the judge sees. Printed: one sample, the judge's best, the oracle's best, and which share
+which neither the model nor the judge sees. Printed: one sample, the judge's best, the oracle's best, and which fraction
 of the oracle's gain over one sample is the judge's, with a 95 % bootstrap interval over prompts.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     one, judged, oracle = table.mean(0)
     print(
         f"true utility of one sample {one:.3f}, best of {args.n} by judge {judged:.3f}, by oracle {oracle:.3f}, "
-        f"the judge's share of the gain {(judged - one) / (oracle - one):.3f} ({low:.3f} to {high:.3f}), "
+        f"the judge's fraction of the gain {(judged - one) / (oracle - one):.3f} ({low:.3f} to {high:.3f}), "
         f"{args.prompts} prompts"
     )
 

@@ -1,4 +1,4 @@
-"""How far the embedded judge's confidence is from the share of people who agree, before and after its calibration.
+"""How far the embedded judge's confidence is from the fraction of people who agree, before and after its calibration.
 
     python tests/benchmarks/calibration.py --pairs 3000 --svg docs/reliability.svg
 
@@ -39,8 +39,8 @@ def main() -> None:
         for start in track(range(0, args.pairs, 128), split):
             rows = pairs[start : start + 128]
             firsts, seconds = map(list, zip(*rows["images"], strict=True))
-            answers = judge.answers(rows["prompt"], firsts, seconds)
-            verdicts += [[judge.conclude(views, calibration=c) for c in (Calibration(), None)] for views in answers]
+            judgements = judge.judgements(rows["prompt"], firsts, seconds)
+            verdicts += [[judge.conclude(some, calibration=c) for c in (Calibration(), None)] for some in judgements]
             if start < 512:
                 swapped = judge.compare_many(rows["prompt"], seconds, firsts)
                 mirrored += [
@@ -52,8 +52,8 @@ def main() -> None:
         for who in ("p_first", "listener_p_first"):
             before, after = (np.array([getattr(one[k], who) for one in verdicts]) for k in (0, 1))
             cells = [
-                f"{measure(labels, p):.4f}"
-                for measure in (expected_calibration_error, brier_score, negative_log_likelihood)
+                f"{metric(labels, p):.4f}"
+                for metric in (expected_calibration_error, brier_score, negative_log_likelihood)
                 for p in (before, after)
             ]
             cells.insert(2, f"{floor:.4f}")

@@ -129,8 +129,8 @@ def pictures(pipeline: Any, text: str, n: int) -> list[Image.Image]:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean over runs and half its 95 % interval, by Student's t."""
-    spread = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
-    return float(np.mean(values)), float(spread)
+    half_width = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else float("nan")
+    return float(np.mean(values)), float(half_width)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -144,10 +144,10 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         before, after = ([np.mean(list(r["utility"].values())[k]) for r in runs] for k in (0, -1))
         rise, half = interval([b - a for a, b in zip(before, after, strict=True)])
-        spread = f" ± {half:.2f}" if len(runs) > 1 else ""
+        half_width = f" ± {half:.2f}" if len(runs) > 1 else ""
         minutes = np.mean([r["seconds"] for r in runs]) / 60
         lines.append(
-            f"| {name} | {len(runs)} | {np.mean(before):.2f} | {np.mean(after):.2f} | {rise:+.2f}{spread} "
+            f"| {name} | {len(runs)} | {np.mean(before):.2f} | {np.mean(after):.2f} | {rise:+.2f}{half_width} "
             f"| {minutes:.0f} |"
         )
     return "\n".join(lines)
@@ -177,8 +177,8 @@ def before_and_after(folder: Path) -> Image.Image:
     """Two rows for each of three held-out prompts: the base's pictures, and the trained model's from the same seeds."""
     base, trained = load_pipeline(), load_pipeline()
     trained.load_lora_weights(str(folder))
-    shown = [p for text in prompts(held=True)[::4] for model in (base, trained) for p in pictures(model, text, 8)]
-    return grid(shown)
+    samples = [p for text in prompts(held=True)[::4] for model in (base, trained) for p in pictures(model, text, 8)]
+    return grid(samples)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/demo_speed.py --steps 20
 
-One thread, as the demo's own workers have, each arm after the other, the same data and seed.
+One thread, as the demo's own workers have, each variant after the other, the same data and seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from listener_reward.recipes.arms import ARMS, LISTENER_SHAPED, Recipe, train_arm
+from listener_reward.recipes.variants import LISTENER_SHAPED, VARIANTS, Recipe, train_variant
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,12 +24,14 @@ if __name__ == "__main__":
     args = parser.parse_args()
     taken = {}
     curves = {}
-    for name, share in (("warm", True), ("shared", True), ("copies", False)):
+    for name, share_prompt in (("warm", True), ("shared", True), ("copies", False)):
         steps = 2 if name == "warm" else args.steps
-        recipe = replace(Recipe(), steps=steps, share=share)
+        recipe = replace(Recipe(), steps=steps, share_prompt=share_prompt)
         with tempfile.TemporaryDirectory() as folder:
             wall, processor = time.perf_counter(), time.process_time()
-            curves[name] = train_arm(lambda *_: None, weights=ARMS[LISTENER_SHAPED], out=folder, seed=0, recipe=recipe)
+            curves[name] = train_variant(
+                lambda *_: None, weights=VARIANTS[LISTENER_SHAPED], out=folder, seed=0, recipe=recipe
+            )
             taken[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
     ratio = {key: taken["copies"][key] / taken["shared"][key] for key in taken["copies"]}
     first = {name: curve["reward"][0] for name, curve in curves.items()}

@@ -159,7 +159,7 @@ class Outcome(NamedTuple):
 
     p_first: np.ndarray
     """The verdicts, (N,)."""
-    heard: np.ndarray
+    listener: np.ndarray
     """The listener's, (N,)."""
     position: float
     """Mean probability of the image shown first, before the two orders are put together."""
@@ -172,8 +172,8 @@ class Change(NamedTuple):
     """Mean over pairs of |change of p_first|."""
     largest: float
     flips: float
-    """Share of the pairs whose preferred image is another."""
-    heard: float
+    """Fraction of the pairs whose preferred image is another."""
+    listener: float
     """As `mean`, of the listener."""
     position: float
     """Towards the image shown first, in either order; the verdict is the mean of the orders and does not see it."""
@@ -182,9 +182,9 @@ class Change(NamedTuple):
     def between(cls, outcome: Outcome, clean: Outcome) -> Change:
         moved = abs(outcome.p_first - clean.p_first)
         flipped = (outcome.p_first > 0.5) != (clean.p_first > 0.5)
-        heard = abs(outcome.heard - clean.heard)
+        listener = abs(outcome.listener - clean.listener)
         position = outcome.position - clean.position
-        return cls(float(moved.mean()), float(moved.max()), float(flipped.mean()), float(heard.mean()), position)
+        return cls(float(moved.mean()), float(moved.max()), float(flipped.mean()), float(listener.mean()), position)
 
 
 class Row(NamedTuple):
@@ -201,8 +201,8 @@ class Row(NamedTuple):
     def p_value(self) -> float:
         """That one more neutral text would change the verdicts as much as the attack, or more."""
         sample = np.array([text.mean for text in self.neutral])
-        spread = max(sample.std(ddof=1) * (1 + 1 / len(sample)) ** 0.5, 1e-9)
-        return float(stats.t.sf(self.excess / spread, len(sample) - 1))
+        deviation = max(sample.std(ddof=1) * (1 + 1 / len(sample)) ** 0.5, 1e-9)
+        return float(stats.t.sf(self.excess / deviation, len(sample) - 1))
 
 
 def winners(rows: Sequence[Row], level: float = 0.05, least: float = 0.01) -> list[str]:
@@ -252,12 +252,12 @@ class Bench:
         return self._judged(self.tampered, self.prompts)
 
     def _judged(self, judge: Judge, prompts: list[str]) -> Outcome:
-        answers = judge.answers(prompts, self.firsts, self.seconds)
-        verdicts = [judge.conclude(views) for views in answers]
+        gathered = judge.judgements(prompts, self.firsts, self.seconds)
+        verdicts = [judge.conclude(judgements) for judgements in gathered]
         return Outcome(
             np.array([verdict.p_first for verdict in verdicts]),
             np.array([verdict.listener_p_first for verdict in verdicts]),
-            float(np.mean([view.p_own for views in answers for view in views])),
+            float(np.mean([judgement.p_reasoner for judgements in gathered for judgement in judgements])),
         )
 
     def left_of(self, text: str, at: Place) -> str:
@@ -303,7 +303,12 @@ def show(title: str, rows: Sequence[Row]) -> None:
         average = Change(*np.mean(neutral, axis=0))
         cells = [f"{attack.mean:.3f}", f"{average.mean:.3f}, {min(means):.3f} to {max(means):.3f}"]
         cells += [f"{attack.largest:.2f}", f"{average.largest:.2f}", f"{attack.flips:.0%}", f"{average.flips:.0%}"]
-        cells += [f"{attack.heard:.3f}", f"{average.heard:.3f}", f"{attack.position:+.2f}", f"{average.position:+.2f}"]
+        cells += [
+            f"{attack.listener:.3f}",
+            f"{average.listener:.3f}",
+            f"{attack.position:+.2f}",
+            f"{average.position:+.2f}",
+        ]
         print(f"| {name} | {tokens} | {' | '.join(cells)} |")
     change = np.mean([row.attack.mean for row in rows])
     excess = np.mean([row.excess for row in rows])

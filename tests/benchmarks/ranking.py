@@ -115,7 +115,9 @@ def of_the_tiny_judge(n: int, prompts: int, mode: str, folder: Path, seed: int =
             if mode == "fast uncalibrated":
                 judge.card = replace(judge.card, fast_calibration=Calibration())
             elif mode == "fast":
-                judge.card = replace(judge.card, fast_calibration=replace(judge.card.fast_calibration, verdict=Curve()))
+                judge.card = replace(
+                    judge.card, fast_calibration=replace(judge.card.fast_calibration, reasoner_curve=Curve())
+                )
             rng = random.Random(f"rank/{n}/{number}")
             prompt = sample_prompt(rng, held=False)
             words = wording(prompt, rng)

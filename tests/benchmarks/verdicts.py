@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from listener_reward import Judge
-from listener_reward.conclude import Answer
+from listener_reward.conclude import Judgement
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.confidence import expected_calibration_error
 from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, ORANGE, save_svg, styled
@@ -48,25 +48,25 @@ def main() -> None:
     slow, fast = gather(judge, pairs, think=True), gather(judge, pairs, think=False)
     rng = np.random.default_rng(0)
     coins = rng.random(len(labels)) < 0.5
-    costs = [[tokens(judge, answer) for answer in answers] for answers in slow]
+    costs = [[tokens(judge, judgement) for judgement in judgements] for judgements in slow]
 
-    def replay(family: str, name: str, chosen: Sequence[Sequence[Answer]], think: bool = True, **card: Any) -> Row:
+    def replay(family: str, name: str, chosen: Sequence[Sequence[Judgement]], think: bool = True, **card: Any) -> Row:
         usual = {"aggregate": "mean", "early_stop": None, "thoughts": THOUGHTS, "orders": "both"}
         judge.card = replace(judge.card, **{**usual, **card})
         mode, calibration = judge.card.mode(think), judge.card.calibration
-        verdicts = [judge.conclude(answers, think=think) for answers in chosen]
-        used = [len(judge._needed(answers, mode, calibration)) if think else 0 for answers in chosen]
+        verdicts = [judge.conclude(judgements, think=think) for judgements in chosen]
+        used = [len(judge._needed(judgements, mode, calibration)) if think else 0 for judgements in chosen]
         spent = [
             sum(cost[list(all_).index(one)] for one in judge._needed(some, mode, calibration)) if think else 0
             for all_, some, cost in zip(slow, chosen, costs, strict=True)
         ]
         return family, name, right(labels, verdicts), np.array(used), np.array(spent)
 
-    def first(k: int) -> list[list[Answer]]:
-        return [[answer for answer in answers if answer.number < k] for answers in slow]
+    def first(k: int) -> list[list[Judgement]]:
+        return [[judgement for judgement in judgements if judgement.number < k] for judgements in slow]
 
-    def one_order(views: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
-        return [[a for a in answers if a.flipped == coin] for answers, coin in zip(views, coins, strict=True)]
+    def one_order(views: Sequence[Sequence[Judgement]]) -> list[list[Judgement]]:
+        return [[a for a in judgements if a.flipped == coin] for judgements, coin in zip(views, coins, strict=True)]
 
     rows = [
         replay("fast", "fast, one order", one_order(fast), think=False, orders="one"),
@@ -108,27 +108,27 @@ def main() -> None:
     print("\nECE of the mean of k under the calibration that was fitted for k = 1:")
     for k in (1, 2, 4, 8):
         judge.card = replace(judge.card, aggregate="mean", early_stop=None, thoughts=k)
-        p_first = np.array([judge.conclude(answers).p_first for answers in first(k)])
+        p_first = np.array([judge.conclude(judgements).p_first for judgements in first(k)])
         print(f"  k = {k}: {expected_calibration_error(labels, p_first):.4f}")
     if args.svg:
         save_svg(drawn(rows), args.svg)
 
 
-def gather(judge: Judge, pairs: Any, think: bool) -> list[list[Answer]]:
-    found: list[list[Answer]] = []
+def gather(judge: Judge, pairs: Any, think: bool) -> list[list[Judgement]]:
+    found: list[list[Judgement]] = []
     for start in track(range(0, len(pairs), 64), "thinking" if think else "fast"):
         rows = pairs[start : start + 64]
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
-        found += judge.answers(rows["prompt"], firsts, seconds, think=think)
+        found += judge.judgements(rows["prompt"], firsts, seconds, think=think)
     return found
 
 
-def tokens(judge: Judge, answer: Answer) -> int:
+def tokens(judge: Judge, judgement: Judgement) -> int:
     """How many tokens the completion behind `answer` had."""
-    if not answer.trace.well_formed:
+    if not judgement.trace.well_formed:
         return judge.card.max_new_tokens
     form = judge.card.format
-    text = f"{form.answer_slot(answer.trace.thought)}{answer.trace.answer}{form.answer[1]}"
+    text = f"{form.answer_slot(judgement.trace.thought)}{judgement.trace.answer}{form.answer[1]}"
     return len(judge.reasoner.tokenizer(text)["input_ids"]) + 1  # pyright: ignore[reportAttributeAccessIssue]
 
 

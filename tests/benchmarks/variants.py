@@ -1,8 +1,8 @@
-"""The method's claim on the tiny world: both GRPO arms and the ablations, several seeds each, every split.
+"""The method's claim on the tiny world: both GRPO variants and the ablations, several seeds each, every split.
 
-    python tests/benchmarks/arms.py --seeds 5 --out arms
-    python tests/benchmarks/arms.py --seeds 3 --out arms --only ablations
-    python tests/benchmarks/arms.py --out arms --table          # only print what is there
+    python tests/benchmarks/variants.py --seeds 5 --out variants
+    python tests/benchmarks/variants.py --seeds 3 --out variants --only ablations
+    python tests/benchmarks/variants.py --out variants --table          # only print what is there
 
 Every run is kept in `--out` as one JSON file, and a run that is there is not repeated, so the script may be stopped
 and started again. Two runs go side by side, one core each. Seeds vary the order of the pairs and all sampling; base,
@@ -21,25 +21,25 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from listener_reward.recipes.arms import (
+from listener_reward.recipes.variants import (
     ACCURACY_ONLY,
-    ARMS,
     LISTENER_SHAPED,
     SPLITS,
+    VARIANTS,
     Recipe,
-    measure,
-    train_arm,
-    train_sft_arm,
+    evaluate_splits,
+    train_sft_variant,
+    train_variant,
 )
 from listener_reward.recipes.workers import Report, run_side_by_side
 
-RECIPE = Recipe(share=False)  # as the tables of docs/log.md were made
-MAIN = {name: (weights, RECIPE) for name, weights in ARMS.items()}
+RECIPE = Recipe(share_prompt=False)  # as the tables of docs/log.md were made
+MAIN = {name: (weights, RECIPE) for name, weights in VARIANTS.items()}
 ABLATIONS = {
     "listener weight 1": ((1.0, 0.0, 1.0), RECIPE),
-    "own base as listener": (ARMS[LISTENER_SHAPED], replace(RECIPE, listener="tiny-base")),
-    "verdict masked": (ARMS[LISTENER_SHAPED], replace(RECIPE, masking="verdict")),
-    "ungrounded listener": (ARMS[LISTENER_SHAPED], replace(RECIPE, grounding=0.0)),
+    "own base as listener": (VARIANTS[LISTENER_SHAPED], replace(RECIPE, listener="tiny-base")),
+    "verdict masked": (VARIANTS[LISTENER_SHAPED], replace(RECIPE, masking="verdict")),
+    "ungrounded listener": (VARIANTS[LISTENER_SHAPED], replace(RECIPE, grounding=0.0)),
     "SFT": (None, RECIPE),
 }
 METRICS = ("accuracy", "contradiction_rate", "malformed_rate", "ece")
@@ -53,22 +53,24 @@ def run_one(report: Report, name: str, seed: int, out: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if weights is None:
             curves = None
-            train_sft_arm(report, out=folder, seed=seed, recipe=recipe)
+            train_sft_variant(report, out=folder, seed=seed, recipe=recipe)
         else:
-            curves = train_arm(report, weights=weights, out=folder, seed=seed, recipe=recipe)
+            curves = train_variant(report, weights=weights, out=folder, seed=seed, recipe=recipe)
         # Whoever listened in training, contradictions are always counted by the same, independent listener.
-        splits = measure(report, folder, SPLITS, recipe.test_pairs, listener=RECIPE.listener, think=weights is not None)
+        splits = evaluate_splits(
+            report, folder, SPLITS, recipe.test_pairs, listener=RECIPE.listener, think=weights is not None
+        )
     settings = {"name": name, "seed": seed, "recipe": asdict(recipe), "weights": weights}
     Path(out).write_text(json.dumps({**settings, "splits": splits, "curves": curves}, indent=1))
 
 
 def run_base(report: Report, out: str) -> None:
-    splits = measure(report, RECIPE.base, SPLITS, RECIPE.test_pairs, listener=RECIPE.listener)
+    splits = evaluate_splits(report, RECIPE.base, SPLITS, RECIPE.test_pairs, listener=RECIPE.listener)
     Path(out).write_text(json.dumps({"name": "base", "seed": 0, "recipe": asdict(RECIPE), "splits": splits}, indent=1))
 
 
 def table(folder: Path) -> str:
-    """Results as Markdown: one table a metric, and the arms' paired differences."""
+    """Results as Markdown: one table a metric, and the variants' paired differences."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     names = list(dict.fromkeys(["base", *MAIN, *ABLATIONS]))
     lines: list[str] = []
@@ -86,15 +88,17 @@ def table(folder: Path) -> str:
     for metric in METRICS:
         cells = []
         for split in SPLITS:
-            shaped, plain = ([by_seed[arm, s][split][metric] for s in both] for arm in (LISTENER_SHAPED, ACCURACY_ONLY))
+            shaped, plain = (
+                [by_seed[variant, s][split][metric] for s in both] for variant in (LISTENER_SHAPED, ACCURACY_ONLY)
+            )
             cells.append(interval([a - b for a, b in zip(shaped, plain, strict=True)]))
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def interval(shares: list[float | None]) -> str:
+def interval(fractions: list[float | None]) -> str:
     """Mean and half-width of the 95 % t-interval, in per cent."""
-    values = [100 * share for share in shares if share is not None]
+    values = [100 * fraction for fraction in fractions if fraction is not None]
     if not values:
         return "-"
     if len(values) == 1:
@@ -107,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("arms"))
+    parser.add_argument("--out", type=Path, default=Path("variants"))
     parser.add_argument("--only", choices=("main", "ablations"))
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     parser.add_argument("--table", action="store_true", help="print the tables and train nothing")

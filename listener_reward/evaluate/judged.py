@@ -1,7 +1,7 @@
-"""Labelled pairs and what one judge answered, measured by named protocols.
+"""Labelled pairs beside one judge's margins, and the protocols that turn both into a number.
 
-`protocols` has the rules as functions of arrays; here is what each of them is given, which of them a data set is
-measured by, the always-first baseline, the intervals, and the comparison of two judges.
+`protocols` has the rules as functions of arrays. This module has each rule's arguments, each data set's default
+protocols, the always-first baseline, the intervals, and the comparison of two judges.
 """
 
 from __future__ import annotations
@@ -21,43 +21,44 @@ from listener_reward.media.images import identity
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answers:
-    """What people and one judge say of the same n pairs. A margin is positive for the first image; see `protocols`."""
+class JudgedPairs:
+    """Labels and one judge's margins on the same n pairs. A margin is positive for the first image; see `protocols`."""
 
     judge: np.ndarray
-    """(n,) float64 margins, NaN where the judge gave none."""
+    """(n,) float64 margins of the judge; NaN where it gave none."""
     people: np.ndarray
-    """(n,) float64 margins: p_first - 0.5."""
+    """(n,) float64 margins of the labels: p_first - 0.5."""
     prompts: np.ndarray
-    """(n,) int64, equal for pairs of one prompt."""
+    """(n,) int64 prompt numbers; pairs of one prompt have the same."""
     ranks: np.ndarray | None = None
     """(n,) float64 margins of the published ranks, rank(second) - rank(first), where the data set has ranks."""
     swapped: np.ndarray | None = None
     """(n,) bool, whether the loader exchanged the published order."""
     firsts: Sequence[str] | None = None
-    """What identifies the first image of each pair among those of its prompt."""
+    """A name for each pair's first image; equal images of one prompt have the same name."""
     seconds: Sequence[str] | None = None
     both_bad: np.ndarray | None = None
     """(n,) bool, which of the people's ties are "both bad", as GenAI-Bench tells them."""
     preferred: np.ndarray | None = None
-    """(n,) 1, 2, or 0 for neither: the judge's own choice, where it may tie without a margin of zero."""
+    """(n,) the judge's preference: 1, 2, or 0 for neither. With a tie band the judge prefers neither at small
+    margins."""
     forward: np.ndarray | None = None
-    """(n,) float64 margins with the pair shown in order; None for a judge that does not know of orders."""
+    """(n,) float64 margins in the given order; None for a file of scores without orders."""
     reverse: np.ndarray | None = None
-    """(n,) float64 margins for the same first image with the pair shown swapped."""
+    """(n,) float64 margins for the same first image in the swapped order."""
     position_gap: np.ndarray | None = None
-    """(n,) float64 in [-1, 1], `Verdict.position_gap`; NaN for a pair shown in one order."""
+    """(n,) float64 in [-1, 1], `Verdict.position_gap`; NaN for a pair asked in one order."""
     listened: np.ndarray | None = None
-    """(n,) how many of the pair's thoughts have an answer that a listener agrees with or contradicts."""
+    """(n,) number of the pair's well-formed completions that a listener read."""
     contradicted: np.ndarray | None = None
-    """(n,) how many of these the listener contradicts."""
+    """(n,) number of those that the listener contradicts."""
     words: Sequence[str | None] | None = None
-    """The judge's output with a GenAI-Bench label, about the pair as shown here; else made from the margins."""
+    """The judge's output with a GenAI-Bench label, in the order of this data; None makes labels from the margins."""
     tie_threshold: float | None = None
-    """The threshold that `pickscore` takes, chosen on a validation set by `choose_tie_threshold`; without one it is
-    cross-fitted on these pairs."""
+    """The tie threshold of `pickscore`, chosen on a validation set by `choose_tie_threshold`; None cross-fits it on
+    these pairs."""
     unit: Literal["probability", "score", "answer"] = "probability"
-    """What the margins are: p(first) - p(second), or the difference of a model's scores, or 1, 0 and -1 for answers."""
+    """The unit of the margins: p(first) - p(second), a difference of scores, or 1, 0 and -1 for an answer."""
 
     def __len__(self) -> int:
         return len(self.judge)
@@ -73,15 +74,16 @@ class ProtocolResult:
     interval: tuple[float, float] | None
     """95 %, clustered by prompt; see `intervals.clustered_interval`. A tie threshold is held fixed in it."""
     always_first: float | None
-    """The same number for a judge that always prefers the first image it is shown."""
+    """The same number for a judge that always prefers the image in first place."""
     always_first_in_file: float | None
-    """The same in the published order, before the loader's shuffle: what the file's order gives away. None where
-    nothing was shuffled."""
+    """The same number in the published order, before the loader's shuffle; far from 1/2, the file's order gives the
+    label away. None if nothing was shuffled."""
     pairs: int
     """How many pairs count."""
     prompts: int
     missing: int
-    """Pairs that the judge did not answer. Only MMRB2 leaves them out; everywhere else they are wrong."""
+    """Pairs without a margin of the judge. Only MMRB2 leaves these pairs out; every other protocol counts them as
+    wrong."""
     thresholds: tuple[float, ...] = ()
     """The tie thresholds that were used, in the unit of the margins."""
 
@@ -95,61 +97,62 @@ class ProtocolResult:
 # The protocols by name
 # ---------------------------------------------------------------------------------------------------------------------
 
-Rule = Callable[[Answers], "Credits | tuple[Credits, Any]"]
+Rule = Callable[[JudgedPairs], "Credits | tuple[Credits, Any]"]
 
 
-def _genai_bench(answers: Answers) -> Credits:
-    both_bad = np.zeros(len(answers), dtype=bool) if answers.both_bad is None else answers.both_bad
+def _genai_bench(judged: JudgedPairs) -> Credits:
+    both_bad = np.zeros(len(judged), dtype=bool) if judged.both_bad is None else judged.both_bad
     ties = np.where(both_bad, "bothbad_vote", "tievote")
-    votes = np.where(answers.people > 0, "leftvote", np.where(answers.people < 0, "rightvote", ties)).tolist()
-    words = answers.words
+    votes = np.where(judged.people > 0, "leftvote", np.where(judged.people < 0, "rightvote", ties)).tolist()
+    words = judged.words
     if words is None:
-        side = np.sign(answers.judge) if answers.preferred is None else np.array([0, 1, -1])[answers.preferred]
+        side = np.sign(judged.judge) if judged.preferred is None else np.array([0, 1, -1])[judged.preferred]
         said = np.where(side > 0, "[[A>B]]", np.where(side < 0, "[[B>A]]", "[[A=B]]"))
-        words = np.where(np.isnan(answers.judge), "", said).tolist()
+        words = np.where(np.isnan(judged.judge), "", said).tolist()
     return protocols.genai_bench(words, votes)
 
 
-def _pickscore(answers: Answers) -> tuple[Credits, Any]:
-    judge, threshold = _softmax_margins(answers), answers.tie_threshold
+def _pickscore(judged: JudgedPairs) -> tuple[Credits, Any]:
+    judge, threshold = _softmax_margins(judged), judged.tie_threshold
     if threshold is None:
-        return protocols.pickscore_cross_fitted(judge, answers.people, answers.prompts)
-    return protocols.pickscore(judge, answers.people, threshold), threshold
+        return protocols.pickscore_cross_fitted(judge, judged.people, judged.prompts)
+    return protocols.pickscore(judge, judged.people, threshold), threshold
 
 
-def choose_tie_threshold(validation: Answers) -> float:
+def choose_tie_threshold(validation: JudgedPairs) -> float:
     """The threshold of PickScore's grid at which `pickscore` is highest on a validation set.
 
-    It is for `Answers.tie_threshold` of the same judge on the test set; `eval_preference_predictor.py` does so.
+    Use it as `JudgedPairs.tie_threshold` of the same judge on the test set, as PickScore's
+    `eval_preference_predictor.py` does.
     """
     return protocols.best_tie_threshold(
         _softmax_margins(validation), validation.people, half=0.5, grid=protocols.PICKSCORE_GRID
     )
 
 
-def _softmax_margins(answers: Answers) -> np.ndarray:
+def _softmax_margins(judged: JudgedPairs) -> np.ndarray:
     # PickScore's own probabilities are the softmax over the two scores, whose difference is tanh of half their margin.
-    return np.tanh(answers.judge / 2) if answers.unit == "score" else answers.judge
+    return np.tanh(judged.judge / 2) if judged.unit == "score" else judged.judge
 
 
-def _mmrb2(answers: Answers) -> Credits:
-    forward = answers.judge if answers.forward is None else answers.forward
-    reverse = answers.judge if answers.reverse is None else answers.reverse
-    return protocols.mmrb2(forward, reverse, answers.people)
+def _mmrb2(judged: JudgedPairs) -> Credits:
+    forward = judged.judge if judged.forward is None else judged.forward
+    reverse = judged.judge if judged.reverse is None else judged.reverse
+    return protocols.mmrb2(forward, reverse, judged.people)
 
 
-def _rank_correlation(answers: Answers, method: Any) -> Credits:
-    if answers.firsts is None or answers.seconds is None:
+def _rank_correlation(judged: JudgedPairs, method: Any) -> Credits:
+    if judged.firsts is None or judged.seconds is None:
         raise InputError(f"the protocol {method} needs to know which pairs share an image; this data does not say")
-    people = _ranked(answers)
+    people = _ranked(judged)
     return protocols.rank_correlation(
-        answers.judge, people, answers.prompts, answers.firsts, answers.seconds, method=method
+        judged.judge, people, judged.prompts, judged.firsts, judged.seconds, method=method
     )
 
 
-def _ranked(answers: Answers) -> np.ndarray:
-    """The people's order as published, where it was; the share of people can differ from the order of mean ranks."""
-    return answers.people if answers.ranks is None else answers.ranks
+def _ranked(judged: JudgedPairs) -> np.ndarray:
+    """The people's order as published, where it was; the fraction of people can differ from the order of mean ranks."""
+    return judged.people if judged.ranks is None else judged.ranks
 
 
 PROTOCOLS: dict[str, Rule] = {
@@ -173,7 +176,7 @@ PROTOCOLS: dict[str, Rule] = {
 """Every protocol by its name; `docs/evaluation.md` says what each computes and where it is from."""
 
 _CORRELATIONS = ("tau-b", "tau-c", "spearman")
-"""Those whose number is no share of anything."""
+"""Those whose number is no fraction of anything."""
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "imagereward": ("imagereward", "hpsv2", "tau-b"),
@@ -184,7 +187,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "videogen": ("videogen-without-ties", "videogen-with-ties"),
     "mmrb2": ("mmrb2",),
 }
-"""What a data set is measured by where nothing is asked for, its own first; all others by `imagereward`."""
+"""Each data set's default protocols, its own first; any other data set has `imagereward`."""
 
 
 def default_protocols(sources: Sequence[str]) -> tuple[str, ...]:
@@ -194,7 +197,7 @@ def default_protocols(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_protocols(names: Sequence[str]) -> None:
-    """Refuses a name that is none, before anything slow begins.
+    """Refuses an unknown protocol before anything slow begins.
 
     Raises:
         InputError: names the protocols there are.
@@ -204,52 +207,52 @@ def check_protocols(names: Sequence[str]) -> None:
             raise InputError(f"protocol is {name!r}; there are {', '.join(PROTOCOLS)}")
 
 
-def measure(answers: Answers, protocol: str) -> ProtocolResult:
-    """One judge by one protocol, with its interval and the always-first baselines.
+def apply_protocol(judged: JudgedPairs, protocol: str) -> ProtocolResult:
+    """One judge's number by one protocol, with its interval and the always-first baselines.
 
     Raises:
         InputError: there is no such protocol, or it needs what the data does not have.
     """
-    (credits, thresholds), baseline = _credits(answers, protocol), np.ones(len(answers))
+    (credits, thresholds), baseline = _credits(judged, protocol), np.ones(len(judged))
     in_file = None
-    if answers.swapped is not None and answers.swapped.any():
-        in_file = _credits(_always(answers, np.where(answers.swapped, -1.0, 1.0)), protocol)[0].value
+    if judged.swapped is not None and judged.swapped.any():
+        in_file = _credits(_always(judged, np.where(judged.swapped, -1.0, 1.0)), protocol)[0].value
     counted = credits.possible > 0
-    missing = np.isnan(answers.judge) if answers.words is None else np.array([not word for word in answers.words])
+    missing = np.isnan(judged.judge) if judged.words is None else np.array([not word for word in judged.words])
     return ProtocolResult(
         protocol=protocol,
         value=credits.value,
-        interval=clustered_interval(*credits, answers.prompts, share=protocol not in _CORRELATIONS),
-        always_first=_credits(_always(answers, baseline), protocol)[0].value,
+        interval=clustered_interval(*credits, judged.prompts, fraction=protocol not in _CORRELATIONS),
+        always_first=_credits(_always(judged, baseline), protocol)[0].value,
         always_first_in_file=in_file,
         pairs=int(counted.sum()),
-        prompts=len(np.unique(answers.prompts[counted])),
+        prompts=len(np.unique(judged.prompts[counted])),
         missing=int(missing.sum()),
         thresholds=thresholds,
     )
 
 
-def compare(first: Answers, second: Answers, protocol: str) -> PairedTest | None:
+def compare(first: JudgedPairs, second: JudgedPairs, protocol: str) -> PairedTest | None:
     """Whether two judges of the same pairs, in the same order, differ by a protocol; see `intervals.paired_test`."""
     if len(first) != len(second) or not np.array_equal(first.people, second.people):
         raise InputError("the two judges were asked different pairs; evaluate both on the same data with the same seed")
     return paired_test(_credits(first, protocol)[0], _credits(second, protocol)[0], first.prompts)
 
 
-def _credits(answers: Answers, protocol: str) -> tuple[Credits, tuple[float, ...]]:
+def _credits(judged: JudgedPairs, protocol: str) -> tuple[Credits, tuple[float, ...]]:
     check_protocols([protocol])
-    found = PROTOCOLS[protocol](answers)
+    found = PROTOCOLS[protocol](judged)
     if isinstance(found, Credits):
         return found, ()
     credits, thresholds = found
     return credits, tuple(thresholds) if isinstance(thresholds, list) else (float(thresholds),)
 
 
-def _always(answers: Answers, judge: np.ndarray) -> Answers:
-    """The same pairs, answered by someone who looks at the place alone; with the pair swapped he prefers the other."""
-    place = replace(answers, judge=judge, preferred=None, forward=judge, reverse=-judge, words=None)
-    # A threshold that was chosen for somebody else's margins; he himself never sees a tie.
-    threshold = None if answers.tie_threshold is None else 0.0
+def _always(judged: JudgedPairs, judge: np.ndarray) -> JudgedPairs:
+    """The same pairs, judged by place alone: in the swapped order the other image is preferred."""
+    place = replace(judged, judge=judge, preferred=None, forward=judge, reverse=-judge, words=None)
+    # The threshold was chosen for the judge's margins; a judge by place never ties.
+    threshold = None if judged.tie_threshold is None else 0.0
     return replace(place, tie_threshold=threshold, unit="probability")
 
 
@@ -260,7 +263,7 @@ def _always(answers: Answers, judge: np.ndarray) -> Answers:
 
 @dataclass
 class Labels:
-    """Gathers what the protocols need of a data set, batch by batch, and lets the pictures go."""
+    """Gathers the columns that the protocols need, batch by batch; pictures are not kept."""
 
     p_first: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
@@ -279,12 +282,12 @@ class Labels:
         """A batch: column to list.
 
         Raises:
-            InputError: a label that is no share of people.
+            InputError: a label that is no fraction of people.
         """
-        shares = np.asarray(rows["p_first"], dtype=np.float64)
-        check_shares(shares, len(self.p_first))
-        self.p_first += shares.tolist()
-        groups = rows.get("group") or [None] * len(shares)
+        fractions = np.asarray(rows["p_first"], dtype=np.float64)
+        check_labels(fractions, len(self.p_first))
+        self.p_first += fractions.tolist()
+        groups = rows.get("group") or [None] * len(fractions)
         for group, prompt in zip(groups, rows["prompt"], strict=True):
             # The prompt's text where there is no group: then pairs that only share their words share a cluster.
             self.prompts.append(self._numbers.setdefault(prompt if group is None else f"\0{group}", len(self._numbers)))
@@ -296,14 +299,14 @@ class Labels:
             for place, name in enumerate(("item_first", "item_second")):
                 self.columns.setdefault(name, []).extend(identity(pair[place]) for pair in rows["images"])
 
-    def answers(self, judge: np.ndarray, **more: Any) -> Answers:
+    def judged(self, judge: np.ndarray, **more: Any) -> JudgedPairs:
         """The labels beside a judge's margins."""
         n, columns = len(self.p_first), self.columns
         complete = {name: values for name, values in columns.items() if len(values) == n and None not in values}
         ranks = None
         if {"rank_first", "rank_second"} <= complete.keys():
             ranks = np.array(complete["rank_second"], dtype=np.float64) - np.array(complete["rank_first"])
-        return Answers(
+        return JudgedPairs(
             judge=np.asarray(judge, dtype=np.float64),
             people=np.array(self.p_first) - 0.5,
             prompts=np.array(self.prompts, dtype=np.int64),
@@ -322,12 +325,14 @@ class Labels:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_shares(shares: np.ndarray, first_row: int = 0) -> None:
+def check_labels(fractions: np.ndarray, first_row: int = 0) -> None:
     """Refuses labels outside [0, 1].
 
     Raises:
         InputError: names the row, counted from `first_row`.
     """
-    if (wrong := ~((shares >= 0) & (shares <= 1))).any():
+    if (wrong := ~((fractions >= 0) & (fractions <= 1))).any():
         row = int(wrong.argmax())
-        raise InputError(f"p_first of row {first_row + row} is {shares[row]}; a label is a share of people in [0, 1]")
+        raise InputError(
+            f"p_first of row {first_row + row} is {fractions[row]}; a label is a fraction of people in [0, 1]"
+        )

@@ -12,21 +12,21 @@ import pytest
 
 from listener_reward.errors import InputError
 from listener_reward.evaluate import protocols
-from listener_reward.evaluate.measure import (
+from listener_reward.evaluate.judged import (
     DEFAULTS,
     PROTOCOLS,
-    Answers,
+    JudgedPairs,
     Labels,
+    apply_protocol,
     choose_tie_threshold,
     compare,
     default_protocols,
-    measure,
 )
 
 
-def answers(judge: Sequence[float], people: Sequence[float], **more: Any) -> Answers:
+def judged(judge: Sequence[float], people: Sequence[float], **more: Any) -> JudgedPairs:
     prompts = more.pop("prompts", range(len(judge)))
-    return Answers(judge=np.array(judge, float), people=np.array(people, float), prompts=np.array(prompts), **more)
+    return JudgedPairs(judge=np.array(judge, float), people=np.array(people, float), prompts=np.array(prompts), **more)
 
 
 ROWS = {
@@ -57,7 +57,7 @@ def labels(rows: dict[str, list[Any]] = ROWS, batch: int = 2) -> Labels:
 
 
 def test_labels_beside_margins():
-    found = labels().answers(np.array([1, 2, 3, 4]), unit="score")
+    found = labels().judged(np.array([1, 2, 3, 4]), unit="score")
     assert found.people.tolist() == pytest.approx([0.5, -0.3, 0, -0.5])
     assert found.prompts.tolist() == [0, 0, 0, 1]
     assert found.ranks is not None and found.ranks.tolist() == [1, -1, 0, -8]
@@ -70,7 +70,7 @@ def test_the_group_is_the_prompt_where_there_is_none():
     rows = {name: ROWS[name] for name in ("prompt", "p_first", "images")}
     found = labels(rows | {"images": [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}]] * 4})
     assert found.prompts == [0, 0, 0, 1] and found.source == "unnamed"
-    whole = found.answers(np.zeros(4))
+    whole = found.judged(np.zeros(4))
     assert whole.swapped is whole.ranks is whole.both_bad is None
     assert whole.firsts is not None and whole.seconds is not None and whole.firsts[0] != whole.seconds[0]
 
@@ -81,7 +81,7 @@ def test_columns_with_holes_are_left_out():
         "item_second": [None] * 4,
         "both_bad": [None, True, False, None],
     }
-    found = labels(rows).answers(np.zeros(4))
+    found = labels(rows).judged(np.zeros(4))
     assert found.ranks is None and found.seconds is None
     assert found.both_bad is not None and found.both_bad.tolist() == [False, True, False, False]
 
@@ -98,9 +98,9 @@ def test_a_label_that_is_no_share_is_named_by_its_row(wrong):
 
 
 def test_every_protocol_runs_and_its_result_is_json():
-    known = replace(labels().answers(np.array([0.3, -0.2, 0.1, 0.9])), both_bad=np.zeros(4, dtype=bool))
+    known = replace(labels().judged(np.array([0.3, -0.2, 0.1, 0.9])), both_bad=np.zeros(4, dtype=bool))
     for name in PROTOCOLS:
-        result = measure(known, name)
+        result = apply_protocol(known, name)
         assert result.protocol == name and result.value is not None and 0 < result.pairs <= 4
         assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
 
@@ -114,29 +114,32 @@ def test_all_defaults_are_protocols():
 
 def test_an_unknown_protocol_names_the_known_ones():
     with pytest.raises(InputError, match="hpsv2-inversion"):
-        measure(answers([1], [1]), "hpsv4")
+        apply_protocol(judged([1], [1]), "hpsv4")
 
 
 def test_rank_protocols_use_the_published_ranks_where_they_differ_from_the_majority():
     """Mean ranks can order two images against the majority; the published protocols go by the ranks."""
-    found = answers([1.0], [0.1], ranks=np.array([-1.0]))
-    assert measure(found, "hpsv2-inversion").value == measure(found, "imagereward").value == 0
-    assert measure(found, "genai-bench-diff").value == 1
+    found = judged([1.0], [0.1], ranks=np.array([-1.0]))
+    assert apply_protocol(found, "hpsv2-inversion").value == apply_protocol(found, "imagereward").value == 0
+    assert apply_protocol(found, "genai-bench-diff").value == 1
 
 
 def test_genai_bench_takes_words_or_makes_them():
     people, both_bad = [0.5, -0.5, 0, 0], np.array([False, False, False, True])
     words = ["[[A>B]]", "no", "[[A=B=Bad]]", None]
-    found = measure(answers([1, -1, 0, 0], people, both_bad=both_bad, words=words), "genai-bench")
+    found = apply_protocol(judged([1, -1, 0, 0], people, both_bad=both_bad, words=words), "genai-bench")
     assert (found.value, found.missing) == (0.25, 1)
-    made = measure(answers([0.1, -0.1, 0, float("nan")], people, both_bad=both_bad), "genai-bench")
+    made = apply_protocol(judged([0.1, -0.1, 0, float("nan")], people, both_bad=both_bad), "genai-bench")
     assert made.value == 0.75
     chosen = np.array([1, 0, 0, 2])  # a judge with a tie band ties without a margin of zero
-    assert measure(answers([1, -1, 0.1, 0.1], people, both_bad=both_bad, preferred=chosen), "genai-bench").value == 0.5
+    assert (
+        apply_protocol(judged([1, -1, 0.1, 0.1], people, both_bad=both_bad, preferred=chosen), "genai-bench").value
+        == 0.5
+    )
 
 
 def test_genai_bench_of_plain_votes_counts_a_tie_as_good():
-    assert measure(answers([1], [0], words=["[[A=B=Good]]"]), "genai-bench").value == 1
+    assert apply_protocol(judged([1], [0], words=["[[A=B=Good]]"]), "genai-bench").value == 1
 
 
 def test_pickscore_sees_scores_as_probabilities():
@@ -146,22 +149,22 @@ def test_pickscore_sees_scores_as_probabilities():
         np.array([1, 0, 0, -1] * 5) / 2,
         np.arange(20) // 4,
     )
-    scores = measure(answers(margins.tolist(), people.tolist(), prompts=prompts, unit="score"), "pickscore")
+    scores = apply_protocol(judged(margins.tolist(), people.tolist(), prompts=prompts, unit="score"), "pickscore")
     softmax = np.exp(margins) / (1 + np.exp(margins))
-    shares = measure(answers((2 * softmax - 1).tolist(), people.tolist(), prompts=prompts), "pickscore")
+    shares = apply_protocol(judged((2 * softmax - 1).tolist(), people.tolist(), prompts=prompts), "pickscore")
     assert scores == shares and scores.value == 1 and scores.thresholds == (0.1, 0.1)
 
 
 def test_pickscore_takes_the_threshold_of_a_validation_set():
     """There ties lie below 0.3 and choices above; here a margin of 0.35 is a choice, one of 0.25 a tie."""
-    validation = answers([0.3, -0.3, 0.4, -0.4], [0, 0, 0.5, -0.5])
+    validation = judged([0.3, -0.3, 0.4, -0.4], [0, 0, 0.5, -0.5])
     assert choose_tie_threshold(validation) == 0.3
-    test = answers([0.25, 0.35, 0.35, 0.25], [0, 0.5, 0, 0.5])
-    result = measure(replace(test, tie_threshold=0.3), "pickscore")
+    test = judged([0.25, 0.35, 0.35, 0.25], [0, 0.5, 0, 0.5])
+    result = apply_protocol(replace(test, tie_threshold=0.3), "pickscore")
     assert (result.value, result.thresholds) == ((1 + 1 + 0.5 + 0.5) / 4, (0.3,))
     assert result.always_first == (0.5 + 1 + 0.5 + 1) / 4, "it never ties, whatever the judge's threshold"
-    assert result.value != measure(test, "pickscore").value
-    logits = answers([2 * float(np.arctanh(0.3)), 0.0], [0, 0], unit="score")
+    assert result.value != apply_protocol(test, "pickscore").value
+    logits = judged([2 * float(np.arctanh(0.3)), 0.0], [0, 0], unit="score")
     assert choose_tie_threshold(logits) == 0.3, "scores are logits: the threshold is about their softmax"
 
 
@@ -169,42 +172,42 @@ def test_a_correlation_of_zero_everywhere_has_no_interval():
     """Of three images the middle one is moved to an end: two pairs agree on one side, so tau-b is 1/3, then -1/3."""
     images = {"firsts": ["a", "a", "b"] * 2, "seconds": ["b", "c", "c"] * 2}
     people, prompts = [0.5] * 6, [0, 0, 0, 1, 1, 1]
-    same = measure(answers([-1, 1, 2] * 2, people, prompts=prompts, **images), "tau-b")
+    same = apply_protocol(judged([-1, 1, 2] * 2, people, prompts=prompts, **images), "tau-b")
     assert same.value == pytest.approx(1 / 3) and same.interval is None
-    perfect = measure(answers([1, 2, 1] * 2, people, prompts=prompts, **images), "tau-b")
+    perfect = apply_protocol(judged([1, 2, 1] * 2, people, prompts=prompts, **images), "tau-b")
     assert perfect.value == pytest.approx(1) and perfect.interval is None
     swapped = np.array([True] * 6)
-    ties = measure(answers([0] * 6, people, prompts=prompts, swapped=swapped), "hpsv2-inversion")
+    ties = apply_protocol(judged([0] * 6, people, prompts=prompts, swapped=swapped), "hpsv2-inversion")
     assert ties.value == 0, "an exact tie is the published first's, which is shown second and worse"
 
 
 def test_mmrb2_without_orders_counts_a_judge_twice():
-    found = answers([1, -1, 1], [1, 1, 0])
-    assert measure(found, "mmrb2").value == 0.5
+    found = judged([1, -1, 1], [1, 1, 0])
+    assert apply_protocol(found, "mmrb2").value == 0.5
     halves = replace(found, forward=np.array([1.0, 1, 1]), reverse=np.array([1.0, np.nan, -1]))
-    assert measure(halves, "mmrb2").value == 1
+    assert apply_protocol(halves, "mmrb2").value == 1
 
 
 def test_a_rank_correlation_needs_to_know_the_images():
     with pytest.raises(InputError, match="tau-b needs to know which pairs share an image"):
-        measure(answers([1], [1]), "tau-b")
+        apply_protocol(judged([1], [1]), "tau-b")
 
 
 def test_always_first_is_beside_every_protocol_as_shown_and_as_in_the_file():
     """Published order: the winner always first. Shown order: as the shuffle had it."""
     swapped = np.array([True, False, True, True])
-    found = answers([1, 1, 1, 1], [-1, 1, -1, -1], swapped=swapped)
+    found = judged([1, 1, 1, 1], [-1, 1, -1, -1], swapped=swapped)
     for name in ("imagereward", "hpsv2", "hpsv2-inversion", "hpsv3-pair", "videogen-with-ties", "genai-bench"):
-        result = measure(found, name)
+        result = apply_protocol(found, name)
         assert (result.value, result.always_first, result.always_first_in_file) == (0.25, 0.25, 1.0), name
-    mmrb2 = measure(found, "mmrb2")
+    mmrb2 = apply_protocol(found, "mmrb2")
     assert (mmrb2.always_first, mmrb2.always_first_in_file) == (0.5, 0.5)  # asked in both orders it gains nothing
-    assert measure(replace(found, swapped=~swapped & False), "imagereward").always_first_in_file is None
+    assert apply_protocol(replace(found, swapped=~swapped & False), "imagereward").always_first_in_file is None
 
 
 def test_the_interval_is_clustered_by_prompt():
-    one = measure(answers([1] * 10 + [-1] * 10, [1] * 20, prompts=np.arange(20)), "imagereward")
-    two = measure(answers([1] * 10 + [-1] * 10, [1] * 20, prompts=np.arange(20) // 5), "imagereward")
+    one = apply_protocol(judged([1] * 10 + [-1] * 10, [1] * 20, prompts=np.arange(20)), "imagereward")
+    two = apply_protocol(judged([1] * 10 + [-1] * 10, [1] * 20, prompts=np.arange(20) // 5), "imagereward")
     assert one.interval is not None and two.interval is not None
     assert two.interval[1] - two.interval[0] > 1.5 * (one.interval[1] - one.interval[0])
     assert (one.prompts, two.prompts) == (20, 4)
@@ -217,7 +220,7 @@ def test_the_interval_is_clustered_by_prompt():
 
 def test_two_judges_by_a_protocol():
     people = [1, 1, -1, 0]
-    first, second = answers([1, 1, -1, 1], people), answers([1, -1, -1, 1], people)
+    first, second = judged([1, 1, -1, 1], people), judged([1, -1, -1, 1], people)
     test = compare(first, second, "imagereward")
     assert test is not None and (test.difference, test.only_first, test.pairs) == (pytest.approx(1 / 3), 1, 3)
     credits = protocols.imagereward(first.judge, first.people)
@@ -226,6 +229,6 @@ def test_two_judges_by_a_protocol():
 
 def test_other_pairs_are_refused():
     with pytest.raises(InputError, match="different pairs"):
-        compare(answers([1], [1]), answers([1], [-1]), "imagereward")
+        compare(judged([1], [1]), judged([1], [-1]), "imagereward")
     with pytest.raises(InputError, match="different pairs"):
-        compare(answers([1], [1]), answers([1, 1], [1, 1]), "imagereward")
+        compare(judged([1], [1]), judged([1, 1], [1, 1]), "imagereward")

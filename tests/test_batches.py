@@ -13,9 +13,9 @@ from PIL import Image
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate import batches as module
 from listener_reward.evaluate import evaluate
-from listener_reward.evaluate.batches import shown
+from listener_reward.evaluate.batches import load_batches
 from listener_reward.evaluate.gallery import Gallery
-from listener_reward.evaluate.measure import Labels
+from listener_reward.evaluate.judged import Labels
 from listener_reward.media import images
 from listener_reward.media.images import Picture, to_picture, to_pil
 
@@ -54,7 +54,7 @@ def reds(rows: dict[str, list[Any]]) -> list[list[int]]:
 def test_a_picture_of_many_pairs_is_decoded_once(files, decoded):
     pairs = [[files[i], files[j]] for i in range(9) for j in range(9) if i != j]
     labels = Labels()
-    parts = list(shown([batch(*pairs[:40]), batch(*pairs[40:])], labels))
+    parts = list(load_batches([batch(*pairs[:40]), batch(*pairs[40:])], labels))
     assert [red for part in parts for red in reds(part)] == [[i, j] for i in range(9) for j in range(9) if i != j]
     assert sorted(image["path"] for image in decoded) == [image["path"] for image in files]
     assert all(isinstance(image, Picture) for part in parts for pair in part["images"] for image in pair)
@@ -66,12 +66,12 @@ def test_what_is_kept_stays_within_the_budget_and_is_the_latest(files, decoded, 
     for numbers in ([0, 1], [2, 3], [0, 4], [0, 1]):
         list_of = batch([files[k] for k in numbers])
         kept_before = len(decoded)
-        streams = shown([list_of], Labels())
+        streams = load_batches([list_of], Labels())
         assert reds(next(streams)) == [numbers]
         assert len(decoded) - kept_before == 2, "nothing outlives a run"
     decoded.clear()
     batches = [batch([files[i], files[j]]) for i, j in ((0, 1), (2, 3), (0, 4), (2, 3), (1, 0))]
-    assert [reds(part)[0] for part in shown(batches, Labels())] == [[0, 1], [2, 3], [0, 4], [2, 3], [1, 0]]
+    assert [reds(part)[0] for part in load_batches(batches, Labels())] == [[0, 1], [2, 3], [0, 4], [2, 3], [1, 0]]
     # Four are kept: 4 drives out 1, the one not used for longest, so that of the last pair only 1 is decoded anew.
     assert [int(Path(image["path"]).stem) for image in decoded] in ([0, 1, 2, 3, 4, 1], [1, 0, 2, 3, 4, 1])
 
@@ -81,7 +81,7 @@ def test_a_large_batch_is_shown_in_parts_and_each_picture_decoded_once(files, de
     monkeypatch.setattr(module, "_AHEAD", 1)
     rows = batch([files[0], files[1]], [files[2], files[3]], [files[4], files[5]]) | {"id": ["a", "b", "c"]}
     labels = Labels()
-    parts = list(shown([rows], labels))
+    parts = list(load_batches([rows], labels))
     assert [part["id"] for part in parts] == [["a", "b"], ["c"]] and labels.columns["id"] == ["a", "b", "c"]
     assert [reds(part) for part in parts] == [[[0, 1], [2, 3]], [[4, 5]]] and len(decoded) == 6
     assert all(isinstance(image, Picture) for part in parts for pair in part["images"] for image in pair)
@@ -93,17 +93,17 @@ def test_equal_embedded_bytes_are_decoded_once(files, decoded):
         for k in (0, 2, 1)
     ]
     labels = Labels()
-    assert [reds(part)[0] for part in shown(rows, labels)] == [[0, 1], [2, 3], [1, 2]]
+    assert [reds(part)[0] for part in load_batches(rows, labels)] == [[0, 1], [2, 3], [1, 2]]
     assert len(decoded) == 4 and labels.columns["item_second"][0] == labels.columns["item_first"][2]
 
 
 def test_what_cannot_be_decoded_is_the_judge_s_to_tell(files):
     pictures = [files[0], {"bytes": None, "path": "gone.png"}]
-    (part,) = shown([batch(pictures)], Labels())
+    (part,) = load_batches([batch(pictures)], Labels())
     assert part["images"][0][1] == pictures[1]
     drawn = [Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2))]
     rows = {"prompt": ["x"], "p_first": [1.0], "images": [drawn], "item_first": ["a"], "item_second": ["b"]}
-    ((first, second),) = next(shown([rows], Labels()))["images"]
+    ((first, second),) = next(load_batches([rows], Labels()))["images"]
     assert [first.image, second.image] == drawn, "what is decoded already stays the same"
     assert any(first.image is one for one in drawn), "and is not copied"
 

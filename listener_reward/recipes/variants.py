@@ -1,4 +1,4 @@
-"""What the demo compares in the tiny world: the arms, each a way to train a judge, and how each is measured.
+"""The variants that the demo compares in the tiny world, each a way to train a judge, and how each is evaluated.
 
 How fast training and judging are is measured elsewhere, by the workloads of `bench`.
 """
@@ -16,8 +16,8 @@ from listener_reward.trace import Masking
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
 
-ARMS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: WEIGHTS}
-"""Weights of format, accuracy and listener. Both arms can earn at most 2."""
+VARIANTS = {ACCURACY_ONLY: (1.0, 1.0, 0.0), LISTENER_SHAPED: WEIGHTS}
+"""Weights of format, accuracy and listener. Both variants can earn at most 2."""
 
 SPLITS = ("id", "ood", "wrong")
 
@@ -48,15 +48,15 @@ class Recipe:
     listener: str = "tiny-listener"
     grounding: float = 2.0
     masking: Masking = "answer"
-    share: bool = True
+    share_prompt: bool = True
     """Whether a group shares its prompt. The results in docs/log.md were made as copies, which differ by rounding:
     after 160 steps that is another run of the same kind, and not the same numbers."""
 
 
-def train_arm(
+def train_variant(
     report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe, pairs: Any = None
 ) -> dict[str, list[Any]]:
-    """Trains one GRPO arm, writes its judge into `out`, and returns its learning curves.
+    """Trains one variant by GRPO, writes its judge into `out`, and returns its learning curves.
 
     `pairs` are those of the recipe unless others are given.
     """
@@ -86,7 +86,7 @@ def train_arm(
         report_to="none",
         disable_tqdm=True,
         seed=seed,
-        **({} if recipe.share else AS_COPIES),  # pyright: ignore[reportArgumentType]
+        **({} if recipe.share_prompt else AS_COPIES),  # pyright: ignore[reportArgumentType]
     )
     curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
 
@@ -106,7 +106,7 @@ def train_arm(
     return curves
 
 
-def train_sft_arm(report: Report, out: str, seed: int, recipe: Recipe) -> None:
+def train_sft_variant(report: Report, out: str, seed: int, recipe: Recipe) -> None:
     """Trains the supervised baseline on the same pairs; `out` then holds its judge."""
     from transformers import TrainerCallback
     from trl import SFTConfig
@@ -137,7 +137,7 @@ def train_sft_arm(report: Report, out: str, seed: int, recipe: Recipe) -> None:
     train_sft(recipe.base, load_pairs("tiny:train", limit=recipe.pairs), args, callbacks=[Steps()])
 
 
-def measure(
+def evaluate_splits(
     report: Report, model: str, splits: Sequence[str], pairs: int, listener: str | None = None, think: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one judge on splits of the tiny world; `Evaluation.to_dict()` and its diagnostics by split."""
