@@ -276,7 +276,10 @@ _MARKUP = re.compile(r"<[^<>\s]+>")
 
 
 def _are_two(values: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(values, tuple) and len(values) == 2 and all(map(fits, values))
+    if not isinstance(values, tuple):
+        return False
+    several = cast("tuple[Any, ...]", values)
+    return len(several) == 2 and all(map(fits, several))
 
 
 def _is_tag(value: Any) -> bool:

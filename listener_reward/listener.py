@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from listener_reward.errors import InputError, missing
 
@@ -72,12 +72,12 @@ class Listener:
             read = p_first_at_slot(
                 self.vlm, self.chat_format, chats, thoughts, temperature=self.temperature, who="the listener"
             )
-            self.misfits.see(read.label_mass.tolist())
+            self.misfits.see(cast("Any", read.label_mass).tolist())
             return read.p_first
         prefixes = _prefixes(self.vlm, self.chat_format, thoughts)
         log_probs, likelihood = self.vlm.read(chats, prefixes, self.chat_format.labels)
         check_finite(torch.cat([log_probs, likelihood[:, None]], dim=-1), "the listener")
-        self.misfits.see(_mass(log_probs).tolist())
+        self.misfits.see(cast("Any", _mass(log_probs)).tolist())
         raw = torch.softmax(log_probs / self.temperature, dim=-1)[:, 0]
         return 0.5 + (raw - 0.5) * torch.exp(self.grounding * likelihood)
 

@@ -42,7 +42,7 @@ def test_round_trip(tmp_path):
     card = Card(
         format=ChatFormat(labels=("A", "B"), system="s"),
         listener="tiny-listener",
-        calibration=Calibration(Platt(1.5, -0.2), heard=Platt(0.8)),
+        calibration=Calibration(Platt(1.5, -0.2), listener_platt=Platt(0.8)),
         listener_temperature=0.7,
         masking="verdict",
         thoughts=3,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from listener_reward.errors import missing
 
@@ -28,7 +28,7 @@ def next_token_logprobs(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
         return logprobs.gather(-1, ids.to(logprobs.device))
     ids = ids.to(head.weight.device)
     weights = torch.split(head.weight, _VOCABULARY_AT_ONCE)
-    offsets: Tensor | None = head.bias
+    offsets = cast("Tensor | None", head.bias)
     biases = [None] * len(weights) if offsets is None else torch.split(offsets.float(), _VOCABULARY_AT_ONCE)
     with torch.autocast(hidden.device.type, enabled=False):
         states = hidden.float()

@@ -165,7 +165,7 @@ def decoded(tokenizer: Any, completions: Any) -> list[str]:
     dropped = {special.get(token) for token in (*QWEN_RESERVED, *FOREIGN_RESERVED, *map(str, _flat(named)))}
     if dropped.issuperset(special.values()):
         return tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in completions]
+    rows = [cast("Any", row).tolist() if isinstance(row, torch.Tensor) else row for row in completions]
     return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
 
 

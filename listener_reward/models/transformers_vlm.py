@@ -444,10 +444,11 @@ class TransformersVLM:
     def _refuse_labels(self, prefix: str, labels: Sequence[str]) -> NoReturn:
         """Names the label of several tokens where there is one, and what the tokenizer makes of each."""
         before = self.tokenizer.encode(prefix, add_special_tokens=False)
-        told, where = [], f"after {prefix[-20:]!r}"
+        told: list[str] = []
+        where = f"after {prefix[-20:]!r}"
         for label in labels:
             tokens = self.tokenizer.encode(prefix + label, add_special_tokens=False)
-            pieces = self.tokenizer.convert_ids_to_tokens(tokens[_shared(before, tokens) :])
+            pieces: list[str] = self.tokenizer.convert_ids_to_tokens(tokens[_shared(before, tokens) :])
             if len(pieces) != 1:
                 raise InputError(
                     f"label {label!r} is {len(pieces)} tokens of this tokenizer {where}, {pieces}; choose labels of one"

@@ -214,7 +214,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             InputError: `malformed_rounds` of them in a row.
         """
         rates = self._metrics["train"].get("malformed_rate")
-        if not (self.model.training and rates):
+        if not (self.model is not None and self.model.training and rates):
             return
         self._malformed_rounds = self._malformed_rounds + 1 if rates[-1] == 1 else 0
         if self._malformed_rounds == self.args.malformed_rounds:
