@@ -152,7 +152,9 @@ def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Any]:
         return {}
     calibrations = {name: values.get(name, Calibration()) for name in ("calibration", "fast_calibration")}
     return {
-        name: replace(each, answer=replace(each.answer, temperature=each.answer.temperature * temperature))
+        name: replace(
+            each, reasoner_platt=replace(each.reasoner_platt, temperature=each.reasoner_platt.temperature * temperature)
+        )
         for name, each in calibrations.items()
     }
 

@@ -53,7 +53,7 @@ def test_remote_reward_is_the_reward_itself(FakeJudge):
         here, there = reward(pixels(), PROMPTS), as_reward(url, {}, scheme="reference")(pixels(), PROMPTS, None)
         assert there[0] == pytest.approx(here[0]) and there[0].dtype == np.float32
         assert there[1].keys() == here[1].keys()
-        assert all(there[1][key] == pytest.approx(here[1][key]) for key in here[1])
+        assert all(there[1][key] == pytest.approx(here[1][key], nan_ok=True) for key in here[1])
         with pytest.raises(InputError, match="empty"):
             RemoteReward(url)(pixels([9]), [""])
 
