@@ -95,6 +95,13 @@ def test_compare_passes_its_options_on(loads: Any, FakeJudge: Any, pictures: Any
     assert calls == [(PAPER_CHECKPOINT, {"think": False, "thoughts": 3, "listener": "other"})]
 
 
+@pytest.mark.parametrize("command", ["compare", "rank"])
+def test_videos_are_looked_at_as_asked(loads: Any, FakeJudge: Any, pictures: Any, command: str):
+    calls = loads(FakeJudge())
+    assert run(command, "--judge", "tiny", "-p", "red", *pictures[:2], "--clips", "frames").exit_code == 0
+    assert calls == [("tiny", {"think": True, "clips": "frames"})]
+
+
 def test_nan_is_printed_as_null(loads: Any, FakeJudge: Any, pictures: Any):
     loads(FakeJudge(breaks_on=lambda *_: True, answers_nan=True))
     result = run("compare", "--prompt", "red", *pictures[:2], "--json")

@@ -461,6 +461,7 @@ def test_a_bad_configuration_is_one_clear_error(
         ("model_name_or_path: x", "data is not set"),
         ("data: tiny:train", "model_name_or_path is not set"),
         ("data: tiny:train\nmodel_name_or_path: x\nload_in_4bit: true", "load_in_4bit is not supported"),
+        ("data: tiny:train\nmodel_name_or_path: x\noutput_dir: tiny", "the name of an embedded checkpoint"),
         ("data: tiny:train\nmodel_name_or_path: x\nmodel_revision: v2", "model_revision is 'v2'"),
     ],
 )

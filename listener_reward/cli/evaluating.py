@@ -12,6 +12,7 @@ import typer
 from listener_reward.cli.options import (
     AggregateName,
     AsJson,
+    Clips,
     Debug,
     EarlyStop,
     JudgeName,
@@ -115,6 +116,7 @@ def evaluate_pairs(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
+    clips: Clips = "storyboard",
     limit: Limit = None,
     seed: Seed = 0,
     stream: Stream = False,
@@ -146,6 +148,7 @@ def evaluate_pairs(
         "aggregate": aggregate,
         "orders": orders,
         "early_stop": early_stop,
+        "clips": None if clips == "storyboard" else clips,
     }
     with errors_in_one_line(debug):
         if html is not None:

@@ -9,6 +9,7 @@ import typer
 from listener_reward.cli.options import (
     AggregateName,
     AsJson,
+    Clips,
     Debug,
     EarlyStop,
     JudgeName,
@@ -24,8 +25,8 @@ from listener_reward.cli.terminal import errors_in_one_line, working
 
 
 def compare(
-    first: Annotated[str, typer.Argument(metavar="FIRST", help="The first image file.")],
-    second: Annotated[str, typer.Argument(metavar="SECOND", help="The second image file.")],
+    first: Annotated[str, typer.Argument(metavar="FIRST", help="The first image or video file.")],
+    second: Annotated[str, typer.Argument(metavar="SECOND", help="The second image or video file.")],
     prompt: Prompt,
     judge: JudgeName = None,
     listener: ListenerName = None,
@@ -34,6 +35,7 @@ def compare(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
+    clips: Clips = "storyboard",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -51,6 +53,7 @@ def compare(
                 aggregate=aggregate,
                 orders=orders,
                 early_stop=early_stop,
+                clips=None if clips == "storyboard" else clips,
             )
             verdict = loaded.compare(prompt, first, second)
         if as_json:
@@ -69,6 +72,7 @@ def rank(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
+    clips: Clips = "storyboard",
     budget: Annotated[
         int | None,
         typer.Option(
@@ -99,6 +103,7 @@ def rank(
                 aggregate=aggregate,
                 orders=orders,
                 early_stop=early_stop,
+                clips=None if clips == "storyboard" else clips,
             )
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
         if as_json:

@@ -46,6 +46,13 @@ EarlyStop = Annotated[
     float | None,
     typer.Option("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
 ]
+Clips = Annotated[
+    str,
+    typer.Option(
+        "--clips",
+        help='How videos are looked at: "storyboard", "frames", "video" or "clip"; images do not care.',
+    ),
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -60,6 +67,7 @@ class JudgeOptions(TypedDict, total=False):
     aggregate: str | None
     orders: str | None
     early_stop: float | None
+    clips: str | None
 
 
 def load_rater(name: str | None, **options: Unpack[JudgeOptions]) -> Any:

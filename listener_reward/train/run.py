@@ -12,6 +12,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
+from listener_reward.models.hub import EMBEDDED
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.trainer import ListenerGRPOTrainer, last_checkpoint
 
@@ -81,9 +82,16 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
         raise InputError("data is not set; name the pairs to train on, for example data: tiny:train")
     if model_args.model_name_or_path is None:
         raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
+    if args.output_dir in EMBEDDED:
+        raise InputError(
+            f"output_dir is {args.output_dir!r}, the name of an embedded checkpoint, which would be loaded in "
+            f"its place; choose another folder, such as ./{args.output_dir}-run"
+        )
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
-            raise InputError(f"{name} is not supported: adapters cannot be merged exactly into rounded weights")
+            raise InputError(
+                f"{name} is not supported: training beside rounded weights has not been tried here; leave it out"
+            )
     if model_args.model_revision != "main":
         raise InputError(
             f"model_revision is {model_args.model_revision!r} and only 'main' is supported; download the revision and "
