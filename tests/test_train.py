@@ -462,10 +462,23 @@ def test_a_bad_configuration_is_one_clear_error(
         ("data: tiny:train", "model_name_or_path is not set"),
         ("data: tiny:train\nmodel_name_or_path: x\nload_in_4bit: true", "load_in_4bit is not supported"),
         ("data: tiny:train\nmodel_name_or_path: x\noutput_dir: tiny", "the name of an embedded checkpoint"),
+        ("data: tiny:train\nmodel_name_or_path: x\nuse_vllm: true", "vllm is not installed: pip install vllm"),
+        ("data: tiny:train\nmodel_name_or_path: x\nreport_to: wandb", "report_to is wandb, and wandb is not installed"),
+        (
+            "data: tiny:train\nmodel_name_or_path: x\nattn_implementation: flash_attention_2",
+            "flash_attn is not installed: pip install flash-attn",
+        ),
         ("data: tiny:train\nmodel_name_or_path: x\nmodel_revision: v2", "model_revision is 'v2'"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(yaml: Callable[[str], list[str]], text: str, message: str):
+def test_what_cannot_be_trained_is_refused(
+    yaml: Callable[[str], list[str]], text: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    from listener_reward.train import run
+
+    found = run.find_spec
+    absent = ("vllm", "wandb", "flash_attn", "kernels")
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in absent else found(name))
     with pytest.raises(InputError, match=message):
         main(yaml(text))
 

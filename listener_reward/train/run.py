@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,6 +98,7 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
             f"model_revision is {model_args.model_revision!r} and only 'main' is supported; download the revision and "
             "give its folder as model_name_or_path"
         )
+    _check_installed(args, model_args)
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
     peft_config: Any = get_peft_config(model_args)
@@ -115,6 +117,25 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     trainer.accelerator.print(f"The judge is in {args.output_dir}: Judge.from_pretrained({args.output_dir!r})")
     _leave(trainer)
     return trainer
+
+
+def _check_installed(args: ListenerGRPOConfig, model_args: ModelConfig) -> None:
+    """Raises `InputError` for a setting that names a package which is not installed, before anything is loaded."""
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    asked = [("report_to", name, name) for name in trackers if name in _TRACKERS]
+    if args.use_vllm:
+        asked.append(("use_vllm", "true", "vllm"))
+    attention = model_args.attn_implementation
+    if attention == "flash_attention_2" and find_spec("kernels") is None:  # which transformers takes instead
+        asked.append(("attn_implementation", attention, "flash_attn"))
+    for setting, value, package in asked:
+        if find_spec(package) is None:
+            install = f"pip install {package.replace('_', '-')}"
+            raise InputError(f"{setting} is {value}, and {package} is not installed: {install}, or leave {setting} out")
+
+
+_TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "trackio", "swanlab", "clearml")
+"""Trackers of transformers that are a package of the same name."""
 
 
 def _leave(trainer: ListenerGRPOTrainer) -> None:
