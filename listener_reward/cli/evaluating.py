@@ -116,7 +116,7 @@ def evaluate_pairs(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
-    clips: Clips = "storyboard",
+    clips: Clips = None,
     limit: Limit = None,
     seed: Seed = 0,
     stream: Stream = False,
@@ -148,7 +148,7 @@ def evaluate_pairs(
         "aggregate": aggregate,
         "orders": orders,
         "early_stop": early_stop,
-        "clips": None if clips == "storyboard" else clips,
+        "clips": clips,
     }
     with errors_in_one_line(debug):
         if html is not None:

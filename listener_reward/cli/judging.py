@@ -35,7 +35,7 @@ def compare(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
-    clips: Clips = "storyboard",
+    clips: Clips = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -53,7 +53,7 @@ def compare(
                 aggregate=aggregate,
                 orders=orders,
                 early_stop=early_stop,
-                clips=None if clips == "storyboard" else clips,
+                clips=clips,
             )
             verdict = loaded.compare(prompt, first, second)
         if as_json:
@@ -72,7 +72,7 @@ def rank(
     aggregate: AggregateName = None,
     orders: OrdersName = None,
     early_stop: EarlyStop = None,
-    clips: Clips = "storyboard",
+    clips: Clips = None,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -103,7 +103,7 @@ def rank(
                 aggregate=aggregate,
                 orders=orders,
                 early_stop=early_stop,
-                clips=None if clips == "storyboard" else clips,
+                clips=clips,
             )
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
         if as_json:

@@ -47,10 +47,11 @@ EarlyStop = Annotated[
     typer.Option("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
 ]
 Clips = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--clips",
         help='How videos are looked at: "storyboard", "frames", "video" or "clip"; images do not care.',
+        show_default="storyboard",
     ),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
