@@ -15,7 +15,7 @@ import numpy as np
 
 from listener_reward.conclude import mean_verdict
 from listener_reward.errors import InputError
-from listener_reward.media.clips import ClipView
+from listener_reward.media.clips import ClipView, frame_by_frame
 from listener_reward.media.storyboards import as_picture, as_pictures, read_clips, storyboard, to_still
 from listener_reward.media.videos import FRAMES, check_frames, read_clip
 from listener_reward.ranking import Ranking
@@ -159,19 +159,16 @@ class ClipJudge:
         ones, others = read_clips(firsts, field="firsts"), read_clips(seconds, field="seconds")
         if self.strategy == "storyboard":
             return self.judge.compare_many(prompts, [*map(to_still, ones)], [*map(to_still, others)], think=think)
-        counts = [len(one.frames) for one in ones]
-        for number, (count, other) in enumerate(zip(counts, others, strict=True)):
-            if len(other.frames) != count:
-                raise InputError(
-                    f"firsts[{number}] has {count} frames and seconds[{number}] {len(other.frames)}; "
-                    "strategy='frames' compares frame by frame: read both with the same number of frames"
-                )
+        places = [
+            frame_by_frame(one, other, (f"firsts[{number}]", f"seconds[{number}]"))
+            for number, (one, other) in enumerate(zip(ones, others, strict=True))
+        ]
         verdicts = iter(
             self.judge.compare_many(
-                [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)],
-                [frame for clip in ones for frame in clip.frames],
-                [frame for clip in others for frame in clip.frames],
+                [prompt for prompt, frames in zip(prompts, places, strict=True) for _ in frames],
+                [first for frames in places for first, _ in frames],
+                [second for frames in places for _, second in frames],
                 think=think,
             )
         )
-        return [mean_verdict([next(verdicts) for _ in range(count)]) for count in counts]
+        return [mean_verdict([next(verdicts) for _ in frames]) for frames in places]

@@ -23,7 +23,7 @@ from listener_reward.chat import Chat, Side
 from listener_reward.conclude import Judgement, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
 from listener_reward.listener import Listener, choose_listener, load_listener, p_first_at_slot
-from listener_reward.media.clips import Clip, ClipView
+from listener_reward.media.clips import Clip, ClipView, frame_by_frame
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.misfits import Misfits
@@ -425,12 +425,7 @@ class Judge:
                     raise InputError(f"{field} is a clip, and the other side an image; give two of a kind")
             yield _Match(pair, 0, prompt, (one, other), (one.digest, other.digest))
         elif self.clips == "frames":
-            if len(one.frames) != len(other.frames):
-                raise InputError(
-                    f"{fields[0]} has {len(one.frames)} frames and {fields[1]} {len(other.frames)}; clips='frames' "
-                    "compares frame by frame: read both with the same number of frames"
-                )
-            for number, frames in enumerate(zip(one.frames, other.frames, strict=True)):
+            for number, frames in enumerate(frame_by_frame(one, other, fields)):
                 yield _Match(pair, number, prompt, frames, (frames[0].digest, frames[1].digest))
         else:
             sides = self._side(one, fields[0], stills), self._side(other, fields[1], stills)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from listener_reward.errors import InputError
 from listener_reward.media.images import Picture
 
 ASSUMED_RATE = 2.0
@@ -65,6 +66,20 @@ class Clip:
     def nbytes(self) -> int:
         """Bytes of the decoded frames, each distinct one counted once."""
         return sum(frame.nbytes for frame in {frame.digest: frame for frame in self.frames}.values())
+
+
+def frame_by_frame(one: Clip, other: Clip, fields: tuple[str, str]) -> list[tuple[Picture, Picture]]:
+    """The frames of the same place of both clips.
+
+    Raises:
+        InputError: one has more frames; `fields` are the names of both in the message.
+    """
+    if len(one.frames) != len(other.frames):
+        raise InputError(
+            f"{fields[0]} has {len(one.frames)} frames and {fields[1]} {len(other.frames)}; they are compared frame by "
+            "frame: read both with the same number of frames"
+        )
+    return list(zip(one.frames, other.frames, strict=True))
 
 
 def assumed_times(frames: int) -> tuple[float, ...]:
