@@ -36,7 +36,7 @@ FLOORS = (
     ("tiny",),
     ("datasets",),
     ("evaluate",),
-    ("report",),
+    ("report", "scoring"),
     # the reward, and training a judge
     ("references",),
     ("reward",),

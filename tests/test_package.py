@@ -100,7 +100,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """In front of a script: the packages that are its arguments are not found, as if they were not installed."""
 
 NEEDS = {
-    "data": "datasets",
+    "data": "datasets scoring",
     "judge": "bench judge listener models.head models.processing models.transformers_vlm models.video_processing "
     "models.vision models.vlm peers.scorers prefix tiny.models",
     "train": "recipes train",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from listener_reward.evaluate.leaderboard import Leaderboard
     from listener_reward.evaluate.several import Measured
     from listener_reward.ranking import Ranking
+    from listener_reward.scoring import Scored
     from listener_reward.train.rounding import Rounding
     from listener_reward.verdict import Verdict
 
@@ -243,6 +244,16 @@ def print_calibrated(result: Calibrated, folder: Path) -> None:
         f"tie band {result.calibration.tie_band:g}; written to {plain(str(folder))}",
         soft_wrap=True,
     )
+
+
+def print_scored(scored: Scored) -> None:
+    console = Console(highlight=False)
+    told = [f"{scored.pairs} pairs"]
+    told += [f"{scored.resumed} of them scored before"] if scored.resumed else []
+    told += [f"{scored.failed} without a verdict, see the column error"] if scored.failed else []
+    told += [f"{scored.left_out} rows of the data are no pairs"] if scored.left_out else []
+    told += [f"{scored.seconds:.0f} s", f"written to {plain(str(scored.out))}"]
+    console.print("; ".join(told), soft_wrap=True)
 
 
 def print_roundings(roundings: Sequence[Rounding], console: Console) -> None:

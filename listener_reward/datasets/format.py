@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from listener_reward.errors import InputError
 from listener_reward.media.containers import demuxer, head_of
+from listener_reward.media.images import ImageLike
 from listener_reward.pairs import PreferencePair, check_text
 
 Row: TypeAlias = "Mapping[str, Any]"
@@ -56,6 +57,20 @@ class Labelled:
         return Labelled(self.pair.swapped(), columns, not self.swapped)
 
 
+@dataclass(frozen=True, slots=True)
+class Unlabelled:
+    """Two images for one prompt on which nobody has voted: they can be scored, and neither trained nor measured on."""
+
+    prompt: str
+    first: ImageLike
+    second: ImageLike
+    id: str
+
+    def __post_init__(self) -> None:
+        check_text(self.prompt, field="prompt")
+        check_text(self.id, field="id")
+
+
 class Skipped(NamedTuple):
     """A row that its publisher marks as no pair; it is counted, not refused."""
 
@@ -68,7 +83,7 @@ class Format:
 
     kind: str
     """The word before the colon of a spec, and the `source` of its pairs."""
-    pairs: Callable[[Row, Place], Iterator[Labelled | Skipped]]
+    pairs: Callable[[Row, Place], Iterator[Labelled | Unlabelled | Skipped]]
     """Every pair of one row, in the published order. Raises InputError for a row that cannot be used."""
     columns: Mapping[str, str]
     """Its own columns beside `PUBLISHED`, to their Arrow types."""
@@ -85,7 +100,7 @@ class Format:
         return any(sign <= fields for sign in self.signs)
 
 
-def read_pairs(source: Iterable[tuple[Place, Row]], form: Format) -> Iterator[Labelled | Skipped]:
+def read_pairs(source: Iterable[tuple[Place, Row]], form: Format) -> Iterator[Labelled | Unlabelled | Skipped]:
     """All pairs of a source one after another, in the published order; an error names the row."""
     for place, row in source:
         try:

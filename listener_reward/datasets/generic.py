@@ -17,6 +17,7 @@ from listener_reward.datasets.format import (
     Labelled,
     Place,
     Row,
+    Unlabelled,
     is_empty,
     names,
     number,
@@ -40,8 +41,12 @@ _FIELDS = ("prompt", "image_first", "image_second", "images", "p_first", "label"
 _LABELS = {"1": 1.0, "first": 1.0, "2": 0.0, "second": 0.0, "tie": 0.5}
 
 
-def generic_format(source: str, fields: Collection[str], columns: Mapping[str, str]) -> Format:
+def generic_format(
+    source: str, fields: Collection[str], columns: Mapping[str, str], *, labelled: bool = True
+) -> Format:
     """The generic schema as `source` uses it: `columns` renames, `fields` are those that the file has.
+
+    Unless `labelled`, a row may be without a label.
 
     Raises:
         InputError: `columns` names a field that the schema has not.
@@ -52,12 +57,12 @@ def generic_format(source: str, fields: Collection[str], columns: Mapping[str, s
     for name in kept:
         if (other := other_side(name)) not in kept and other != name:
             raise InputError(f"{source} has a column {name} and no {other}; add it, or give {name} another name")
-    return Format("generic", partial(_pairs, source=source, columns=columns, kept=kept), kept)
+    return Format("generic", partial(_pairs, source=source, columns=columns, kept=kept, labelled=labelled), kept)
 
 
 def _pairs(
-    row: Row, place: Place, *, source: str, columns: Mapping[str, str], kept: Mapping[str, str]
-) -> Iterator[Labelled]:
+    row: Row, place: Place, *, source: str, columns: Mapping[str, str], kept: Mapping[str, str], labelled: bool
+) -> Iterator[Labelled | Unlabelled]:
     for name, column in columns.items():
         if column not in row:
             raise InputError(
@@ -68,6 +73,9 @@ def _pairs(
         raise InputError(f"prompt is missing from {names(row)}; add it, or name it by columns={{'prompt': ...}}")
     first, second = (undecoded(image, place) for image in _two_images(row))
     name = text(row.get("id"), "id") or str(place.index)
+    if not labelled and is_empty(row.get("p_first")) and is_empty(row.get("label")):
+        yield Unlabelled(row["prompt"], first, second, name)
+        return
     extra = {
         key: text(row.get(key), key) if kind == "string" else number(row.get(key), key) for key, kind in kept.items()
     }

@@ -63,6 +63,7 @@ from listener_reward.datasets.format import (
     Place,
     Row,
     Skipped,
+    Unlabelled,
     read_pairs,
     stored_as_video,
 )
@@ -217,7 +218,7 @@ class Opened:
     form: Format | None
     tiny: tuple[str, int | None, int] | None = None
 
-    def pairs(self) -> Iterator[Labelled | Skipped]:
+    def pairs(self) -> Iterator[Labelled | Unlabelled | Skipped]:
         """From the start, in the published order."""
         if self.tiny is not None:
             return iter(tiny_pairs(*self.tiny))
@@ -244,8 +245,18 @@ class Opened:
         return {name: row[name] for name in self.features}
 
 
-def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str, str] | None, stream: bool) -> Opened:
+def open_pairs(
+    spec: str,
+    *,
+    limit: int | None,
+    seed: int,
+    columns: Mapping[str, str] | None,
+    stream: bool,
+    labelled: bool = True,
+) -> Opened:
     """Finds the files or the Hub data set that `spec` names, and its format. `limit` and `seed` are the tiny world's.
+
+    Unless `labelled`, rows of the generic schema may be without a label, and come as `Unlabelled`.
 
     Raises:
         InputError: nothing is there, or it is of no format read here.
@@ -274,7 +285,7 @@ def open_pairs(spec: str, *, limit: int | None, seed: int, columns: Mapping[str,
     head = [row for _, row in islice(source, _HEAD)]
     fields = {field for row in head for field in row}
     form = None if columns else next((form for form in FORMATS.values() if form.recognises(fields)), None)
-    form = form or generic_format(name, fields, columns or {})
+    form = form or generic_format(name, fields, columns or {}, labelled=labelled)
     return Opened(form.kind, source, form)
 
 
@@ -291,7 +302,7 @@ def _open(target: str, form: Format, dimension: str | None, stream: bool) -> Fil
     return open_hub(hub[1], hub[2] or form.split, stream=stream, dimension=dimension)
 
 
-def _no_pairs(spec: str, pairs: Iterator[Labelled | Skipped]) -> str:
+def _no_pairs(spec: str, pairs: Iterator[Labelled | Unlabelled | Skipped]) -> str:
     reasons = sorted({pair.reason for pair in pairs if isinstance(pair, Skipped)})
     left_out = f" (all rows are left out: {'; '.join(reasons)})" if reasons else ""
     return f"{spec} holds no pairs{left_out}; give data with at least one"
@@ -300,7 +311,7 @@ def _no_pairs(spec: str, pairs: Iterator[Labelled | Skipped]) -> str:
 # ---------------------------------------------------------------- what every format goes through
 
 
-def _labelled(pairs: Iterable[Labelled | Skipped]) -> Iterator[Labelled]:
+def _labelled(pairs: Iterable[Labelled | Unlabelled | Skipped]) -> Iterator[Labelled]:
     return (pair for pair in pairs if isinstance(pair, Labelled))
 
 

@@ -122,16 +122,17 @@ class Scores:
 
 
 def read_scores(path: str | Path) -> Scores:
-    """Reads a file of scores; see the table at the top of this module.
+    """Reads a file of scores, or the files of a pattern such as `scores-*.parquet`; see the table at the top of this
+    module.
 
     Raises:
         InputError: there is no such file, it does not parse, or a row has no name, no score, or one that is no number.
     """
-    from listener_reward.datasets.rows import read_file
+    from listener_reward.datasets.rows import find_files, read_file
 
     path = Path(path)
     scores: Scores | None = None
-    for number, row in enumerate(read_file(path)):
+    for number, row in enumerate(row for file in find_files(str(path)) for row in read_file(file)):
         try:
             unit = _unit(row)
             if scores is None:

@@ -1,0 +1,132 @@
+"""`score`: a judge's verdicts on any number of pairs, as a file."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from listener_reward import __version__
+from listener_reward.cli.options import (
+    AggregateName,
+    AsJson,
+    Clips,
+    Debug,
+    EarlyStop,
+    JudgeName,
+    JudgeOptions,
+    ListenerName,
+    NoThink,
+    OrdersName,
+    Thoughts,
+    load_rater,
+)
+from listener_reward.cli.printing import print_json, print_scored
+from listener_reward.cli.terminal import errors_in_one_line, working
+from listener_reward.errors import InputError
+
+
+def score(
+    data: Annotated[
+        str, typer.Option("--data", help="Pairs as `eval --data` takes them; a file of your own needs no labels.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.parquet", help="What to write.")],
+    judge: JudgeName = None,
+    listener: ListenerName = None,
+    no_think: NoThink = False,
+    thoughts: Thoughts = None,
+    aggregate: AggregateName = None,
+    orders: OrdersName = None,
+    early_stop: EarlyStop = None,
+    clips: Clips = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Score the first N pairs.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Score every N-th pair from the I-th on, counted from 0, into FILE-0000I-of-0000N.parquet: one line "
+            "for each job of an array.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Pairs judged at a time.")] = 64,
+    max_failed: Annotated[
+        float,
+        typer.Option("--max-failed", metavar="SHARE", min=0, max=1, help="Stop above this share without a verdict."),
+    ] = 0.2,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run of this file left.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seeds the tiny world's pairs.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score pairs in bulk: a row a pair, in a Parquet file.
+
+    `listener-reward score --judge tiny --data pairs.jsonl --out scores.parquet`
+
+    Stopped by whatever, the same line goes on where it was: no pair is judged twice, and none is left out. After the
+    last pair it does nothing. Images are first and second as the data has them; `eval --scores scores.parquet`
+    measures the file.
+
+    On many machines, with the array's number from the scheduler:
+
+    `listener-reward score --data pairs.jsonl --out scores.parquet --shard $SLURM_ARRAY_TASK_ID/16`
+    """
+    how: JudgeOptions = {
+        "listener": listener,
+        "no_think": no_think,
+        "thoughts": thoughts,
+        "aggregate": aggregate,
+        "orders": orders,
+        "early_stop": early_stop,
+        "clips": clips,
+    }
+    with errors_in_one_line(debug), _stopped_softly():
+        with working("loading the judge", spinner=False):
+            part = _shard(shard)
+            from listener_reward.scoring import score_pairs
+
+            scored = score_pairs(
+                load_rater(judge, **how),
+                data,
+                out,
+                settings={**how, "version": __version__},
+                limit=limit,
+                seed=seed,
+                shard=part,
+                batch_size=batch_size,
+                max_failed=max_failed,
+                fresh=fresh,
+                progress=sys.stderr.isatty(),
+            )
+        if as_json:
+            print_json(scored.to_dict())
+        else:
+            print_scored(scored)
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    if given is None:
+        return 0, 1
+    if not (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", given)):
+        raise InputError(f"shard is {given!r}; give i/n, such as 0/16 for the first of sixteen")
+    return int(found[1]), int(found[2])
+
+
+@contextmanager
+def _stopped_softly() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, keeps what was judged as Ctrl-C does."""
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
