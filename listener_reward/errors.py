@@ -9,6 +9,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "judge": ("torch", "transformers", "tokenizers", "safetensors"),
     "train": ("torch", "transformers", "datasets", "trl", "peft", "accelerate"),
+    "ray": ("ray",),
     "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),
 }
 """What has to be importable for each extra, in the order in which a missing package is named."""

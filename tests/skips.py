@@ -15,6 +15,7 @@ import pytest
 EXPECTED = {
     "DeepSpeed is not installed: pip install deepspeed": 16,
     "FlexAttention has a backward pass on CUDA alone": 2,
+    "Ray is not installed": 1,
     "TRL_DDPO_PYTHON names no interpreter with trl<=0.23.1": 2,
     # Public data, which is not in the repository.
     "GenAI-Bench's votes are not on this machine": 2,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,26 @@ def test_a_killed_command_goes_on_where_it_was(how: signal.Signals, tmp_path: Pa
     told = json.loads(ended.stdout)
     assert told["pairs"] == 40 and told["resumed"] > 0 and told["failed"] == 0
     assert [row["index"] for row in read_verdicts(out, ["index"])] == list(range(40))
+
+
+def test_rays_workers_write_the_file_that_one_process_writes(tmp_path: Path):
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    options = ["score", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "30", "--batch-size", "4"]
+    code = "from listener_reward.cli import main; main()"
+    for out, more in (("one", []), ("two", ["--ray", "2"])):
+        command = [sys.executable, "-c", code, *options, "--out", str(tmp_path / f"{out}.parquet"), *more]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    one, two = ([row | {"seconds": 0} for row in read_verdicts(tmp_path / f"{out}.parquet")] for out in ("one", "two"))
+    assert [row["index"] for row in two] == list(range(30))
+    for a, b in zip(one, two, strict=True):
+        assert a["p_first"] == pytest.approx(b["p_first"], abs=1e-5) and a["id"] == b["id"]
+
+
+def test_options_of_ray_without_ray_are_refused(capsys: pytest.CaptureFixture[str]):
+    from typer.testing import CliRunner
+
+    from listener_reward.cli import app
+
+    ended = CliRunner().invoke(app, ["score", "--data", "tiny:id", "--out", "a.parquet", "--gpus-per-worker", "1"])
+    assert ended.exit_code == 2 and "give their number by --ray" in ended.stderr

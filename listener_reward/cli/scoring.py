@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,22 @@ def score(
         float,
         typer.Option("--max-failed", metavar="SHARE", min=0, max=1, help="Stop above this share without a verdict."),
     ] = 0.2,
+    ray: Annotated[
+        int | None,
+        typer.Option("--ray", metavar="N", min=1, help="Score in N workers of Ray's, on this machine or a cluster."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option("--gpus-per-worker", metavar="G", min=0, help="With --ray: GPUs of each, 0.5 shares one.")
+    ] = 0.0,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help='With --ray: a running cluster, "auto" or "ray://HEAD:10001".',
+            show_default="starts Ray here",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run of this file left.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the tiny world's pairs.")] = 0,
     as_json: AsJson = False,
@@ -89,19 +106,25 @@ def score(
     with errors_in_one_line(debug), _stopped_softly():
         with working("loading the judge", spinner=False):
             part = _shard(shard)
-            from listener_reward.scoring import score_pairs
+            from listener_reward.reward import PAPER_CHECKPOINT
+            from listener_reward.scoring import Cluster, score_pairs
+
+            if ray is None and (gpus_per_worker or ray_address):
+                raise InputError("gpus_per_worker and ray_address are for Ray's workers; give their number by --ray")
+            load = partial(load_rater, judge, **how)
 
             scored = score_pairs(
-                load_rater(judge, **how),
+                load,
                 data,
                 out,
-                settings={**how, "version": __version__},
+                settings={**how, "judge": PAPER_CHECKPOINT if judge is None else judge, "version": __version__},
                 limit=limit,
                 seed=seed,
                 shard=part,
                 batch_size=batch_size,
                 max_failed=max_failed,
                 fresh=fresh,
+                cluster=None if ray is None else Cluster(ray, gpus_per_worker, ray_address),
                 progress=sys.stderr.isatty(),
             )
         if as_json:

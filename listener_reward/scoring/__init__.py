@@ -5,7 +5,8 @@ from listener_reward.errors import missing
 if fault := missing("data", "scoring in bulk"):
     raise fault
 
+from listener_reward.scoring.cluster import Cluster
 from listener_reward.scoring.run import Scored, score_pairs
 from listener_reward.scoring.table import COLUMNS, read_verdicts
 
-__all__ = ["COLUMNS", "Scored", "read_verdicts", "score_pairs"]
+__all__ = ["COLUMNS", "Cluster", "Scored", "read_verdicts", "score_pairs"]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from listener_reward.datasets.format import Labelled, Skipped, Unlabelled
-from listener_reward.datasets.load import Opened, open_pairs
-from listener_reward.datasets.rows import Files
-from listener_reward.datasets.tiny import TINY_PAIRS
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.evaluate.batches import load_batches
 from listener_reward.files import quoted
 from listener_reward.progress import progress_bars
+from listener_reward.scoring.cluster import Cluster
+from listener_reward.scoring.pairs import Asked, Source, score_batch
 from listener_reward.scoring.parts import Parts
-from listener_reward.scoring.table import row_of
 from listener_reward.verdict import PairJudge
 
 PART_PAIRS = 1024
@@ -56,7 +53,7 @@ class Scored:
 
 
 def score_pairs(
-    judge: PairJudge,
+    judge: PairJudge | Callable[[], PairJudge],
     data: str,
     out: str | Path,
     *,
@@ -68,6 +65,7 @@ def score_pairs(
     batch_size: int = 64,
     max_failed: float = MAX_FAILED,
     fresh: bool = False,
+    cluster: Cluster | None = None,
     progress: bool = True,
 ) -> Scored:
     """Writes a judge's verdict on every pair of `data` to the Parquet file `out`; see `scoring.table` for its columns.
@@ -79,6 +77,8 @@ def score_pairs(
     A pair on which the judge breaks, or whose image cannot be read, has a row without p_first and with an `error`.
 
     Args:
+        judge: the judge, or what loads it, such as `partial(Judge.from_pretrained, "tiny")`. On a cluster each worker
+            loads it, and else it is loaded here; `settings` then has to name it as "judge".
         data: what `datasets.load_pairs` reads. The generic schema may be without labels.
         out: a name that ends in .parquet. With a shard, "-00003-of-00016" is put before the ending.
         settings: what else, beside the arguments here and the judge's name, makes the verdicts: a file begun with other
@@ -90,6 +90,7 @@ def score_pairs(
         batch_size: pairs for each call of the judge.
         max_failed: stop where more than this fraction of the first hundred pairs or more has no verdict.
         fresh: throw away what an earlier run left, the whole file as well.
+        cluster: score in Ray's workers; the file is the same.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -104,39 +105,35 @@ def score_pairs(
         raise InputError(f"limit is {limit}; give at least 1, or None for all pairs")
     if not 0 <= max_failed <= 1:
         raise InputError(f"max_failed is {max_failed}; give a fraction of pairs from 0 to 1")
-    asked: dict[str, Any] = {"judge": judge.name, "data": data, "limit": limit, "seed": seed}
+    named = {} if callable(judge) else {"judge": judge.name}
+    asked: dict[str, Any] = {**named, "data": data, "limit": limit, "seed": seed}
     asked |= {"columns": dict(columns or {}), "shard": list(shard)} | dict(settings or {})
-    opened = open_pairs(data, limit=limit, seed=seed, columns=columns, stream=True, labelled=False)
-    started, left_out = time.perf_counter(), 0
-
-    def pairs() -> Iterator[_Asked]:
-        nonlocal left_out
-        found = 0
-        for one in opened.pairs():
-            if isinstance(one, Skipped):
-                left_out += 1
-            elif found == limit:
-                return
-            else:
-                if found % shard[1] == shard[0]:
-                    yield _asked(found, one)
-                found += 1
+    if "judge" not in asked:
+        raise InputError("settings is without judge; name the judge that is to be loaded")
+    source = Source(data, limit, seed, dict(columns or {}), shard)
+    source.check()
+    started = time.perf_counter()
 
     parts = Parts(path, asked)
     with parts.opened(fresh=fresh) as whole, progress_bars(visible=progress) as bars:
         resumed, failed = parts.done, parts.failures()
         if whole:
             return Scored(path, resumed, resumed, failed, 0, 0.0)
-        if (total := _count(opened, limit, shard)) == 0:
+        if (total := source.count()) == 0:
             raise InputError(f"{data} has no pair for shard {shard[0]}/{shard[1]}; give data with at least one")
-        coming = pairs()
+        coming = source.pairs()
         _check_same(coming, parts, data)
+        if cluster is None:
+            scored = _here(judge() if callable(judge) else judge, coming, batch_size)
+        else:
+            load = judge if callable(judge) else partial(_itself, judge)
+            scored = cluster.scored(load, source, resumed, total, batch_size)
         task = bars.add_task("scoring", total=total, completed=resumed)
         rows: list[dict[str, Any]] = []
         written = time.perf_counter()
         try:
-            while batch := list(islice(coming, batch_size)):
-                rows += (new := _score(judge, batch))
+            for new in scored:
+                rows += new
                 failed += sum(row["error"] is not None for row in new)
                 bars.update(task, advance=len(new), note=f"{failed} without a verdict" if failed else "")
                 if failed > max_failed * max(parts.done + len(rows), _FEW):
@@ -150,60 +147,19 @@ def score_pairs(
             if rows:  # a Ctrl-C, or a judge that broke, costs nothing that was judged
                 parts.add(rows)
         parts.join()
-    return Scored(path, parts.done, resumed, failed, left_out, time.perf_counter() - started)
+    return Scored(path, parts.done, resumed, failed, source.left_out, time.perf_counter() - started)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A pair on its way to the judge."""
-
-    index: int
-    id: str
-    prompt: str
-    images: list[Any]
-    label: float | None
-
-    @property
-    def known(self) -> dict[str, Any]:
-        return {"index": self.index, "id": self.id, "prompt": self.prompt, "label": self.label}
+def _itself(judge: PairJudge) -> PairJudge:
+    return judge
 
 
-def _asked(index: int, one: Labelled | Unlabelled) -> _Asked:
-    pair, label = (one.pair, one.pair.p_first) if isinstance(one, Labelled) else (one, None)
-    return _Asked(index, pair.id, pair.prompt, [pair.first, pair.second], label)
+def _here(judge: PairJudge, coming: Iterator[Asked], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(islice(coming, batch_size)):
+        yield score_batch(judge, batch)
 
 
-def _score(judge: PairJudge, batch: Sequence[_Asked]) -> list[dict[str, Any]]:
-    """A row for each pair. Where the batch fails, each of its pairs is asked alone, so that one costs no other."""
-    started = time.perf_counter()
-    rows: dict[str, list[Any]] = {"images": [one.images for one in batch], "prompt": [one.prompt for one in batch]}
-    try:
-        verdicts = [
-            verdict
-            for part in load_batches([rows])
-            for verdict in judge.compare_many(part["prompt"], *map(list, zip(*part["images"], strict=True)))
-        ]
-    except (InputError, JudgeError) as error:
-        if len(batch) == 1:
-            seconds = time.perf_counter() - started
-            return [row_of(None, f"{type(error).__name__}: {error}", seconds=seconds, **batch[0].known)]
-        return [row for one in batch for row in _score(judge, [one])]
-    seconds = (time.perf_counter() - started) / len(batch)
-    return [row_of(verdict, None, seconds=seconds, **one.known) for one, verdict in zip(batch, verdicts, strict=True)]
-
-
-def _count(opened: Opened, limit: int | None, shard: tuple[int, int]) -> int | None:
-    """Pairs of the shard, by reading local files once; None for a stream of the Hub, which would be fetched for it."""
-    if opened.tiny is not None:  # drawn, not read
-        pairs = limit or TINY_PAIRS
-    elif not isinstance(opened.source, Files):
-        return None
-    else:
-        pairs = sum(1 for _ in islice((one for one in opened.pairs() if not isinstance(one, Skipped)), limit))
-    return len(range(shard[0], pairs, shard[1]))
-
-
-def _check_same(coming: Iterator[_Asked], parts: Parts, data: str) -> None:
+def _check_same(coming: Iterator[Asked], parts: Parts, data: str) -> None:
     """Passes over the pairs that are done, each of which has to be what the data has in that place."""
     for name, prompt in parts.asked():
         one = next(coming, None)
