@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -552,6 +553,25 @@ def test_what_a_reward_remembers_is_kept_in_the_checkpoints(config: Callable[...
     assert reward.calls == 3
     with pytest.raises(InputError, match="trained other layers"):
         DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config(lora_rank=4)).train(resume=True)
+
+
+def test_a_broken_newest_checkpoint_is_passed_over_and_the_result_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def train(folder: Path, resume: bool, **changes: Any) -> Any:
+        pipeline = tiny.build("sd15")
+        DDPOTrainer(pipeline, brightness, PROMPTS, replace(resumable(str(folder), "sd15"), **changes)).train(resume)
+        return weights(pipeline)
+
+    cut, wanted = tmp_path / "cut", train(tmp_path / "whole", False, sample_every=0)
+    train(cut, False, epochs=2, sample_every=0)
+    broken = cut / "checkpoints" / "epoch-00002" / "state.pt"
+    os.truncate(broken, broken.stat().st_size // 2)
+    with caplog.at_level("WARNING", "listener_reward"):
+        assert not changed(train(cut, True, sample_every=0), wanted)
+    told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert told == [f"{broken.parent} is passed over: state.pt is cut short or damaged"]
+    assert [row["epoch"] for row in read_metrics(cut / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     # what a user gives and is told, and the words for it
     ("errors", "files", "progress"),
-    ("media",),
+    ("media", "checkpoints"),
     ("pairs", "verdict"),
     ("chat",),
     ("trace", "misfits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from listener_reward.card import Card
 from listener_reward.errors import InputError
@@ -56,12 +57,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def train(folder: Path, formed_judge: Path, tiny_pairs: Dataset) -> Train:
-    """`train(resume)` trains seven steps, of which four are an epoch, from the start or from a checkpoint."""
+    """`train(resume)` trains seven steps, of which four are an epoch, from the start or from a checkpoint; with
+    `newest`, from the newest one in that output folder."""
     kind = folder.name.rstrip("0123456789")
 
-    def run(resume: Path | None = None) -> Result:
+    def run(resume: Path | None = None, *, newest: Path | None = None) -> Result:
         config = ListenerGRPOConfig(
-            output_dir=str(folder / ("whole" if resume is None else f"after-{resume.name}")),
+            output_dir=str(newest or folder / ("whole" if resume is None else f"after-{resume.name}")),
             **{"per_device_train_batch_size": 8, **KINDS[kind]},
             num_generations=4,
             max_completion_length=8,
@@ -76,7 +78,7 @@ def train(folder: Path, formed_judge: Path, tiny_pairs: Dataset) -> Train:
         )
         lora = LoraConfig(r=4, target_modules=LORA_TARGETS, task_type="CAUSAL_LM", lora_dropout=0.1)
         trainer = ListenerGRPOTrainer(formed_judge, config, tiny_pairs, peft_config=lora if kind == "lora" else None)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train(resume_from_checkpoint=bool(newest) if resume is None else str(resume))
         return result_of(trainer)
 
     return run
@@ -98,6 +100,19 @@ def test_resumed_is_the_same_to_the_last_bit(train: Train, whole: Result, folder
     assert_same(train(folder / "whole" / f"checkpoint-{step}"), whole)
 
 
+def test_a_broken_newest_checkpoint_is_passed_over_and_the_result_is_the_same(
+    train: Train, whole: Result, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for step in (2, 4):
+        shutil.copytree(folder / "whole" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    broken = tmp_path / "checkpoint-4" / "optimizer.pt"
+    os.truncate(broken, broken.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING, "listener_reward"):
+        assert_same(train(newest=tmp_path), whole)
+    told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert told == [f"{tmp_path / 'checkpoint-4'} is passed over: optimizer.pt is cut short or damaged"]
+
+
 # --- which checkpoint
 
 
@@ -109,7 +124,7 @@ def checkpoints(tmp_path: Path) -> Callable[..., Path]:
         for step, state in states.items():
             folder = tmp_path / f"checkpoint-{step}"
             folder.mkdir()
-            (folder / "model.safetensors").touch()
+            save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
             if state is not None:
                 (folder / "trainer_state.json").write_text(state, encoding="utf-8")
         return tmp_path
@@ -132,11 +147,24 @@ def test_no_complete_checkpoint_is_none(checkpoints: Callable[..., Path], tmp_pa
 def test_what_resume_from_checkpoint_means(checkpoints: Callable[..., Path], grpo_config: Any):
     folder = checkpoints({4: "{}"})
     asked = {"true": str(folder / "checkpoint-4"), True: str(folder / "checkpoint-4"), None: None, "false": None}
-    for wanted, expected in {**asked, str(folder): str(folder)}.items():
+    for wanted, expected in {**asked, str(folder / "checkpoint-4"): str(folder / "checkpoint-4")}.items():
         config = grpo_config(output_dir=str(folder), resume_from_checkpoint=wanted)
         assert checkpoint_to_resume(config) == expected
     with pytest.raises(InputError, match="resume_from_checkpoint is 'nowhere', which is not a folder"):
         checkpoint_to_resume(grpo_config(resume_from_checkpoint="nowhere"))
+    with pytest.raises(InputError, match=r"trainer_state.json is missing; the last whole checkpoint is .*checkpoint-4"):
+        checkpoint_to_resume(grpo_config(resume_from_checkpoint=str(folder)))
+
+
+def test_a_broken_checkpoint_that_is_named_is_refused(checkpoints: Callable[..., Path], grpo_config: Any):
+    folder = checkpoints({2: "{}", 4: "{}", 6: "{}"})
+    for step in (4, 6):
+        (folder / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"model.safetensors is empty; the last whole checkpoint is .*checkpoint-2$"):
+        checkpoint_to_resume(grpo_config(resume_from_checkpoint=str(folder / "checkpoint-6")))
+    (folder / "checkpoint-2" / "trainer_state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="nor is another checkpoint beside it whole"):
+        checkpoint_to_resume(grpo_config(resume_from_checkpoint=str(folder / "checkpoint-6")))
 
 
 # --- killed

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.errors import InputError
 from listener_reward.files import replace_file, write_text
 from listener_reward.media.images import to_pil_batch
@@ -115,17 +116,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def save_checkpoint(folder: Path, epoch: int, write: Callable[[Path], None], keep: int) -> None:
     """Has `write` fill a new folder, moves it into place at once, and removes all but the newest `keep`.
 
-    A run that is killed meanwhile leaves the older checkpoints and a folder that `checkpoints` does not list.
+    A run that is killed meanwhile leaves the older checkpoints and a folder that `checkpoints` does not list. Of what
+    is there of later epochs, broken or given up, nothing counts.
+
+    Raises:
+        OSError: the disk is full; the message names the last whole checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     beside, place = folder / ".writing", folder / f"epoch-{epoch:05d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    write(beside)
-    if place.exists():
-        shutil.rmtree(place)
-    os.replace(beside, place)
-    for old in list(checkpoints(folder).values())[:-keep]:
+    with saving(folder, lambda: last_checkpoint(folder), remove=beside):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        write(beside)
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(beside, place)
+    for old in [path for number, path in checkpoints(folder).items() if number <= epoch][:-keep]:
         shutil.rmtree(old)
 
 
@@ -152,9 +158,17 @@ def check_state(reward: Any) -> None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints by their number of epochs, in rising order."""
+    """The checkpoints whose writing was finished, by their number of epochs, in rising order."""
     found = {path: re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("*")}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def last_checkpoint(folder: Path, tell: Callable[[str], Any] | None = None) -> Path | None:
+    """The newest of the `checkpoints` whose files are whole; `tell` gets one line for each that is passed over."""
+    return newest_whole(checkpoints(folder), lambda found: fault_of(found, CHECKPOINT_FILES), tell)
+
+
+CHECKPOINT_FILES = ("trained.safetensors", "state.pt")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
 from listener_reward.pairs import check_prompts
@@ -34,7 +35,7 @@ from ..contract import Reward, score
 from .config import DDPOConfig
 from .hacking import HackingGuard
 from .learner import LATENTS, PROMPTS, STEPS, Learner, stream
-from .log import RunLog, check_state, check_trackers, checkpoints, save_checkpoint
+from .log import RunLog, check_state, check_trackers, checkpoints, last_checkpoint, save_checkpoint
 from .lora import adapters_off, save_lora
 from .objectives import PromptStatistics, diversity, group_advantages, nan_mean
 from .rollout import Rollout, call_options, record
@@ -119,9 +120,9 @@ class DDPOTrainer:
         """Trains for `config.epochs` and saves the LoRA, or with `train="full"` the denoisers, into `output_dir`.
 
         Args:
-            resume: go on from the newest checkpoint in `output_dir`, if it has one. A run that was killed and resumed
-                ends as it would have ended (bit for bit where kernels repeat themselves, as on one CPU
-                with as many threads).
+            resume: go on from the newest whole checkpoint in `output_dir`, if it has one; a warning names each newer
+                one that is broken, and the file. A run that was killed and resumed ends as it would have ended (bit for
+                bit where kernels repeat themselves, as on one CPU with as many threads).
 
         Returns:
             `output_dir`; `pipeline.load_lora_weights` reads it (see `lora.save_lora`).
@@ -129,6 +130,7 @@ class DDPOTrainer:
         Raises:
             InputError: `output_dir` holds another run's checkpoints, or a reward's state cannot be kept.
             JudgeError: the reward broke, or did not give B scores.
+            OSError: the disk is full; the message names the last whole checkpoint.
             ReplayError: a replay differs from the recording; nothing has been learnt yet.
         """
         config = self.config
@@ -174,7 +176,8 @@ class DDPOTrainer:
         finally:
             self.pipeline.scheduler = self.stock_scheduler
             self.accelerator.end_training()
-        self.save(self.folder)
+        with saving(self.folder, lambda: last_checkpoint(self.folder / "checkpoints")):
+            self.save(self.folder)
         return self.folder
 
     def save(self, folder: str | Path) -> None:
@@ -360,11 +363,13 @@ class DDPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> int:
-        """Loads the newest checkpoint; returns the epoch to go on with."""
+        """Loads the newest whole checkpoint; returns the epoch to go on with."""
         found = checkpoints(self.folder / "checkpoints")
-        if not found:
+        tell = logger.warning if self.accelerator.is_main_process else None
+        folder = last_checkpoint(self.folder / "checkpoints", tell)
+        if folder is None:
             return 0
-        epochs, folder = max(found.items())
+        epochs = next(number for number, path in found.items() if path == folder)
         weights = load_file(folder / "trained.safetensors")
         if {k: v.shape for k, v in weights.items()} != {str(k): p.shape for k, p in enumerate(self.learner.parameters)}:
             raise InputError(f"{folder} is of a run that trained other layers; resume it with its own settings")

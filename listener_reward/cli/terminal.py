@@ -34,10 +34,12 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         raise typer.Exit(3 if isinstance(error, JudgeError) else 2) from None
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def _unwritten(error: OSError) -> str:
+    if error.errno and error.strerror and error.strerror != os.strerror(error.errno):
+        return f"{error.strerror}; make room, then resume"  # a sentence of our own: `checkpoints.saving`
     where = f"{error.filename} " if error.filename else "a file "
     return f"{where}cannot be written ({error.strerror}); make room, or write elsewhere. What was there before is whole"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -15,7 +16,9 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.models.hub import EMBEDDED
 from listener_reward.train.config import ListenerGRPOConfig
-from listener_reward.train.trainer import ListenerGRPOTrainer, last_checkpoint
+from listener_reward.train.trainer import ListenerGRPOTrainer, check_resumable, last_checkpoint
+
+logger = logging.getLogger(__name__)
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA on the language model's projections; `all-linear` would also adapt the vision tower."""
@@ -105,13 +108,14 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     given: Any = args.model_init_kwargs or {}
     args.model_init_kwargs = loading | given
+    resume = checkpoint_to_resume(args)
     trainer = ListenerGRPOTrainer(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=load_pairs(data_args.data, limit=data_args.data_limit, seed=data_args.image_order_seed),
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resume)
     assert args.output_dir is not None
     trainer.save_judge(args.output_dir)
     trainer.accelerator.print(f"The judge is in {args.output_dir}: Judge.from_pretrained({args.output_dir!r})")
@@ -151,20 +155,24 @@ def _leave(trainer: ListenerGRPOTrainer) -> None:
 
 
 def checkpoint_to_resume(args: ListenerGRPOConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a folder, or `true` for the newest complete one if any.
+    """The checkpoint that `resume_from_checkpoint` means: a folder, or `true` for the newest whole one if any.
+
+    With `true`, a newer checkpoint that is broken is passed over, and a warning names file and fault.
 
     Raises:
-        InputError: the folder does not exist.
+        InputError: the folder does not exist, or what is in it cannot be resumed.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise InputError(
-                f"resume_from_checkpoint is {str(wanted)!r}, which is not a folder; give a checkpoint's folder, or "
-                "true for the newest one in output_dir"
-            )
-        return str(wanted)
-    newest = last_checkpoint(args.output_dir or ".")
-    return None if newest is None else str(newest)
+    if str(wanted).lower() == "true":
+        newest = last_checkpoint(args.output_dir or ".", logger.warning if args.process_index == 0 else None)
+        return None if newest is None else str(newest)
+    folder = Path(wanted)
+    if not folder.is_dir():
+        raise InputError(
+            f"resume_from_checkpoint is {str(wanted)!r}, which is not a folder; give a checkpoint's folder, or "
+            "true for the newest one in output_dir"
+        )
+    check_resumable(folder)
+    return str(wanted)

@@ -2,8 +2,8 @@
 
 These methods of trl and transformers are overridden, each for the reason in its docstring. Switches in
 `ListenerGRPOConfig` leave the work to trl: `_generate_and_score_completions`, `_generate_single_turn`,
-`_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`. Two have none:
-`_save_checkpoint` and `__init__`.
+`_prepare_inputs`, `_get_per_token_logps_and_entropies`; `_get_train_sampler`, `_load_from_checkpoint`. Three have none:
+`train`, `_save_checkpoint` and `__init__`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trl.trainer.utils import RepeatSampler
 
 from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
+from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.errors import InputError
 from listener_reward.listener import OWN_BASE, Listener, choose_listener, load_listener, make_listener
 from listener_reward.media.images import to_pil
@@ -217,7 +219,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if not (self.model is not None and self.model.training and rates):
             return
         self._malformed_rounds = self._malformed_rounds + 1 if rates[-1] == 1 else 0
-        if self._malformed_rounds == self.args.malformed_rounds:
+        if 0 < self._malformed_rounds == self.args.malformed_rounds:
             raise InputError(
                 f"all completions of {self._malformed_rounds} rounds in a row are malformed, such as "
                 f"{self.reward.last_completion[:500]!r}; they earn nothing, so nothing is learnt. Give the checkpoint "
@@ -326,6 +328,23 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
 
     # ------------------------------------------------------------------------------------------------------- resume
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, from a checkpoint's folder, or with True from the newest whole one in `output_dir`.
+
+        Stock transformers takes the newest by its name, however its writing ended.
+
+        Raises:
+            InputError: the checkpoint that is named is broken; the message says which is the last whole one.
+            OSError: the disk is full; the message says the same.
+        """
+        if resume_from_checkpoint is True:
+            tell = logger.warning if self.accelerator.is_main_process else None
+            newest = last_checkpoint(self.args.output_dir or ".", tell)
+            resume_from_checkpoint = True if newest is None else str(newest)  # True: transformers says there is none
+        elif resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """trl's sampler, with a permutation that is a function of seed and epoch.
 
@@ -362,13 +381,18 @@ class ListenerGRPOTrainer(GRPOTrainer):
 
         `last_checkpoint` reads the mark: the trainer's state, which transformers writes last. An earlier run's state is
         removed first.
+
+        Raises:
+            OSError: the disk is full; what was written of this checkpoint is removed.
         """
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            self.card.save(folder)
-        super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial=trial))
+        folder = Path(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with saving(run, lambda: last_checkpoint(run), remove=folder):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                self.card.save(folder)
+            super()._save_checkpoint(model, trial)
 
     # -------------------------------------------------------------------------------------------------------- result
     def save_judge(self, folder: str | Path) -> None:
@@ -378,10 +402,14 @@ class ListenerGRPOTrainer(GRPOTrainer):
         before the folder is there. Of a LoRA run the folder holds the adapter, as PEFT writes it, and the name of the
         base; it is not merged, which in bfloat16 would round most of a small update away. `listener-reward merge`
         merges it and says what that costs.
+
+        Raises:
+            OSError: the disk is full; the message names the last whole checkpoint.
         """
         whole: Any = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded() else None
         if self.accelerator.is_main_process:
-            self._write_judge(folder, whole)
+            with saving(Path(folder), lambda: last_checkpoint(self.args.output_dir or ".")):
+                self._write_judge(folder, whole)
         self.accelerator.wait_for_everyone()
 
     def _write_judge(self, folder: str | Path, gathered: dict[str, torch.Tensor] | None) -> None:
@@ -445,13 +473,43 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
     return pairs.add_column("prompt", messages)
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; None without one. Incomplete checkpoints of a killed run are passed
-    over."""
+def last_checkpoint(output_dir: str | Path, tell: Callable[[str], Any] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run; None without one.
+
+    A checkpoint that a kill or a full disk left incomplete, or with a file that is cut, empty or missing, is passed
+    over, and `tell` gets one line that names checkpoint, file and fault.
+    """
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {int(m[1]): path for path in Path(output_dir).glob("*") if (m := pattern.fullmatch(path.name))}
-    complete = [step for step, path in found.items() if _is_json(path / TRAINER_STATE_NAME)]
-    return found[max(complete)] if complete else None
+    named = {path: pattern.fullmatch(path.name) for path in Path(output_dir).glob("*") if path.is_dir()}
+    return newest_whole({int(match[1]): path for path, match in named.items() if match}, checkpoint_fault, tell)
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What keeps training from going on at a checkpoint exactly, as "FILE is ..."; None for a whole one."""
+    if fault := fault_of(folder, (TRAINER_STATE_NAME,)):
+        return fault
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    for index in (name for name in files if name.endswith(".index.json")):
+        content = json.loads((folder / index).read_bytes())
+        shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
+        if lacking := sorted(set(shards.values()) - files):
+            return f"{lacking[0]} is missing"
+    if any(name.startswith(("pytorch_model_fsdp", "optimizer_", "global_step")) for name in files):
+        return None  # FSDP's and DeepSpeed's own folders
+    if not any(name.endswith((".safetensors", "pytorch_model.bin", "adapter_model.bin")) for name in files):
+        return "the file of weights is missing"
+    # With `save_only_model` there is none of these. Where one is lost, transformers goes on without it.
+    states = ("optimizer.pt", "scheduler.pt", "rng_state")
+    there = {name: any(file.startswith(name) for file in files) for name in states}
+    return next((f"{name} is missing" for name in there if any(there.values()) and not there[name]), None)
+
+
+def check_resumable(folder: str | Path) -> None:
+    """Raises `InputError` for a checkpoint that cannot be resumed, which names the file and the last whole one."""
+    if fault := checkpoint_fault(Path(folder)):
+        whole = last_checkpoint(folder) or last_checkpoint(Path(folder).parent)
+        fix = "nor is another checkpoint beside it whole" if whole is None else f"the last whole checkpoint is {whole}"
+        raise InputError(f"resume_from_checkpoint is {str(folder)!r}, which cannot be resumed: {fault}; {fix}")
 
 
 def load_policy_processor(model: str) -> Any:
@@ -510,11 +568,3 @@ def _check_size(pairs: Dataset, args: ListenerGRPOConfig) -> None:
             f"train_dataset has {len(pairs)} pairs and one generation round takes {needed}; give more pairs, or lower "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
