@@ -63,6 +63,12 @@ def pytest_collection() -> Iterator[Any]:
         gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one, or the user, has left in the package's cache."""
+    monkeypatch.setenv("LISTENER_REWARD_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{time.monotonic_ns()}"))
+
+
 def shade_image(red: int, size: int = 4) -> Image.Image:
     """A plain picture; `FakeJudge` likes it the more, the redder it is (0 to 255)."""
     return Image.new("RGB", (size, size), (red, 0, 0))

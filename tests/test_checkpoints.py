@@ -234,6 +234,8 @@ disable_tqdm: true
     assert done.exit_code == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     last = run / "checkpoint-1"
-    assert line.startswith(f"Error: no space left in {run}; the last whole checkpoint is {last}; make room, then resume")
+    assert line.startswith(
+        f"Error: no space left in {run}; the last whole checkpoint is {last}; make room, then resume"
+    )
     assert last_checkpoint(run) == last
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from listener_reward.cli.journals import Journals
 from listener_reward.cli.options import (
     AggregateName,
     AsJson,
@@ -22,7 +23,6 @@ from listener_reward.cli.options import (
     OrdersName,
     Thoughts,
     load_judge,
-    load_rater,
 )
 from listener_reward.cli.printing import print_calibrated, print_check, print_json, print_measured
 from listener_reward.cli.terminal import errors_in_one_line, print_error, working
@@ -98,6 +98,9 @@ Html = Annotated[
         help="Also write one page with all of it: reliability, order, contradictions, the worst mistakes.",
     ),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Judge all pairs anew, also those of the same evaluation when it was stopped.")
+]
 Mistakes = Annotated[
     int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
 ]
@@ -122,6 +125,7 @@ def evaluate_pairs(
     stream: Stream = False,
     html: Html = None,
     mistakes: Mistakes = 24,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -140,6 +144,8 @@ def evaluate_pairs(
     A page to look at, with the mistakes it is surest of:
 
     `listener-reward eval --judge tiny --data tiny:ood --html tiny-ood.html`
+
+    An evaluation that is stopped goes on where it was when the same line is run again.
     """
     how: JudgeOptions = {
         "listener": listener,
@@ -162,17 +168,20 @@ def evaluate_pairs(
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
+            asked = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
+            journals = Journals(how, asked, fresh=fresh)
             pairs, apart = _load(data, validation, limit=limit, seed=seed, stream=stream, check_images=bool(names))
-            measured = evaluate_judges(
-                [partial(load_rater, name, **how) for name in names],
-                pairs,
-                scores=files,
-                against=rival,
-                protocols=protocol,
-                validation=apart,
-                mistakes=None if html is None else mistakes,
-                progress=sys.stderr.isatty(),
-            )
+            with journals:
+                measured = evaluate_judges(
+                    [partial(journals.load, name) for name in names],
+                    pairs,
+                    scores=files,
+                    against=rival,
+                    protocols=protocol,
+                    validation=apart,
+                    mistakes=None if html is None else mistakes,
+                    progress=sys.stderr.isatty(),
+                )
         print_measured(measured, as_json=as_json)
         if html is not None and measured.evaluations:
             write_html(html, data, measured, {"seed": seed, "limit": limit} | how | {"no_think": no_think or None})
@@ -180,6 +189,7 @@ def evaluate_pairs(
             print_error(error)
         if measured.failures:
             raise measured.failures[-1]
+        journals.remove()
 
 
 def _load(data: str, validation: str | None, *, stream: bool, **options: Any) -> tuple[Any, Any]:
