@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import struct
 import zlib
@@ -451,26 +452,46 @@ def icc_profile(primaries, gamma: float, space: bytes = b"RGB ") -> bytes:
     def xyz(values):
         return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
 
-    text = b"a test"
-    tags = {
-        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + bytes(1 + 4 + 4 + 2 + 1 + 67),
-        b"wtpt": xyz((0.9642, 1.0, 0.8249)),
-    }
+    tags = {b"wtpt": xyz((0.9642, 1.0, 0.8249))}
     if space == b"RGB ":
         tags |= {name + b"XYZ": xyz(row) for name, row in zip((b"r", b"g", b"b"), primaries, strict=True)}
         tags |= {name + b"TRC": curve for name in (b"r", b"g", b"b")}
     else:
         tags[b"kTRC"] = curve
+    return assembled(tags, b"mntr" + space + b"XYZ ")
+
+
+def assembled(tags, kind: bytes) -> bytes:
+    """A version 2 profile with these tags and a name; `kind` is class, colours, and what these are turned into."""
+    text = b"a test"
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + bytes(1 + 4 + 4 + 2 + 1 + 67)
+    } | tags
     start, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         data += bytes(-len(data) % 4)
         table += name + struct.pack(">II", start + len(body), len(data))
         body += data
     head = bytearray(128)
-    struct.pack_into(">I4sI4s4s4s", head, 0, start + len(body), bytes(4), 0x02100000, b"mntr", space, b"XYZ ")
+    struct.pack_into(">I4sI12s", head, 0, start + len(body), bytes(4), 0x02100000, kind)
     head[36:40] = b"acsp"
     struct.pack_into(">3i", head, 68, 63190, 65536, 54061)
     return bytes(head) + table + body
+
+
+def press_profile(inks) -> bytes:
+    """A profile of a press, as a table: `inks` gives the Lab of paper, and of paper with C, M or Y alone. Two inks are
+    as dark as both together, and all with black is black."""
+    nodes = []
+    for cyan, magenta, yellow, black in itertools.product((0, 1), repeat=4):  # the first ink varies slowest
+        on = [name for name, there in (("C", cyan), ("M", magenta), ("Y", yellow)) if there] or [""]
+        light, red_green, blue_yellow = np.sum([inks[name] for name in on], axis=0) - [100 * (len(on) - 1), 0, 0]
+        nodes.append((0, 0, 0) if black else (max(light, 0), red_green, blue_yellow))
+    values = [(light * 652.8, (a + 128) * 256, (b + 128) * 256) for light, a, b in nodes]
+    numbers = [0, 65535] * 4 + [round(value) for node in values for value in node] + [0, 65535] * 3
+    matrix = struct.pack(">9i", *(65536 * (k % 4 == 0) for k in range(9)))
+    table = b"mft2" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + struct.pack(f">2H{len(numbers)}H", 2, 2, *numbers)
+    return assembled({b"A2B0": table}, b"prtrCMYKLab ")
 
 
 ADOBE_RGB = icc_profile(
@@ -535,6 +556,47 @@ def test_a_cmyk_jpeg_with_a_profile_of_colour_screens_decodes_as_one_without():
     image = Image.new("RGB", (16, 16), (200, 30, 30)).convert("CMYK")
     with_profile = to_pil(encoded(image, "JPEG", quality=95, icc_profile=ADOBE_RGB))
     np.testing.assert_array_equal(pixels(with_profile), pixels(to_pil(encoded(image, "JPEG", quality=95))))
+
+
+INKS = {"": (100, 0, 0), "C": (62, -31, -48), "M": (52, 81, -7), "Y": (95, -6, 95)}
+
+
+def lab_in_srgb(lab):
+    """An independent way: Lab under D50 to XYZ, to sRGB's primaries, to its curve, in [0, 255]."""
+    light, a, b = lab
+    y = (light + 16) / 116
+    ratios = np.array([y + a / 500, y, y - b / 200])
+    light_of = np.where(ratios > 6 / 29, ratios**3, 3 * (6 / 29) ** 2 * (ratios - 4 / 29)) * [0.9642, 1.0, 0.8249]
+    linear = np.clip(np.linalg.solve(np.transpose(SRGB_PRIMARIES), light_of), 0, 1)
+    return 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+@pytest.mark.parametrize(
+    ("amounts", "lab"),
+    [
+        ((0, 0, 0, 0), INKS[""]),
+        ((255, 0, 0, 0), INKS["C"]),
+        ((0, 255, 0, 0), INKS["M"]),
+        ((0, 0, 255, 0), INKS["Y"]),
+        ((102, 0, 0, 0), (100 - 38 * 0.4, -31 * 0.4, -48 * 0.4)),
+        ((0, 0, 0, 153), (40, 0, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+    ],
+)
+def test_inks_are_shown_as_the_profile_of_their_press_has_them(kind, amounts, lab):
+    """Without the profile pure cyan is (0, 255, 255), which no press prints."""
+    image = Image.new("CMYK", (16, 16), amounts)
+    data = encoded(image, kind, icc_profile=press_profile(INKS), **({"quality": 100} if kind == "JPEG" else {}))
+    picture = to_pil(data)
+    assert np.abs(pixels(picture).astype(int) - lab_in_srgb(lab)).max() <= 2, (pixels(picture)[0, 0], lab_in_srgb(lab))
+    assert "icc_profile" not in picture.info
+
+
+def test_a_press_profile_that_is_cut_says_nothing_of_the_inks():
+    image, profile = Image.new("CMYK", (16, 16), (255, 0, 0, 0)), press_profile(INKS)
+    for cut in (profile[:300], profile[:-40], profile[:128]):
+        assert pixels(to_pil(encoded(image, "TIFF", icc_profile=cut)))[0, 0].tolist() == [0, 255, 255]
 
 
 # ---------------------------------------------------------------- images in a video's container
