@@ -11,12 +11,13 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from listener_reward.files import disk_error
 
 UNREAD = ("training_args.bin",)
 """Files that no resume reads."""
@@ -73,7 +74,7 @@ def saving(place: Path, last: Callable[[], Path | None], remove: Path | None = N
     try:
         yield
     except Exception as error:
-        number = _disk_error(error)
+        number = disk_error(error)
         if number is None:
             raise
         if remove is not None:
@@ -121,23 +122,3 @@ def _fault_of_tensors(file: Path) -> str | None:
     except (AttributeError, KeyError, IndexError, TypeError):
         return "damaged: its header names no tensors"
     return None if size == whole else f"cut short or damaged: {size} bytes where its header says {whole}"
-
-
-_RUST = re.compile(r"\(os error (\d+)\)")
-_TORCH = re.compile(r"iostream error|unexpected pos|PytorchStreamWriter failed")
-"""What `torch.save` says when its file cannot grow; it drops the system's own reason."""
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def _disk_error(error: BaseException | None) -> int | None:
-    """The system's number for a disk that takes no more, found in an error or its causes; None for other errors."""
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        if found := _RUST.search(str(error)):
-            number = int(found[1])
-        elif isinstance(error, RuntimeError) and _TORCH.search(str(error)):
-            number = errno.ENOSPC
-        if number in _DISK:
-            return number
-        error = error.__cause__ or error.__context__
-    return None

@@ -6,10 +6,13 @@ A kill, a full disk or a second writer leaves the file that was there before, or
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,58 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
             beside.unlink()
         raise
     _sync_folder(place.parent)
+
+
+@contextlib.contextmanager
+def folder_made_whole(place: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder beside `place`, whose files are put into `place` once the body has ended well, and else removed.
+
+    Files of the same names in `place` are replaced, one after another; other files stay.
+
+    Raises:
+        OSError: the disk is full, with `place` as its file name; else what the body raises.
+    """
+    place = Path(os.path.realpath(place))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}")
+    beside.mkdir()
+    try:
+        yield beside
+        if place.exists():
+            for path in list(beside.iterdir()):
+                os.replace(path, place / path.name)
+        else:
+            os.replace(beside, place)
+    except Exception as error:
+        if (number := disk_error(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _sync_folder(place.parent)
+
+
+def disk_error(error: BaseException | None) -> int | None:
+    """The system's number for a disk that takes no more, found in an error or its causes; None for other errors.
+
+    safetensors and `shutil.copytree` have it in their text alone, and `torch.save` drops it.
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := _NUMBER.search(str(error))):
+            number = int(found[1] or found[2])
+        elif isinstance(error, RuntimeError) and _TORCH.search(str(error)):
+            number = errno.ENOSPC
+        if number in _DISK:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_TORCH = re.compile(r"iostream error|unexpected pos|PytorchStreamWriter failed")
+"""What `torch.save` says when its file cannot grow."""
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,23 @@ def pytest_collection() -> Iterator[Any]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another one, or the user, has left in the package's cache."""
     monkeypatch.setenv("LISTENER_REWARD_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{time.monotonic_ns()}"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk(size)` is a folder with a file system of its own, of that size."""
+    place = tmp_path / "small"
+    place.mkdir()
+
+    def mount(size: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+        if done.returncode:
+            pytest.skip("no file system may be mounted here")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", "-l", str(place)], check=True)  # a failed save may hold its file a while
 
 
 def shade_image(red: int, size: int = 4) -> Image.Image:

@@ -6,8 +6,7 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,23 +162,6 @@ def test_what_is_kept_is_never_later_than_what_was_saved(tmp_path: Path):
 
 
 # --- a full disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """`small_disk(size)` is a folder with a file system of its own, of that size."""
-    place = tmp_path / "small"
-    place.mkdir()
-
-    def mount(size: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
-        if done.returncode:
-            pytest.skip("no file system may be mounted here")
-        return place
-
-    yield mount
-    if place.is_mount():
-        subprocess.run(["umount", "-l", str(place)], check=True)  # a failed save may hold its file a while
 
 
 def test_a_full_disk_while_a_checkpoint_of_ddpo_is_saved(small_disk: Callable[[str], Path]):

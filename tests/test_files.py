@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from listener_reward.card import CARD, Card
-from listener_reward.files import replace_file, write_bytes, write_text
+from listener_reward.cli import app
+from listener_reward.files import disk_error, folder_made_whole, replace_file, write_bytes, write_text
 from listener_reward.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +122,59 @@ def test_on_a_full_disk_the_old_file_stays(tmp_path, what):
     ended = subprocess.run([sys.executable, "-c", FULL_DISK.format(imports=imports, write=write)], check=False)
     assert ended.returncode == 7
     assert (tmp_path / name).read_bytes() == before and os.listdir(tmp_path) == [name]
+
+
+def test_a_full_disk_is_known_whoever_says_so(small_disk):
+    """safetensors, PyTorch, `shutil` and Python each say it in another way."""
+    place, zeros = small_disk("1m"), torch.zeros(2**19)  # 2 MiB
+    large = place.parent / "large"
+    large.mkdir()
+    (large / "a").write_bytes(bytes(2**21))
+    writes = [
+        lambda: save_file({"a": zeros}, place / "a.safetensors"),
+        lambda: torch.save(zeros, place / "a.pt"),
+        lambda: torch.save([torch.zeros(1000)] * 3 + [torch.ones(k) for k in range(900)], place / "b.pt"),
+        lambda: shutil.copytree(large, place / "copy"),
+        lambda: (place / "a.bin").write_bytes(bytes(2**21)),
+    ]
+    for number, write in enumerate(writes):
+        with pytest.raises(Exception) as raised:
+            write()
+        assert disk_error(raised.value) == errno.ENOSPC, (number, raised.value)
+        for path in place.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError) as raised:
+        try:
+            writes[0]()
+        except Exception as error:
+            raise ValueError("no checkpoint") from error
+    assert disk_error(raised.value) == errno.ENOSPC
+    for error in (ValueError("28"), RuntimeError("shapes"), OSError(errno.ENOENT, "no such file"), None):
+        assert disk_error(error) is None
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "new" / "judge"
+    for text in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt), folder_made_whole(place) as beside:
+            (beside / "a").write_text("half")
+            raise KeyboardInterrupt
+        assert place.exists() == (text == "two")
+        with folder_made_whole(place) as beside:
+            (beside / "a").write_text(text)
+            (beside / text).mkdir()
+        assert (place / "a").read_text() == text and os.listdir(place.parent) == ["judge"]
+    assert sorted(os.listdir(place)) == ["a", "one", "two"]
+
+
+def test_a_calibration_that_the_disk_has_no_room_for_is_one_line(small_disk):
+    place = small_disk("1m")
+    line = ["calibrate", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "60"]
+    done = CliRunner().invoke(app, [*line, "--out", str(place / "judge")])
+    assert done.exit_code == 2, done.stderr
+    told = f"Error: {place / 'judge'} cannot be written (No space left on device); make room"
+    assert done.stderr.splitlines()[-1].startswith(told)
+    assert os.listdir(place) == []
 
 
 IN_PLACE = {"write_text", "write_bytes"}

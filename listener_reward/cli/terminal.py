@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.files import disk_error
 
 
 @contextmanager
@@ -22,26 +22,25 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Turns the errors a user can act on into one line on stderr and an exit code; all others are faults of ours."""
     try:
         yield
-    except OSError as error:
-        if debug or error.errno not in _DISK:
-            raise
-        stderr().print(Text.assemble(("Error: ", "bold red"), plain(_unwritten(error))), soft_wrap=True)
-        raise typer.Exit(2) from None
     except (InputError, MissingExtraError, JudgeError) as error:
         if debug:
             raise
         print_error(error)
         raise typer.Exit(3 if isinstance(error, JudgeError) else 2) from None
+    except Exception as error:
+        number = disk_error(error)
+        if debug or number is None:
+            raise
+        stderr().print(Text.assemble(("Error: ", "bold red"), plain(_unwritten(error, number))), soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
-
-def _unwritten(error: OSError) -> str:
-    if error.errno and error.strerror and error.strerror != os.strerror(error.errno):
+def _unwritten(error: Exception, number: int) -> str:
+    reason, name = os.strerror(number), getattr(error, "filename", None)
+    if isinstance(error, OSError) and error.errno and error.strerror not in (None, reason):
         return f"{error.strerror}; make room, then resume"  # a sentence of our own: `checkpoints.saving`
-    where = f"{error.filename} " if error.filename else "a file "
-    return f"{where}cannot be written ({error.strerror}); make room, or write elsewhere. What was there before is whole"
+    where = f"{name} " if name else "a file "
+    return f"{where}cannot be written ({reason}); make room, or write elsewhere. What was there before is whole"
 
 
 @contextmanager

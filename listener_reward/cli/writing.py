@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from listener_reward import __version__
 from listener_reward.cli.terminal import stderr
 from listener_reward.errors import InputError
-from listener_reward.files import quoted
+from listener_reward.files import folder_made_whole, quoted
 
 if TYPE_CHECKING:
     from listener_reward.evaluate.calibrate import Calibrated
@@ -53,8 +53,9 @@ def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibra
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(folder)
-    shutil.copytree(folder, out)
-    replace(Card.load(folder), **changes).save(out)  # its listener is absolute by now, or a name
+    with folder_made_whole(out) as beside:
+        shutil.copytree(folder, beside, dirs_exist_ok=True)
+        replace(Card.load(folder), **changes).save(beside)  # its listener is absolute by now, or a name
     return out
 
 

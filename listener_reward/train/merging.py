@@ -15,6 +15,7 @@ from torch import Tensor
 
 from listener_reward.card import Card
 from listener_reward.errors import InputError
+from listener_reward.files import folder_made_whole
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.transformers_vlm import TransformersVLM
@@ -87,8 +88,8 @@ def merge_judge(
             f"merged in {str(model.dtype).removeprefix('torch.')}, the judge would keep {kept:.0%} of its update and "
             "not be the one that was trained. Use the adapter as it is, merge with --dtype float32, or give --force"
         )
-    Path(out).mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    vlm.processor.save_pretrained(out)
-    card.save(out)
+    with folder_made_whole(out) as beside:
+        model.save_pretrained(beside)
+        vlm.processor.save_pretrained(beside)
+        card.save(beside)
     return roundings
