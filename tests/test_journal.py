@@ -12,8 +12,9 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from conftest import FakeJudge, shade_image
 from typer.testing import CliRunner
@@ -22,7 +23,9 @@ from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
+from listener_reward.evaluate.calibrate import calibrate
 from listener_reward.evaluate.journal import KEPT_DAYS, Journal, forget_old
+from listener_reward.judge import Judge
 
 REDS = (0, 40, 90, 200)
 PROMPTS, FIRSTS, SECONDS = ["a dog"] * 4, [shade_image(red) for red in REDS], [shade_image(100)] * 4
@@ -142,6 +145,36 @@ def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path: Path):
     assert journal.said_before == 10 + 3 * 8 + 12 and sum(map(len, judge.calls)) == 16
 
 
+def test_a_stopped_calibration_ends_as_one_that_was_not(tmp_path: Path):
+    """Of a judge with thoughts and a listener, in both orders; then without thoughts, which are other judgements."""
+    pairs = load_pairs("tiny:id", limit=60)
+    judge = Judge.from_pretrained("tiny", thoughts=2, max_new_tokens=12)
+    how: Any = {"batch_size": 24, "progress": False}
+    wanted = calibrate(judge, pairs, **how)
+    calls: list[int] = []
+
+    class Stopping(Journal):
+        def judgements(self, prompts: Any, *asked: Any, **how: Any) -> Any:
+            if len(calls) == 2:
+                raise Stopped
+            calls.append(len(prompts))
+            return super().judgements(prompts, *asked, **how)
+
+    with pytest.raises(Stopped):
+        calibrate(cast("Any", Stopping(judge, tmp_path / "one.jsonl")), pairs, **how)
+    journal: Any = Journal(judge, tmp_path / "one.jsonl")
+    found = calibrate(journal, pairs, **how)
+    assert (len(journal), journal.said_before, journal.said_now) == (48, 48, 12)
+    assert found.to_dict() == wanted.to_dict() and found.calibration == wanted.calibration
+    assert all(
+        np.array_equal(getattr(found, each), getattr(wanted, each)) for each in ("labels", "p_before", "p_after")
+    )
+    rows: Any = next(pairs.iter(batch_size=2))
+    asked = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
+    assert journal.judgements(*asked) == judge.judgements(*asked)
+    assert journal.judgements(*asked, think=False) == judge.judgements(*asked, think=False)
+
+
 # --- the command
 
 
@@ -247,6 +280,19 @@ def test_a_changed_checkpoint_begins_anew(stopped: list[str], tmp_path: Path):
     (folder / "model.safetensors").write_bytes(b"another")
     assert journal_names() != first
     assert CliRunner().invoke(app, line).exit_code == 0
+
+
+def test_calibrate_keeps_what_it_judged_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped where nothing more is judged: `--sure` cannot be had, and the same line with less takes all over."""
+    monkeypatch.setenv("LISTENER_REWARD_CACHE", str(tmp_path / "cache"))
+    line = ["calibrate", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "60"]
+    line += ["--out", str(tmp_path / "out"), "--json"]
+    failed = CliRunner().invoke(app, [*line, "--sure", "1"])
+    assert failed.exit_code == 2 and "sure is 1.0" in failed.stderr
+    assert lines(tmp_path / "cache") == 60
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0 and "60 verdicts of tiny are taken over" in done.stderr
+    assert lines(tmp_path / "cache") == 0 and (tmp_path / "out" / "listener_reward.json").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,7 +99,8 @@ Html = Annotated[
     ),
 ]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Judge all pairs anew, also those of the same evaluation when it was stopped.")
+    bool,
+    typer.Option("--fresh", help="Judge all pairs anew, also those that the same line judged before it was stopped."),
 ]
 Mistakes = Annotated[
     int, typer.Option("--mistakes", metavar="N", min=0, help="Worst mistakes of each judge to show on the page.")
@@ -234,6 +235,7 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use N pairs.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seeds the choice and the division of the pairs.")] = 0,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -258,24 +260,27 @@ def calibrate(
                 # Here, so that its extra is missed before the work.
                 from listener_reward.evaluate.plotting import reliability_figure, save_svg
             pairs = load_pairs(data, limit=limit, seed=seed)
-            loaded = load_judge(
-                judge,
-                listener=listener,
-                no_think=no_think,
-                thoughts=thoughts,
-                aggregate=aggregate,
-                orders=orders,
-                early_stop=early_stop,
-            )
-            result = fit(
-                loaded,
-                pairs,
-                method=method,  # pyright: ignore[reportArgumentType]
-                sure=sure,
-                seed=seed,
-                progress=sys.stderr.isatty(),
-            )
+            how: JudgeOptions = {
+                "listener": listener,
+                "no_think": no_think,
+                "thoughts": thoughts,
+                "aggregate": aggregate,
+                "orders": orders,
+                "early_stop": early_stop,
+            }
+            asked = {"calibrated on": data, "limit": limit, "seed": seed}
+            with (journals := Journals(how, asked, fresh=fresh, loads=load_judge)):
+                loaded: Any = journals.load(judge)
+                result = fit(
+                    loaded,
+                    pairs,
+                    method=method,  # pyright: ignore[reportArgumentType]
+                    sure=sure,
+                    seed=seed,
+                    progress=sys.stderr.isatty(),
+                )
             folder = write_calibration(name, out, loaded, result, listener)
+            journals.remove()
             if plot is not None:
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}
                 save_svg(reliability_figure(curves), plot)  # pyright: ignore[reportPossiblyUnboundVariable]

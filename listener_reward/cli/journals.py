@@ -1,4 +1,5 @@
-"""Where `eval` keeps what its judges have said until it is done, and for whom: a file for each judge and question."""
+"""Where `eval` and `calibrate` keep what their judges have said until they are done: a file for each judge and
+question."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,23 +22,32 @@ if TYPE_CHECKING:
 
 
 class Journals(contextlib.AbstractContextManager[None]):
-    """The journals of one `eval`; as a context, says after Ctrl-C what is kept."""
+    """The journals of one command; as a context, says after Ctrl-C what is kept."""
 
-    def __init__(self, options: JudgeOptions, asked: Mapping[str, Any], *, fresh: bool):
+    def __init__(
+        self,
+        options: JudgeOptions,
+        asked: Mapping[str, Any],
+        *,
+        fresh: bool,
+        loads: Callable[..., Any] | None = None,
+    ):
         """
         Args:
             options: how the judges are loaded.
+            loads: the function that loads a judge; None for `load_rater`.
             asked: what else tells this evaluation from others.
             fresh: begin each journal anew.
         """
         self.options, self.asked, self.fresh = options, asked, fresh
+        self.loads = loads or load_rater
         self.journals: list[Journal] = []
 
     def load(self, name: str | None) -> PairJudge:
         """The judge of that name, with a journal; without one where no file can be written."""
         from listener_reward.evaluate.journal import Journal, forget_old
 
-        judge = load_rater(name, **self.options)
+        judge = self.loads(name, **self.options)
         about = {
             "name": name,
             "options": self.options,
@@ -61,7 +71,7 @@ class Journals(contextlib.AbstractContextManager[None]):
         return journal
 
     def remove(self) -> None:
-        """Removes the journals: the evaluation is done."""
+        """Removes the journals: the work is done."""
         for journal in self.journals:
             journal.remove()
 

@@ -1,7 +1,7 @@
 """What a judge has said, kept in a file as it says it: an evaluation that is stopped goes on where it was.
 
-A verdict is found again by what was asked: prompt, both pictures' pixels, order. So verdicts on other data are never
-taken for these, and each file says whose verdicts it holds.
+What was said is found again by what was asked: prompt, both pictures' pixels, order. So nothing that was said of other
+data is taken over, and each file says whose verdicts, or whose judgements, it holds.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from listener_reward.conclude import Judgement
 from listener_reward.errors import InputError
 from listener_reward.files import quoted, write_text
 from listener_reward.media.images import identity
 from listener_reward.pairs import check_questions
+from listener_reward.trace import Trace
 from listener_reward.verdict import PairJudge, Thought, Verdict
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ KEPT_DAYS = 30
 
 
 class Journal:
-    """A judge whose verdicts are kept in a file; it stands in the judge's place, such as in `evaluate`.
+    """A judge whose verdicts are kept in a file; it stands in the judge's place in `evaluate` and `calibrate`.
 
     Each batch of verdicts is on the disk before the next one is judged, so a kill loses one batch at the most. Only
     what an earlier run left is read back, and as a verdict depends on its pair alone, the results are those of a run
@@ -66,22 +68,38 @@ class Journal:
         """How many verdicts an earlier run left."""
         return len(self._places)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "judge":  # a copy that is not made yet
+            raise AttributeError(name)
+        return getattr(self.judge, name)
+
     def compare_many(
         self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """The verdicts, read back where they are known; contract and errors of the judge itself."""
-        check_questions(prompts, firsts, seconds)
-        keys = [_key(*asked, think) for asked in zip(prompts, firsts, seconds, strict=True)]
+        how = {"think": think}
+        return self._said("verdict", self.judge.compare_many, (prompts, firsts, seconds), how)
+
+    def judgements(
+        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], **how: Any
+    ) -> list[list[Judgement]]:
+        """The same for `Judge.judgements`, which `calibrate` asks for."""
+        judge: Any = self.judge
+        return self._said("judgements", judge.judgements, (prompts, firsts, seconds), how)
+
+    def _said(self, kind: str, ask: Callable[..., list[Any]], asked: Any, how: Mapping[str, Any]) -> list[Any]:
+        """What the judge says of each pair, in their order."""
+        check_questions(*asked)
+        keys = [_key(kind, prompt, first, second, how) for prompt, first, second in zip(*asked, strict=True)]
         new = [place for place, key in enumerate(keys) if key not in self._places]
         known = self._read_back([key for key in keys if key in self._places])
         if not new:
             return known
-        asked = ([values[place] for place in new] for values in (prompts, firsts, seconds))
-        said = self.judge.compare_many(*asked, think=think)
+        said = ask(*([values[place] for place in new] for values in asked), **how)
         if len(said) != len(new):
             return said  # and who asked complains
-        if all(0 <= verdict.p_first <= 1 for verdict in said):
-            self._write([keys[place] for place in new], said)
+        if kind != "verdict" or all(0 <= verdict.p_first <= 1 for verdict in said):
+            self._write(kind, [keys[place] for place in new], said)
         fresh, old = iter(said), iter(known)
         return [next(old if key in self._places else fresh) for key in keys]
 
@@ -105,25 +123,23 @@ class Journal:
                     self._places[_read(line)[0]] = place
                 place += len(line)
 
-    def _read_back(self, keys: Sequence[str]) -> list[Verdict]:
+    def _read_back(self, keys: Sequence[str]) -> list[Any]:
         if not keys:
             return []
         with self.path.open("rb") as file:
-            verdicts: list[Verdict] = []
+            said: list[Any] = []
             for key in keys:
                 file.seek(self._places[key])
-                verdicts.append(_read(file.readline())[1])
-        self.said_before += len(verdicts)
-        return verdicts
+                said.append(_read(file.readline())[1])
+        self.said_before += len(said)
+        return said
 
-    def _write(self, keys: Sequence[str], verdicts: Sequence[Verdict]) -> None:
+    def _write(self, kind: str, keys: Sequence[str], said: Sequence[Any]) -> None:
         """Appends whole lines. A disk that takes no more costs the journal, and not the evaluation."""
         if not self._keeps:
             return
-        lines = [
-            json.dumps({"pair": key, "verdict": verdict.to_dict()}, default=_plain)
-            for key, verdict in zip(keys, verdicts, strict=True)
-        ]
+        plain = [one.to_dict() if kind == "verdict" else [asdict(judgement) for judgement in one] for one in said]
+        lines = [json.dumps({"pair": key, kind: one}, default=_plain) for key, one in zip(keys, plain, strict=True)]
         try:
             with self.path.open("ab") as file:
                 # An empty line first, for what a kill cut short has no end.
@@ -144,9 +160,9 @@ def forget_old(folder: Path) -> None:
                 path.unlink()
 
 
-def _key(prompt: str, first: Any, second: Any, think: bool | None) -> str:
+def _key(kind: str, prompt: str, first: Any, second: Any, how: Mapping[str, Any]) -> str:
     sides = [image.digest.hex() if hasattr(image, "digest") else identity(image) for image in (first, second)]
-    return hashlib.sha256(json.dumps([prompt, *sides, think], default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([kind, prompt, *sides, how], default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -154,12 +170,18 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def _read(line: bytes) -> tuple[str, Verdict]:
-    """A line's key and verdict. Raises `ValueError`, `KeyError` or `TypeError` for one that is cut or no verdict."""
+def _read(line: bytes) -> tuple[str, Any]:
+    """A line's key and what was said. Raises `ValueError`, `KeyError` or `TypeError` for a line that is cut."""
     entry: Any = json.loads(line)
+    if "judgements" in entry:
+        return str(entry["pair"]), [_made(Judgement, one, trace=Trace(**one["trace"])) for one in entry["judgements"]]
     saved: Mapping[str, Any] = entry["verdict"]
-    if saved.keys() != {field.name for field in fields(Verdict)}:
-        raise ValueError("a verdict of another version")
-    thoughts = tuple(Thought(**thought) for thought in saved["thoughts"])
-    verdict = Verdict(**{**saved, "thoughts": thoughts, "by_order": tuple(saved["by_order"])})
-    return str(entry["pair"]), verdict
+    thoughts = tuple(_made(Thought, thought) for thought in saved["thoughts"])
+    return str(entry["pair"]), _made(Verdict, saved, thoughts=thoughts, by_order=tuple(saved["by_order"]))
+
+
+def _made(kind: type, saved: Mapping[str, Any], **changes: Any) -> Any:
+    """A dataclass of exactly the fields that are saved: those of another version are judged anew."""
+    if saved.keys() != {each.name for each in fields(kind)}:
+        raise ValueError(f"no {kind.__name__} of this version")
+    return kind(**{**saved, **changes})
