@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ def test_verdicts_come_back_as_they_were(tmp_path: Path):
     assert journal.compare_many(*ASKED) == wanted and (journal.said_now, journal.said_before) == (4, 0)
     judge = rich_judge()
     journal = Journal(judge, file)
-    assert len(journal) == 4 and journal.name == "fake"
+    assert journal.earlier == 4 and journal.name == "fake"
     assert journal.compare_many(*ASKED) == wanted
     assert judge.calls == [] and (journal.said_now, journal.said_before) == (0, 4)
     journal.remove()
@@ -81,7 +82,7 @@ def test_what_a_kill_cut_short_is_judged_again(cut: int, tmp_path: Path):
     left = 4 if cut == 1 else 3  # the last line is whole but for its end
     for known in (left, 4):
         journal = Journal(rich_judge(), file)
-        assert len(journal) == known
+        assert journal.earlier == known
         assert journal.compare_many(*ASKED) == wanted
 
 
@@ -91,7 +92,7 @@ def test_a_journal_of_another_judge_is_refused(tmp_path: Path):
     for judge, about in ((rich_judge(), {"thoughts": 3}), (rich_judge(name="another"), {"thoughts": 2})):
         with pytest.raises(InputError, match="is of another judge, of one with other settings"):
             Journal(judge, file, about=about)
-    assert len(Journal(rich_judge(), file, about={"thoughts": 3}, fresh=True)) == 0
+    assert Journal(rich_judge(), file, about={"thoughts": 3}, fresh=True).earlier == 0
     file.write_bytes(b"\xff\xfe\n")
     with pytest.raises(InputError, match="no journal"):
         Journal(rich_judge(), file)
@@ -101,7 +102,7 @@ def test_no_broken_verdict_is_kept(tmp_path: Path):
     file = tmp_path / "one.jsonl"
     broken = rich_judge(breaks_on=lambda prompt, first, second: first == 90, answers_nan=True)
     Journal(broken, file).compare_many(*ASKED)
-    assert len(Journal(rich_judge(), file)) == 0
+    assert Journal(rich_judge(), file).earlier == 0
     with pytest.raises(InputError, match="seconds"):
         Journal(rich_judge(), file).compare_many(PROMPTS, FIRSTS, SECONDS[1:])
 
@@ -113,6 +114,18 @@ def test_a_journal_that_cannot_be_written_costs_no_verdict(tmp_path: Path, caplo
         for _ in range(2):
             assert journal.compare_many(*ASKED) == rich_judge().compare_many(*ASKED)
     assert [record.getMessage()[:40] for record in caplog.records] == ["verdicts are no longer kept for a later "]
+
+
+@pytest.mark.parametrize("end", ["removed", "begun anew"])
+def test_a_journal_that_another_process_ends_costs_no_verdict(end: str, tmp_path: Path):
+    file, wanted = tmp_path / "one.jsonl", rich_judge().compare_many(*ASKED)
+    Journal(rich_judge(), file).compare_many(*ASKED)
+    journal, other = Journal(rich_judge(), file), Journal(rich_judge(), file)
+    if end == "removed":
+        other.remove()
+    else:
+        Journal(rich_judge(), file, fresh=True).compare_many(PROMPTS, SECONDS, FIRSTS)
+    assert journal.compare_many(*ASKED) == wanted
 
 
 def test_old_journals_are_forgotten(tmp_path: Path):
@@ -147,9 +160,9 @@ def test_a_stopped_evaluation_ends_as_one_that_was_not(tmp_path: Path):
 
 def test_a_stopped_calibration_ends_as_one_that_was_not(tmp_path: Path):
     """Of a judge with thoughts and a listener, in both orders; then without thoughts, which are other judgements."""
-    pairs = load_pairs("tiny:id", limit=60)
-    judge = Judge.from_pretrained("tiny", thoughts=2, max_new_tokens=12)
-    how: Any = {"batch_size": 24, "progress": False}
+    pairs = load_pairs("tiny:id", limit=52)
+    judge = Judge.from_pretrained("tiny", thoughts=1, max_new_tokens=8)
+    how: Any = {"batch_size": 20, "progress": False}
     wanted = calibrate(judge, pairs, **how)
     calls: list[int] = []
 
@@ -164,7 +177,7 @@ def test_a_stopped_calibration_ends_as_one_that_was_not(tmp_path: Path):
         calibrate(cast("Any", Stopping(judge, tmp_path / "one.jsonl")), pairs, **how)
     journal: Any = Journal(judge, tmp_path / "one.jsonl")
     found = calibrate(journal, pairs, **how)
-    assert (len(journal), journal.said_before, journal.said_now) == (48, 48, 12)
+    assert (journal.earlier, journal.said_before, journal.said_now) == (40, 40, 12)
     assert found.to_dict() == wanted.to_dict() and found.calibration == wanted.calibration
     assert all(
         np.array_equal(getattr(found, each), getattr(wanted, each)) for each in ("labels", "p_before", "p_after")
@@ -203,7 +216,6 @@ def test_eval_goes_on_after_any_signal(tmp_path: Path, monkeypatch: pytest.Monke
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             while lines(cache) == seen[-1] and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(0.1)  # the next batch takes longer
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
         assert process.returncode != 0 and out == "", err
@@ -273,7 +285,7 @@ def test_a_changed_checkpoint_begins_anew(stopped: list[str], tmp_path: Path):
 
         journals = Journals({}, {}, fresh=False)
         journals.load(str(folder))
-        return {each.path.name for each in journals.journals}
+        return {path.name for path in journals.paths}
 
     first = journal_names()
     assert journal_names() == first
@@ -282,8 +294,22 @@ def test_a_changed_checkpoint_begins_anew(stopped: list[str], tmp_path: Path):
     assert CliRunner().invoke(app, line).exit_code == 0
 
 
+def test_one_judge_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    judges: list[weakref.ref[FakeJudge]] = []
+
+    def loads(name: str, **how: Any) -> FakeJudge:
+        assert all(judge() is None for judge in judges)
+        judge = FakeJudge(name=name)
+        judges.append(weakref.ref(judge))
+        return judge
+
+    monkeypatch.setattr("listener_reward.cli.journals.load_rater", loads)
+    line = ["eval", "--judge", "one", "--judge", "two", "--data", "tiny:ood", "--limit", "9", "--json"]
+    assert CliRunner().invoke(app, line).exit_code == 0 and len(judges) == 2
+
+
 def test_calibrate_keeps_what_it_judged_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Stopped where nothing more is judged: `--sure` cannot be had, and the same line with less takes all over."""
+    """`--sure` cannot be had, which is known once all is judged; without it nothing is judged again."""
     monkeypatch.setenv("LISTENER_REWARD_CACHE", str(tmp_path / "cache"))
     line = ["calibrate", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "60"]
     line += ["--out", str(tmp_path / "out"), "--json"]

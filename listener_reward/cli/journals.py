@@ -17,7 +17,6 @@ from listener_reward.cli.options import JudgeOptions, load_rater
 from listener_reward.cli.terminal import plain, stderr
 
 if TYPE_CHECKING:
-    from listener_reward.evaluate.journal import Journal
     from listener_reward.verdict import PairJudge
 
 
@@ -41,7 +40,7 @@ class Journals(contextlib.AbstractContextManager[None]):
         """
         self.options, self.asked, self.fresh = options, asked, fresh
         self.loads = loads or load_rater
-        self.journals: list[Journal] = []
+        self.paths: list[Path] = []  # and no journals, for these hold their judges, and one is in memory at a time
 
     def load(self, name: str | None) -> PairJudge:
         """The judge of that name, with a journal; without one where no file can be written."""
@@ -63,21 +62,22 @@ class Journals(contextlib.AbstractContextManager[None]):
         except OSError as error:
             _tell(f"verdicts are not kept for a later run: {error}")
             return judge
-        self.journals.append(journal)
-        if len(journal):
-            _tell(
-                f"{len(journal)} verdicts of {judge.name} are taken over from a run that was stopped; --fresh does not"
-            )
+        self.paths.append(journal.path)
+        if journal.earlier:
+            _tell(f"{journal.earlier} verdicts of {judge.name} are taken over from a run that was stopped; see --fresh")
         return journal
 
     def remove(self) -> None:
         """Removes the journals: the work is done."""
-        for journal in self.journals:
-            journal.remove()
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt and self.journals:
-            kept = sum(len(journal) + journal.said_now for journal in self.journals)
+        if kind is KeyboardInterrupt and self.paths:
+            from listener_reward.evaluate.journal import verdicts_in
+
+            kept = sum(map(verdicts_in, self.paths))
             _tell(f"stopped; {kept} verdicts are kept, and the same line goes on from there")
 
 

@@ -64,7 +64,8 @@ class Journal:
             self._find_places(head)
         self._keeps = True
 
-    def __len__(self) -> int:
+    @property
+    def earlier(self) -> int:
         """How many verdicts an earlier run left."""
         return len(self._places)
 
@@ -91,8 +92,8 @@ class Journal:
         """What the judge says of each pair, in their order."""
         check_questions(*asked)
         keys = [_key(kind, prompt, first, second, how) for prompt, first, second in zip(*asked, strict=True)]
-        new = [place for place, key in enumerate(keys) if key not in self._places]
         known = self._read_back([key for key in keys if key in self._places])
+        new = [place for place, key in enumerate(keys) if key not in self._places]
         if not new:
             return known
         said = ask(*([values[place] for place in new] for values in asked), **how)
@@ -124,13 +125,22 @@ class Journal:
                 place += len(line)
 
     def _read_back(self, keys: Sequence[str]) -> list[Any]:
+        """What was said under these keys. Where another process has put an end to the file, nothing is known any
+        more."""
         if not keys:
             return []
-        with self.path.open("rb") as file:
-            said: list[Any] = []
-            for key in keys:
-                file.seek(self._places[key])
-                said.append(_read(file.readline())[1])
+        said: list[Any] = []
+        try:
+            with self.path.open("rb") as file:
+                for key in keys:
+                    file.seek(self._places[key])
+                    found, one = _read(file.readline())
+                    if found != key:
+                        raise KeyError(key)
+                    said.append(one)
+        except (OSError, ValueError, KeyError, TypeError):
+            self._places.clear()
+            return []
         self.said_before += len(said)
         return said
 
@@ -150,6 +160,11 @@ class Journal:
         except OSError as error:
             self._keeps = False
             logger.warning("verdicts are no longer kept for a later run: %s", error)
+
+
+def verdicts_in(path: Path) -> int:
+    """How many verdicts a journal's file has."""
+    return path.read_bytes().count(b'\n{"pair"') if path.exists() else 0
 
 
 def forget_old(folder: Path) -> None:

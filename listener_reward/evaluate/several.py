@@ -77,15 +77,17 @@ def evaluate_judges(
         for scored in (*found, *([rival] if rival else [])):
             entries += scored_gallery(scored, pairs, mistakes=mistakes)
     failures: list[Exception] = []
+
+    def measure(judge: PairJudge) -> None:
+        """Here the judge ends with the call: a variable of the loop would hold it while the next one is loaded."""
+        gallery = None if mistakes is None else Gallery(judge.name, mistakes)
+        watch = gallery and gallery.add
+        found.append(evaluate(judge, pairs, progress=progress, protocols=protocols, watch=watch, validation=validation))
+        entries.extend(gallery.pairs if gallery else [])
+
     for given in judges:
         try:
-            judge = given if isinstance(given, PairJudge) else given()
-            gallery = None if mistakes is None else Gallery(judge.name, mistakes)
-            watch = gallery and gallery.add
-            found.append(
-                evaluate(judge, pairs, progress=progress, protocols=protocols, watch=watch, validation=validation)
-            )
-            entries += gallery.pairs if gallery else []
+            measure(given if isinstance(given, PairJudge) else given())
         except (InputError, MissingExtraError, JudgeError) as error:
             if len(judges) + len(scores) == 1:
                 raise
