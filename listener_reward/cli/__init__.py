@@ -15,6 +15,7 @@ import typer
 from listener_reward import __version__
 from listener_reward.cli.evaluating import calibrate, check_data, evaluate_pairs
 from listener_reward.cli.judging import compare, rank, rank_videos
+from listener_reward.cli.planning import plan
 from listener_reward.cli.scoring import score
 from listener_reward.cli.serving import serve
 from listener_reward.cli.training import bench, demo, launch_config, merge, train
@@ -66,6 +67,7 @@ app.command("eval")(evaluate_pairs)
 app.command()(score)
 app.command()(calibrate)
 data_app.command("check")(check_data)
+app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(plan)
 app.command()(demo)
 app.command()(bench)
 app.command(
