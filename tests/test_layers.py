@@ -45,6 +45,7 @@ FLOORS = (
     # the public names, and what is made of everything
     ("",),
     ("bench",),
+    ("plan",),
     ("recipes",),
     ("integrations",),
     ("cli",),

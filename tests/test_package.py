@@ -102,7 +102,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 NEEDS = {
     "data": "datasets scoring",
     "judge": "bench judge listener models.head models.processing models.transformers_vlm models.video_processing "
-    "models.vision models.vlm peers.scorers prefix tiny.models",
+    "models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "plot": "evaluate.plotting",
@@ -163,6 +163,8 @@ COMMANDS = {
     "demo": "train",
     "bench grpo": "train",
     "train --config train.yaml": "train",
+    "plan --config train.yaml": "train",
+    "plan eval --judge tiny --data tiny:id": "judge",
     "launch-config ddp": None,
     "train -h": None,
 }

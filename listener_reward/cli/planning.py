@@ -88,6 +88,8 @@ def plan(
     For `train`, any field of the training configuration can be given after `--`, and wins.
     """
     with errors_in_one_line(debug):
+        if what == "train":
+            import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
         from listener_reward.plan.plans import CARDS
 
         if card is not None and card not in CARDS:
@@ -99,7 +101,6 @@ def plan(
         size = None if image_size is None else _size(image_size)
         with working("planning"):
             if what == "train":
-                import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
                 from listener_reward.plan.launches import Launch
                 from listener_reward.plan.training import Assumptions, plan_training
 
@@ -205,7 +206,9 @@ def tokens_table(plan: Plan) -> Table:
     table.add_row("thought and answer, at most", f"{plan.thought:,}")
     table.add_section()
     table.add_row("together", f"{longest.total + plan.thought:,}")
-    table.add_row(f"mean of {len(plan.pairs.seen):,} pairs ({plain(plan.pairs.source)})", f"{plan.pairs.mean + plan.thought:,.0f}")
+    table.add_row(
+        f"mean of {len(plan.pairs.seen):,} pairs ({plain(plan.pairs.source)})", f"{plan.pairs.mean + plan.thought:,.0f}"
+    )
     return table
 
 

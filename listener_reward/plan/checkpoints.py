@@ -103,6 +103,13 @@ class Checkpoint:
                 raise
             return cls(name, BUILT_IN[found](), Card(), built_in=True, max_pixels=max_pixels)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the plan should know of where the shapes come from."""
+        if not self.built_in:
+            return []
+        return [f"{self.name}: not at hand; its shapes are those built in, and tokens of text are estimated"]
+
     def text_tokens(self, text: str) -> int:
         if self.processor is None:
             return math.ceil(len(text) / CHARACTERS_A_TOKEN)

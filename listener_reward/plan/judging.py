@@ -97,7 +97,7 @@ def plan_judging(
         seen = reader is reasoner  # whose features of these images are kept
         parts["image features"] = kept * (1 if seen else 2)
         phases.append(Phase(who, held | parts, (flops - looks * seen) * per_pair * share))
-    notes = [f"{checkpoint.name}: the Hub cannot be reached, and its shapes are those built in; tokens of text are estimated"] if checkpoint.built_in else []
+    notes = checkpoint.notes
     parameters = {"reasoner": reasoner.parameters}
     if model is not None and model is not reasoner:
         parameters["listener"] = model.parameters
@@ -130,4 +130,3 @@ def _changes(think: bool) -> dict[str, str]:
         "image features": "vision_bytes",
     }
     return changes if think else {part: words for part, words in changes.items() if part != "keys and values"}
-

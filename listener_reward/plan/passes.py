@@ -1,4 +1,4 @@
-"""The passes of a run over a checkpoint's architecture without its weights: what each keeps, needs at its peak, computes.
+"""The passes of a run over a checkpoint's architecture without its weights: their peaks, what they keep, operations.
 
 Rows are packed and attended to by the shared-prefix engine itself. Only what depends on values is put in by hand: the
 places of images in a prompt, and the head, of which trl's kernels hold a part at a time.
@@ -273,7 +273,7 @@ class _Head:
         self.tokens = row if owner.on_cpu else written
         self.weight: Tensor = base_model(owner.model).lm_head.weight
         self.dtype = owner.computes
-        self.temporaries = 5 if owner.on_cpu else 0
+        self.temporaries = 7 if owner.on_cpu else 0
         """Float32 copies of a tile that torch makes where Triton's kernel makes none."""
         self.peak = 0
         self.flops = 0.0
@@ -285,7 +285,7 @@ class _Head:
     def tile(self, meter: Meter, flops: float) -> None:
         rows, words = min(self.tokens, HEAD_TOKENS), min(HEAD_WORDS, self.weight.shape[0])
         before = meter.live
-        made = [torch.empty(rows, words, dtype=self.dtype, device="meta")]
+        made = [torch.empty(rows, HEAD_WORDS, dtype=self.dtype, device="meta")]  # whatever the vocabulary
         made += [torch.empty(rows, words, device="meta") for _ in range(self.temporaries)]
         self.peak = max(self.peak, meter.live - before)
         meter.flops += flops
@@ -304,7 +304,10 @@ class _HeadFunction(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         hidden, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        sums = [torch.empty(x.shape, device="meta") if need else None for x, need in zip(ctx.saved_tensors, needed)]
+        sums = [
+            torch.empty(x.shape, device="meta") if need else None
+            for x, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         ctx.head.tile(ctx.meter, 2.0 * weight.numel() * len(hidden) * (1 + sum(needed)))
         gradients = [None if s is None else s.to(x.dtype) for s, x in zip(sums, (hidden, weight), strict=True)]
         return (*gradients, None, None)

@@ -120,4 +120,3 @@ def listening(model: Architecture, asked: Asked) -> tuple[dict[str, int], float]
     ]
     share = asked.prompts / groups
     return largest(moments), (found.flops * sum(sizes) / max(sizes) + look.flops) * share
-

@@ -67,14 +67,16 @@ class _Run:
         self.launch, self.assumptions, self.on_cpu = launch, assumptions, on_cpu
         # The parser looks for a GPU and refuses bf16 without one; what is planned for need not be here.
         asked = _given(argv)
-        self.data, self.args, self.model_args = parse([*argv, "--bf16", "false", "--fp16", "false", "--use_cpu", "true"])
+        self.data, self.args, self.model_args = parse(
+            [*argv, "--bf16", "false", "--fp16", "false", "--use_cpu", "true"]
+        )
         half = None if str(asked.get("bf16", not on_cpu)).lower() == "false" else torch.bfloat16
         self.autocast = torch.float16 if str(asked.get("fp16", "false")).lower() == "true" else half
         if self.model_args.model_name_or_path is None:
             raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
         limit = getattr(self.data, "max_pixels", None) or getattr(self.args, "max_pixels", None)
         self.policy_checkpoint = Checkpoint.of(self.model_args.model_name_or_path, max_pixels=limit)
-        self.notes: list[str] = []
+        self.notes = self.policy_checkpoint.notes
         card = self.policy_checkpoint.card
         self.pairs = self._pairs(card.format)
         self.policy, self.listener = self._policy(), self._listener(card.listener)
@@ -110,14 +112,13 @@ class _Run:
             return None
         folder = self.policy_checkpoint.name
         found = Checkpoint.of(str(Path(folder, name)) if name == "." else name)
-        if found.built_in:
-            self.notes.append(f"{found.name}: the Hub cannot be reached, and its shapes are those built in")
+        self.notes += [note for note in found.notes if note not in self.notes]
         default = "float32" if self.on_cpu else "bfloat16"
         return Architecture(found.config, dtype_of(self.args.listener_dtype or default, found.config))
 
     # ------------------------------------------------------------------------------------------------------ the plan
     def plan(self) -> Plan:
-        args, launch = self.args, self.launch
+        args = self.args
         group = args.num_generations
         rows = args.per_device_train_batch_size
         round_rows = rows * args.steps_per_generation
@@ -163,9 +164,6 @@ class _Run:
         steps = float(args.max_steps)
         if args.max_steps <= 0:
             steps = math.ceil(args.num_train_epochs * self.pairs.number * group * args.num_iterations / completions)
-        if self.policy_checkpoint.built_in:
-            name = self.policy_checkpoint.name
-            self.notes.insert(0, f"{name}: the Hub cannot be reached, and its shapes are those built in; tokens of text are estimated")
         if launch.sharding in ("zero2", "zero3", "fsdp"):
             self.notes.append(f"{launch.sharding}: what is sharded follows its documentation and was not measured")
         if self.args.use_vllm:
@@ -258,20 +256,22 @@ class _Run:
         found = largest([found, {"activations": look.peak}])
         return Phase("rollout", parts | found, flops + look.flops, moved)
 
-    def _loss(
-        self, asked: Asked, held: dict[str, int], patches: int, own: int, rows: int, group: int
-    ) -> Phase:
+    def _loss(self, asked: Asked, held: dict[str, int], patches: int, own: int, rows: int, group: int) -> Phase:
         """`rows` of a micro-batch in groups, of which the fullest pass keeps its activations."""
         args, policy = self.args, self.policy
         groups = math.ceil(rows / group)
         lengths = [(asked.pair.total, [self.thought] * min(group, rows - group * n)) for n in range(groups)]
-        passes = [[(lengths[g][0], [self.thought] * len(some)) for g, some in row] for row in budgeted(lengths, args.token_budget)]
+        passes = [
+            [(lengths[g][0], [self.thought] * len(some)) for g, some in row]
+            for row in budgeted(lengths, args.token_budget)
+        ]
         fullest = max(passes, key=lambda row: sum(prompt + sum(some) for prompt, some in row))
         grids = list(asked.pair.grids) * len(fullest)
         again = args.gradient_accumulation_steps > 1
         learnt, head = policy.learn([p for p, _ in fullest], [some for _, some in fullest], grids, added=again)
+        # A micro-batch's own copy of its patches goes before the backward pass, in which torch's head takes more.
         parts = held | {
-            "patches": patches + own,
+            "patches": patches + (0 if self.on_cpu else own),
             "activations": learnt.peak - head.peak,
             "logits": head.peak,
             "gradients": self._gradients() if again else 0,
@@ -365,4 +365,3 @@ def bits_of(options: Any) -> int:
     if getattr(options, "load_in_4bit", False) or "4" in named:
         return 4
     return 8 if getattr(options, "load_in_8bit", False) or "8" in named else 16
-
