@@ -143,7 +143,7 @@ def test_sharding_divides_what_it_shards():
     argv += " --gradient_accumulation_steps 2 --max_completion_length 16 --gradient_checkpointing false --bf16 false"
     held = {}
     for launch in (Launch(), Launch(4, "ddp"), Launch(4, "fsdp")):
-        plan = plan_training(argv.split(), launch=launch)
+        plan = plan_training([*argv.split()], launch=launch)
         parameters = plan.parameters["policy"]
         assert plan.parameters["trained"] == parameters
         held[launch.sharding] = {part: size / parameters for part, size in plan.phases[-1].parts.items()}

@@ -101,7 +101,8 @@ def of_data(checkpoint: Checkpoint, chat_format: ChatFormat, spec: str, limit: i
     asked = checkpoint.question_tokens(chat_format)
     seen: list[Pair] = []
     unread = 0
-    for row in rows.select(range(0, number, step)):
+    chosen: Any = rows.select(range(0, number, step))
+    for row in chosen:
         sizes = [_size(image) for image in row["images"]]
         known = [size for size in sizes if size is not None]
         unread += len(sizes) - len(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Assumptions:
 
 
 def plan_training(
-    argv: list[str],
+    argv: Sequence[str],
     *,
     launch: Launch | None = None,
     assumptions: Assumptions | None = None,
@@ -63,7 +64,7 @@ def plan_training(
 
 
 class _Run:
-    def __init__(self, argv: list[str], launch: Launch, assumptions: Assumptions, on_cpu: bool):
+    def __init__(self, argv: Sequence[str], launch: Launch, assumptions: Assumptions, on_cpu: bool):
         self.launch, self.assumptions, self.on_cpu = launch, assumptions, on_cpu
         # The parser looks for a GPU and refuses bf16 without one; what is planned for need not be here.
         asked = _given(argv)
@@ -75,7 +76,13 @@ class _Run:
         if self.model_args.model_name_or_path is None:
             raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
         limit = getattr(self.data, "max_pixels", None) or getattr(self.args, "max_pixels", None)
-        self.policy_checkpoint = Checkpoint.of(self.model_args.model_name_or_path, max_pixels=limit)
+        name = self.model_args.model_name_or_path
+        self.policy_checkpoint = Checkpoint.of(name, max_pixels=limit)
+        if self.policy_checkpoint.adapter is not None:
+            raise InputError(f"{name!r} is an adapter, and new adapters need whole weights under them; merge it first")
+        self.thought = self.args.max_completion_length or 256
+        self.sampled_together = self.args.steps_per_generation or self.args.gradient_accumulation_steps
+        """Micro-batches whose completions are sampled together."""
         self.notes = self.policy_checkpoint.notes
         card = self.policy_checkpoint.card
         self.pairs = self._pairs(card.format)
@@ -110,8 +117,8 @@ class _Run:
         name = choose_listener(self.args.listener or None, own)
         if name in (None, OWN_BASE):
             return None
-        folder = self.policy_checkpoint.name
-        found = Checkpoint.of(str(Path(folder, name)) if name == "." else name)
+        assert isinstance(name, str)
+        found = Checkpoint.of(name)
         self.notes += [note for note in found.notes if note not in self.notes]
         default = "float32" if self.on_cpu else "bfloat16"
         return Architecture(found.config, dtype_of(self.args.listener_dtype or default, found.config))
@@ -119,11 +126,9 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------ the plan
     def plan(self) -> Plan:
         args = self.args
-        group = args.num_generations
+        group = args.num_generations or 1
         rows = args.per_device_train_batch_size
-        round_rows = rows * args.steps_per_generation
-        self.thought = args.max_completion_length
-        assert group and self.thought
+        round_rows = rows * self.sampled_together
         longest = self.pairs.longest
         prompts = max(1, math.ceil(round_rows / group))
         asked = Asked(
@@ -150,7 +155,7 @@ class _Run:
 
     def _finished(self, phases: list[Phase], group: float, round_rows: int) -> Plan:
         args, launch = self.args, self.launch
-        rounds = args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
+        rounds = args.gradient_accumulation_steps / (self.sampled_together * args.num_iterations)
         passes = float(args.gradient_accumulation_steps)
         # Phases are planned for the longest pairs. Time goes by the mean.
         mean = self.assumptions.thought or self.thought
@@ -191,11 +196,9 @@ class _Run:
         policy, launch, count = self.policy, self.launch, self.launch.processes
         trained = sum(p.numel() for p in policy.trainable)
         sharded = launch.sharding in ("zero3", "fsdp")
-        whole = policy.parameters * (torch.finfo(self.loaded).bits // 8)
-        if launch.sharding in ("none", "ddp"):
-            whole = policy.weight_bytes
-        elif launch.sharding in ("zero2", "zero3"):
-            whole = policy.weight_bytes  # in the arithmetic's precision, which DeepSpeed casts to
+        whole = policy.weight_bytes
+        if launch.sharding == "fsdp":  # which keeps what was loaded, and gathers it in the arithmetic's precision
+            whole = policy.parameters * (torch.finfo(self.loaded).bits // 8)
         weights = whole + policy.adapter_bytes
         reference = whole if self.args.beta and policy.lora is None else 0
         held = {"weights": weights // count if sharded else weights}
@@ -282,7 +285,7 @@ class _Run:
         flops = learnt.flops * sum(sizes) / max(sizes)
         forward = learnt.flops / 4 if args.gradient_checkpointing else learnt.flops / 3
         extra = (len(passes) - 1) / len(passes)  # computed again, because one pass's activations are kept
-        extra += bool(args.beta) + (args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps)
+        extra += bool(args.beta) + (self.sampled_together * args.num_iterations > args.gradient_accumulation_steps)
         return Phase("loss", parts, flops + extra * forward * sum(sizes) / max(sizes))
 
     def _update(self, held: dict[str, int], patches: int) -> Phase:
@@ -327,7 +330,7 @@ def find_pairs(checkpoint: Checkpoint, chat_format: ChatFormat, data: Any, assum
     return of_data(checkpoint, chat_format, data.data, data.data_limit, data.image_order_seed)
 
 
-def _given(argv: list[str]) -> dict[str, Any]:
+def _given(argv: Sequence[str]) -> dict[str, Any]:
     """What the YAML file and the arguments say themselves, by name."""
     found: dict[str, Any] = {}
     for place, word in enumerate(argv):

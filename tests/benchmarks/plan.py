@@ -16,9 +16,10 @@ import multiprocessing
 import random
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -60,7 +61,8 @@ def allocated() -> Iterator[Peak]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         yield peak
     assert found.profiler is not None and found.profiler.kineto_results is not None
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    every: Any = found.profiler.kineto_results.events()
+    events = [event for event in every if event.name() == "[memory]"]
     live = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -212,7 +214,7 @@ def recipes_table() -> str:
 
 
 def _work(sender: Any, name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # trl prints its logs
         sender.send(compare(name, Path(folder, "model")))
 
 
