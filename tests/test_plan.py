@@ -182,6 +182,8 @@ def test_a_judge_is_planned_for_people():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--", "--no_such_field", "1"], "no_such_field"),
+        (["serve", "--judge", "tiny", "--bits", "5"], "bits is 5; choose 4, 8 or 16"),
         (["boil"], "what is 'boil'; choose train, eval or serve"),
         (["eval", "--judge", "tiny"], "--data is not given"),
         (["serve", "--judge", "tiny", "--card", "abacus"], "card is 'abacus'; choose one of 3090"),

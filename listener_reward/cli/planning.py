@@ -88,6 +88,11 @@ def plan(
     For `train`, any field of the training configuration can be given after `--`, and wins.
     """
     with errors_in_one_line(debug):
+        fields = list(ctx.args)
+        if what.startswith("--"):  # the first field after `--`, where WHAT is left out
+            what, fields = "train", [what, *fields]
+        if bits not in (4, 8, 16):
+            raise InputError(f"bits is {bits}; choose 4, 8 or 16")
         if what == "train":
             import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
         from listener_reward.plan.plans import CARDS
@@ -104,9 +109,9 @@ def plan(
                 from listener_reward.plan.launches import Launch
                 from listener_reward.plan.training import Assumptions, plan_training
 
-                if config is None and not ctx.args:
+                if config is None and not fields:
                     raise InputError("--config is not given; name the training configuration: plan --config train.yaml")
-                argv = [*(["--config", config] if config else []), *ctx.args]
+                argv = [*(["--config", config] if config else []), *fields]
                 assumed = Assumptions(size, prompt_tokens, pairs, thought_tokens)
                 made = plan_training(argv, launch=Launch.of(launch, gpus), assumptions=assumed)
             elif what in ("eval", "serve"):

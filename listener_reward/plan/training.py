@@ -104,7 +104,7 @@ class _Run:
         return Architecture(
             config,
             computed,
-            bits=bits_of(model_args),
+            bits=min(bits_of(model_args), bits_of(args)),
             lora=lora,
             trained=True,
             checkpointing=bool(args.gradient_checkpointing),
