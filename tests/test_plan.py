@@ -186,7 +186,7 @@ def test_a_judge_is_planned_for_people():
         (["serve", "--judge", "tiny", "--bits", "5"], "bits is 5; choose 4, 8 or 16"),
         (["boil"], "what is 'boil'; choose train, eval or serve"),
         (["eval", "--judge", "tiny"], "--data is not given"),
-        (["serve", "--judge", "tiny", "--card", "abacus"], "card is 'abacus'; choose one of 3090"),
+        (["serve", "--judge", "tiny", "--gpu", "abacus"], "gpu is 'abacus'; choose one of 3090"),
         (["serve", "--judge", "tiny", "--memory", "much"], "memory is 'much'"),
         (["serve", "--judge", "tiny", "--image-size", "big"], "image-size is 'big'"),
         (["serve", "--judge", "no/such-checkpoint"], "could not be fetched"),

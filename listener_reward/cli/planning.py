@@ -25,7 +25,7 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2.0**10, "MI":
 
 def plan(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="[WHAT]", help="`train`, `eval` or `serve`.")] = "train",
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="`train`, `eval` or `serve`.")] = "train",
     config: Annotated[
         str | None, typer.Option("--config", help="train: the YAML file of `listener-reward train`.")
     ] = None,
@@ -61,14 +61,14 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", help="Of a GPU, such as 24GB: says whether it fits, and what to change.")
     ] = None,
-    card: Annotated[
-        str | None, typer.Option("--card", help="3090, 4090, l40s, a100-40, a100-80, h100 or h200: memory and rates.")
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="3090, 4090, l40s, a100-40, a100-80, h100 or h200: memory and rates.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option("--tflops", min=0, help="The card's dense bfloat16 rate, for time.")
+        float | None, typer.Option("--tflops", min=0, help="Dense products in bfloat16, TFLOP/s, for time.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option("--bandwidth", min=0, help="Of the card's memory, TB/s, which bounds decoding.")
+        float | None, typer.Option("--bandwidth", min=0, help="Of the GPU's memory, TB/s, which bounds decoding.")
     ] = None,
     utilisation: Annotated[
         float, typer.Option("--utilisation", min=0.01, max=1, help="Fraction of both rates that is reached.")
@@ -81,7 +81,7 @@ def plan(
     Nothing is downloaded but a checkpoint's configuration and tokenizer, and no weight is loaded: the passes of the run
     are done on tensors without data.
 
-    `listener-reward plan --config train.yaml --launch fsdp2 --gpus 8 --card h100`
+    `listener-reward plan --config train.yaml --launch fsdp2 --gpus 8 --gpu h100`
 
     `listener-reward plan eval --judge runs/first --data pairs.jsonl --memory 24GB`
 
@@ -95,11 +95,11 @@ def plan(
             raise InputError(f"bits is {bits}; choose 4, 8 or 16")
         if what == "train":
             import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
-        from listener_reward.plan.plans import CARDS
+        from listener_reward.plan.plans import KNOWN_GPUS
 
-        if card is not None and card not in CARDS:
-            raise InputError(f"card is {card!r}; choose one of {', '.join(CARDS)}, or give --memory and --tflops")
-        chosen = None if card is None else CARDS[card]
+        if gpu is not None and gpu not in KNOWN_GPUS:
+            raise InputError(f"gpu is {gpu!r}; choose one of {', '.join(KNOWN_GPUS)}, or give --memory and --tflops")
+        chosen = None if gpu is None else KNOWN_GPUS[gpu]
         room = _bytes(memory) if memory is not None else chosen.memory if chosen else None
         rate = tflops * 1e12 if tflops is not None else chosen.rate if chosen else None
         moved = bandwidth * 1e12 if bandwidth is not None else chosen.bandwidth if chosen else None

@@ -12,7 +12,7 @@ CONTEXT = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU as its maker describes it."""
 
     name: str
@@ -24,16 +24,16 @@ class Card:
     """Of memory, bytes a second."""
 
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card("3090", 24e9, 71e12, 0.936e12),
-        Card("4090", 24e9, 165e12, 1.008e12),
-        Card("l40s", 48e9, 362e12, 0.864e12),
-        Card("a100-40", 40e9, 312e12, 1.555e12),
-        Card("a100-80", 80e9, 312e12, 2.039e12),
-        Card("h100", 80e9, 989e12, 3.35e12),
-        Card("h200", 141e9, 989e12, 4.8e12),
+KNOWN_GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("3090", 24e9, 71e12, 0.936e12),
+        Gpu("4090", 24e9, 165e12, 1.008e12),
+        Gpu("l40s", 48e9, 362e12, 0.864e12),
+        Gpu("a100-40", 40e9, 312e12, 1.555e12),
+        Gpu("a100-80", 80e9, 312e12, 2.039e12),
+        Gpu("h100", 80e9, 989e12, 3.35e12),
+        Gpu("h200", 141e9, 989e12, 4.8e12),
     )
 }
 
