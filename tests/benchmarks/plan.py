@@ -164,10 +164,10 @@ CASES: dict[str, tuple[tuple[Callable[..., Any], Callable[..., Any]], Size]] = {
     "listener, 8 thoughts of a pair": (LISTENER, Size()),
     "judge, 8 thoughts in each order of 2 pairs": (JUDGE, Size(tokens=48)),
     "GRPO step, every weight": (STEP, SIZE),
-    "the same, layers computed again": (STEP, replace(SIZE, gradient_checkpointing=True)),
-    "the same, one micro-batch a step": (STEP, replace(SIZE, groups=1)),
+    "GRPO step, every weight, layers computed again": (STEP, replace(SIZE, gradient_checkpointing=True)),
+    "GRPO step, every weight, one micro-batch": (STEP, replace(SIZE, groups=1)),
     "GRPO step, LoRA": (STEP, replace(SIZE, lora=True)),
-    "the same, layers computed again, LoRA": (STEP, replace(SIZE, lora=True, gradient_checkpointing=True)),
+    "GRPO step, LoRA, layers computed again": (STEP, replace(SIZE, lora=True, gradient_checkpointing=True)),
 }
 
 
