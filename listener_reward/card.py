@@ -9,22 +9,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
-from listener_reward.files import write_text
+from listener_reward.files import quoted, write_text
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import find_file
 from listener_reward.trace import Masking
 from listener_reward.verdict import Aggregate, Mode, Orders
 
 CARD = "listener_reward.json"
+
+CardLike: TypeAlias = "Card | Mapping[str, Any] | str | os.PathLike[str]"
+"""What `Card.read` takes: a card, its fields, or the name of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,16 @@ class Card:
 
     def save(self, folder: str | Path) -> None:
         """Writes the card into a checkpoint's folder; a card that was there stays whole until the new one is."""
+        self.write(Path(folder, CARD))
+
+    def write(self, path: str | Path) -> None:
+        """Writes the card as the file `path`, which `read` reads."""
         calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}
         saved = asdict(self) | {"format": self.format.to_dict()} | calibrations
         text = json.dumps(saved, indent=2, ensure_ascii=False)
         # A pair of numbers reads better on one line. No string is touched: JSON has no line break inside one.
         text = re.sub(r"\[\n\s+(-?[\d.e-]+),\n\s+(-?[\d.e-]+)\n\s+\]", r"[\1, \2]", text)
-        write_text(Path(folder, CARD), text + "\n")
+        write_text(path, text + "\n")
 
     @classmethod
     def amend(cls, folder: str | Path, **changes: Any) -> Card:
@@ -110,8 +118,13 @@ class Card:
         return card
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any], where: str = CARD) -> Card:
-        if not isinstance(saved, dict):
+    def from_dict(cls, saved: Mapping[str, Any], where: str = CARD) -> Card:
+        """Reads the fields that `save` wrote; one that is left out has its default.
+
+        Raises:
+            InputError: names `where`, the field that is unknown or out of range, and what it may be.
+        """
+        if not isinstance(saved, Mapping):
             raise InputError(f"{where} holds a {type(saved).__name__}; it has to be a JSON object")
         saved = dict(saved)
         temperature = saved.pop("temperature", 1.0)
@@ -123,22 +136,66 @@ class Card:
             "calibration": Calibration.from_dict,
             "fast_calibration": Calibration.from_dict,
         }
-        values: dict[str, Any] = {
-            name: readers[name](value) if name in readers else value for name, value in saved.items()
-        }
-        return cls(**values | _tempered(values, temperature))
+        try:
+            values: dict[str, Any] = {
+                name: readers[name](value) if name in readers else value for name, value in saved.items()
+            }
+            return cls(**values | _tempered(values, temperature))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     @classmethod
-    def load(cls, name: str | Path) -> Card:
-        """The card of a checkpoint folder or Hub name. Without one an adapter has its base's, a model the defaults."""
+    def read(cls, given: CardLike) -> Card:
+        """A card as a caller gives one: itself, its fields, a JSON file, or a folder with a `listener_reward.json`.
+
+        Raises:
+            InputError: there is no such file, or it is no card.
+        """
+        if isinstance(given, Card):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_dict(given, "card")
+        if not isinstance(given, str | os.PathLike):
+            raise InputError(f"card is {given!r:.80}; give a Card, its fields, or the name of a JSON file")
+        path = Path(given, CARD) if os.path.isdir(given) else Path(given)
+        if not os.path.exists(path):  # which knows names too long for a file
+            raise InputError(
+                f"card is {quoted(given)}, and there is no file {quoted(path)}; `listener-reward card` finds and "
+                "writes one"
+            )
+        return cls.from_dict(_read(path), str(path))
+
+    @classmethod
+    def load(cls, name: str | Path, given: CardLike | None = None) -> Card:
+        """The card of a checkpoint folder or Hub name. Without one an adapter has its base's, a model the defaults.
+
+        Args:
+            name: the checkpoint. A listener that begins with "." is relative to it.
+            given: a card in place of the checkpoint's own, whole: what it leaves out has the defaults.
+
+        Raises:
+            InputError: a card that cannot be read, or a checkpoint that cannot be had.
+        """
+        if given is not None:
+            return cls.read(given)._beside(name, Path(name) if os.path.isdir(name) else None)
         path = find_file(name, CARD)
         if path is None:
             base = base_of(name)
             return cls() if base is None else cls.load(base)
-        card = cls.from_dict(_read(path), str(path))
-        if card.listener is not None and card.listener.startswith("."):
-            card = replace(card, listener=str((path.parent / card.listener).resolve()))
-        return card
+        return cls.from_dict(_read(path), str(path))._beside(name, path.parent)
+
+    def _beside(self, name: str | Path, folder: Path | None) -> Card:
+        """The card with a relative listener found from the checkpoint `name`, whose files are in `folder`."""
+        if self.listener is None or not self.listener.startswith("."):
+            return self
+        if self.listener == "." and not os.path.isdir(name):
+            return replace(self, listener=str(name))
+        if folder is None:
+            raise InputError(
+                f"listener is {self.listener!r}, a folder beside the checkpoint, and {quoted(name)} is on the Hub; "
+                "give the listener's name, or its folder's whole path"
+            )
+        return replace(self, listener=str((folder / self.listener).resolve()))
 
 
 def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Any]:
@@ -164,3 +221,5 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); mend it, or take it away to use the defaults") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a file that can") from error

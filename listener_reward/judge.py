@@ -18,7 +18,7 @@ if fault := missing("judge", "a judge in this process"):
 import torch
 
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
-from listener_reward.card import Card
+from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, Side
 from listener_reward.conclude import Judgement, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
@@ -27,7 +27,7 @@ from listener_reward.media.clips import Clip, ClipView, frame_by_frame
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.misfits import Misfits
-from listener_reward.models.hub import resolve
+from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.pairs import check_questions
@@ -110,6 +110,7 @@ class Judge:
         cls,
         name: str | Path,
         *,
+        card: CardLike | None = None,
         listener: str | Path | Listener | Literal["none"] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -133,6 +134,8 @@ class Judge:
         Args:
             name: the reasoner's checkpoint, or an adapter, which stays unmerged on the base that it names. Its
                 `listener_reward.json` says how it is asked and who listens.
+            card: another card than the checkpoint's own, which it replaces whole: a file such as `listener-reward card`
+                writes, a `Card`, or its fields.
             listener: another listener than the checkpoint's own; "base" for the base under the reasoner's adapter;
                 "none" for no listener, and for a verdict by the mean of the thoughts where the checkpoint would have it
                 from its listener. A listener of the reasoner's own checkpoint or base shares its weights.
@@ -155,11 +158,12 @@ class Judge:
                 trained as a judge; see `trace.parse`.
 
         Raises:
-            InputError: a checkpoint that cannot be found, reached or read; an aggregate that needs a listener without
-                one.
+            InputError: a checkpoint or a card that cannot be found, reached or read; an aggregate that needs a listener
+                without one.
         """
         folder = resolve(name)
-        card = Card.load(folder)
+        given_card = None if card is None else Card.read(card)
+        card = Card.load(folder, given_card)
         chosen = choose_listener(listener, card.listener)
         refused = chosen is None and listener is not None
         if refused and aggregate is None and card.aggregate in LISTENING:
@@ -182,12 +186,16 @@ class Judge:
             "vision_bytes": vision_bytes,
         }
         reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
-        loaded = load_listener(chosen, card, reasoner=reasoner, **options) if isinstance(chosen, str | Path) else chosen
+        if isinstance(chosen, str | Path):
+            own = given_card if same_checkpoint(chosen, folder) else None
+            loaded = load_listener(chosen, card, own=own, reasoner=reasoner, **options)
+        else:
+            loaded = chosen
         judge = cls(
             reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict, lenient=lenient
         )
         if not isinstance(listener, Listener):
-            judge._origin = {"name": name, "listener": listener, **options, **given}
+            judge._origin = {"name": name, "card": given_card, "listener": listener, **options, **given}
         return judge
 
     def __reduce__(self) -> tuple[Any, ...]:

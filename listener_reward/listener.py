@@ -14,7 +14,7 @@ if fault := missing("judge", "a listener in this process"):
 import torch
 from torch import Tensor
 
-from listener_reward.card import Card
+from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, ChatFormat, neutralise
 from listener_reward.misfits import Misfits
 from listener_reward.models.hub import resolve, same_checkpoint
@@ -136,12 +136,20 @@ OWN_BASE = "base"
 """The listener that is the reasoner's own base with its adapters off: no extra memory, and adapters only."""
 
 
-def load_listener(name: str | Path, card: Card, *, reasoner: TransformersVLM | None = None, **options: Any) -> Listener:
+def load_listener(
+    name: str | Path,
+    card: Card,
+    *,
+    own: CardLike | None = None,
+    reasoner: TransformersVLM | None = None,
+    **options: Any,
+) -> Listener:
     """Loads a judge's listener. A listener with a card is asked in its own format, any other in the judge's.
 
     Args:
         name: its checkpoint, or "base" for the reasoner's base.
         card: the judge's.
+        own: the listener's card in place of its checkpoint's own, as `Card.read` takes one.
         reasoner: the judge's model, loaded with the same options. A listener that is the same checkpoint, or the base
             under its adapters, runs on its weights.
         options: those of `TransformersVLM.from_pretrained`.
@@ -158,8 +166,8 @@ def load_listener(name: str | Path, card: Card, *, reasoner: TransformersVLM | N
             )
         name = base
     folder = resolve(name)
-    own = Card.load(folder)
-    chat_format: ChatFormat = card.format if own == Card() else own.format
+    asked = Card.load(folder, own)
+    chat_format: ChatFormat = card.format if asked == Card() else asked.format
     opens = chat_format.think[0]
     if reasoner is not None and base is not None and same_checkpoint(folder, base):
         return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)

@@ -56,7 +56,7 @@ INFO = (
 """What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
 
 JUDGE_OPTIONS = (
-    "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
+    "card", "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
     "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips", "strict", "lenient",
 )  # fmt: skip
 """What `Judge.from_pretrained` takes, known without its module, which imports torch."""
