@@ -210,7 +210,12 @@ def _tupled(value: Any) -> Any:
 
 def default_question() -> str:
     """The question that large models are asked (`prompts/question.txt`)."""
-    return resources.files("listener_reward").joinpath("prompts/question.txt").read_text(encoding="utf-8").strip()
+    return prompt_text("question")
+
+
+def prompt_text(name: str) -> str:
+    """The text `name` of the folder `prompts`."""
+    return resources.files("listener_reward").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8").strip()
 
 
 def reserved_tokens(tokenizer: Any) -> frozenset[str]:

@@ -19,6 +19,16 @@ LEAST_MASS = 0.01
 """Below this mean probability of the two labels together, their ratio says little about the answer."""
 
 
+def fits(malformed: float, label_mass: float) -> bool:
+    """Whether a format fits: at most half of the thoughts malformed, and the labels are not as good as never written.
+
+    Args:
+        malformed: fraction of the thoughts.
+        label_mass: the labels' total probability at the answer slot, in [0, 1], the mean over the judgements.
+    """
+    return malformed <= 0.5 and label_mass >= LEAST_MASS
+
+
 class Misfits:
     """The first judgements of one model, and whether they fit its format."""
 
@@ -62,13 +72,16 @@ class Misfits:
             warnings.warn(f"{self._problem}. Said once", FormatWarning, stacklevel=2)
 
     def _found(self) -> str | None:
-        cure = "give the checkpoint a card (listener_reward.json) with its question, tags and labels"
-        if self._malformed and 2 * sum(self._malformed) > len(self._malformed):
+        cure = (
+            "give the checkpoint a card (listener_reward.json) with its question, tags and labels, such as "
+            "`listener-reward card` finds and writes"
+        )
+        if self._malformed and not fits(fmean(self._malformed), 1.0):
             return (
                 f"{sum(self._malformed)} of {self.who}'s first {len(self._malformed)} thoughts are malformed, such as "
                 f"{self._example[:200]!r}; its verdicts may mean nothing: {cure}"
             )
-        if fmean(self._masses) < LEAST_MASS:
+        if not fits(0.0, fmean(self._masses)):
             return (
                 f"{self.who} gives the two labels a probability of {fmean(self._masses):.2g} together at its answer "
                 f"slot, so that it would answer otherwise; its verdicts may mean nothing: {cure}"

@@ -1,22 +1,30 @@
-"""A card that is given: for a checkpoint of any name, and in the place of the checkpoint's own."""
+"""A card that is given for a checkpoint of any name, and the command that finds the format which such a card has."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from listener_reward.card import CARD, Card
-from listener_reward.chat import ChatFormat
+from listener_reward.chat import Chat, ChatFormat
+from listener_reward.cli import app
 from listener_reward.errors import InputError
+from listener_reward.formats import FORMS, OWN, best_of, try_formats
 from listener_reward.judge import Judge
 from listener_reward.listener import load_listener
+from listener_reward.models.hub import resolve
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.pairs import PreferencePair
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import QUESTION
 
@@ -143,3 +151,204 @@ def test_a_reward_takes_a_card(plain):
     assert scores.shape == (2,) and info["comparisons"].tolist() == [1, 1]
     with pytest.raises(InputError, match="card would have no effect on a judge already loaded"):
         ListenerReward(Judge.from_pretrained(plain, device="cpu"), card=Card())
+
+
+# ---------------------------------------------------------------- the command that finds one
+
+
+class Asked:
+    """Answers each question as `says` has it, by what the question contains, and gives the labels all probability at
+    the answer slot of what it said, and next to none elsewhere."""
+
+    reserved: frozenset[str] = frozenset()
+
+    def __init__(self, says: dict[str, str]):
+        self.says = says
+
+    def generate(
+        self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[str]:
+        return [self._answer(chat) for chat in chats]
+
+    def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> torch.Tensor:
+        mass = [
+            1.0 if any(self._answer(chat).startswith(prefix + label) for label in labels) else 1e-3
+            for chat, prefix in zip(chats, prefixes, strict=True)
+        ]
+        return (torch.tensor([[0.75, 0.25]] * len(chats)) * torch.tensor(mass)[:, None]).log()
+
+    def read(
+        self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.label_logprobs(chats, prefixes, labels), torch.zeros(len(chats))
+
+    def _answer(self, chat: Chat) -> str:
+        asked = str(chat.messages[-1]["content"][-1]["text"])
+        return next((said for word, said in self.says.items() if word in asked), "No.")
+
+
+PAIR = [PreferencePair("a fox", RED, BLUE, 1.0, str(number), "x") for number in range(4)]
+TAGGED, PHRASED = "<think>a</think><answer>2</answer>", "<think>a</think><answer>Image 2 is better</answer>"
+
+
+@pytest.mark.parametrize(
+    ("says", "form", "asked"),
+    [
+        ({"": TAGGED}, "tags", "tags"),
+        ({"": TAGGED.replace("2", "B")}, "letters in tags", "tags"),
+        ({"": PHRASED}, "a phrase in tags", "tags"),
+        ({"Image 1 is better": PHRASED}, "a phrase in tags", "a phrase in tags"),
+        ({'"preferred"': '{"reasoning": "a", "preferred": "2"}'}, "JSON", "JSON"),
+        ({'"preferred"': '```json\n{"reasoning": "a", "preferred": "2"}\n```'}, "JSON, fenced", "JSON"),
+        ({'"preferred"': '<think>\na\n</think>\n{"preferred": "2"}'}, "JSON after a thought in tags", "JSON"),
+        ({'"preferred"': 'a. {"preferred": "2"}'}, "JSON without a thought", "JSON"),
+        ({"": "a.\n<answer>2</answer>"}, "an answer tag alone", "tags"),
+        ({"like this: <answer>1": "<answer>2</answer>"}, "an answer tag alone", "an answer tag alone"),
+    ],
+)
+def test_the_format_of_a_model_is_found(says, form, asked):
+    best = best_of(try_formats(Asked(says), PAIR))
+    assert best is not None and (best.form, best.asked, best.lenient) == (form, asked, False)
+    assert (best.malformed, best.label_mass) == (0.0, 1.0)
+    judge = Judge(Asked(says), card=Card(format=best.chat_format), strict=True)
+    verdict = judge.compare("a fox", RED, BLUE)
+    assert verdict.malformed == 0 and verdict.label_mass == 1.0
+    assert {thought.order: thought.answer for thought in verdict.thoughts} == {"as given": 2, "swapped": 1}
+
+
+def test_a_model_of_a_lenient_format_is_found_after_all_strict_ones():
+    found = try_formats(Asked({"": "a fox.\n**2**"}), PAIR)
+    best = best_of(found)
+    assert best is not None and best.lenient and best.form == "tags"
+    assert not any(fit.fits for fit in found if not fit.lenient)
+    strict = best_of(try_formats(Asked({'"preferred"': '{"reasoning": "a", "preferred": "2"}', "": "**2**"}), PAIR))
+    assert strict is not None and strict.form == "JSON"
+
+
+def test_a_model_that_answers_in_no_format_fits_none():
+    found = try_formats(Asked({"": "Both are nice."}), PAIR)
+    assert best_of(found) is None and {fit.malformed for fit in found} == {1.0}
+    assert {fit.form for fit in found} == set(FORMS)
+    assert {fit.example for fit in found} == {"Both are nice."}
+    with pytest.raises(InputError, match="pairs is empty"):
+        try_formats(Asked({}), [])
+
+
+def test_the_cards_own_format_and_a_given_question_are_tried_first():
+    own = ChatFormat(question=QUESTION, answer=("[", "]"))
+    says = {"which is better": "<think>a</think>[2]"}
+    best = best_of(try_formats(Asked(says), PAIR, own=own))
+    assert best is not None and best.form == OWN and best.chat_format == own
+    mine = "{first}{second} Choose! {prompt} Now choose!"
+    best = best_of(try_formats(Asked({"Now choose!": TAGGED}), PAIR, question=mine))
+    assert best is not None and best.asked == "the question given" and best.chat_format.question == mine
+    with pytest.raises(InputError, match="question has the slots"):
+        try_formats(Asked({}), PAIR, question="which?")
+
+
+def test_what_a_chat_template_opens_is_part_of_the_format(random_judge, tmp_path, monkeypatch):
+    """A model that is asked with an open thought continues it; a form without thoughts has no use for the tag."""
+    folder = tmp_path / "thinking"
+    shutil.copytree(random_judge, folder)
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.write_text(text.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"), encoding="utf-8")
+    vlm = TransformersVLM.from_pretrained(folder, device="cpu")
+    ids = vlm.tokenizer.encode("a right </think><answer>1</answer>", add_special_tokens=False)
+    said = vlm.tokenizer.decode(ids)
+    monkeypatch.setattr(TransformersVLM, "_sampler", lambda *_: lambda places, _: torch.tensor([ids] * len(places)))
+    pairs = [replace(pair, prompt="two red circles") for pair in PAIR]
+    found = {fit.form: fit for fit in try_formats(vlm, pairs, own=ChatFormat(question=QUESTION), max_new_tokens=99)}
+    assert found["tags"].malformed == 0 and found["tags"].example == f"<think>\n{said}"
+    assert found["an answer tag alone"].example == said
+    assert vlm.think_tag == "<think>", "as it was"
+    cut = try_formats(vlm, pairs, own=ChatFormat(question=QUESTION), max_new_tokens=len(ids))
+    assert {fit.cut for fit in found.values()} == {0.0} and {fit.cut for fit in cut} == {1.0}
+
+
+def card(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["card", *map(str, arguments)])
+
+
+@pytest.fixture
+def speaking(plain, monkeypatch) -> Callable[[dict[str, str]], Path]:
+    """`speaking(says)` is a checkpoint whose model is `Asked(says)`."""
+
+    def install(says: dict[str, str]) -> Path:
+        monkeypatch.setattr(Judge, "from_pretrained", lambda name, **options: Judge(Asked(says)))
+        return plain
+
+    return install
+
+
+def test_the_command_writes_a_card_that_fits(speaking, tmp_path):
+    name, out = speaking({'"preferred"': '{"reasoning": "a", "preferred": "2"}'}), tmp_path / "made" / "card.json"
+    ended = card(name, "--out", out, "--pairs", 3, "--max-new-tokens", 99)
+    assert ended.exit_code == 0, ended.stderr
+    assert "JSON" in ended.stdout and "malformed" in ended.stdout and '"preferred": "2"' in ended.stdout
+    assert f"card={str(out)!r})" in ended.stderr
+    written = Card.read(out)
+    assert written.format.answer == ('"preferred": "', '"}') and '"preferred": "1"' in written.format.question
+    assert written == Card(format=written.format, max_new_tokens=99)
+
+
+def test_the_command_replaces_no_file_unasked(speaking, tmp_path):
+    name, out = speaking({"": TAGGED}), tmp_path / "card.json"
+    out.write_text("mine", encoding="utf-8")
+    ended = card(name, "--out", out)
+    assert ended.exit_code == 2 and "which exists; give another name, or --force" in ended.stderr
+    assert out.read_text(encoding="utf-8") == "mine"
+    assert card(name, "--out", out, "--force").exit_code == 0
+    assert Card.read(out).format == ChatFormat()
+
+
+def test_the_command_writes_nothing_where_nothing_fits(speaking, tmp_path):
+    name, out = speaking({"": "Both [bold]are[/] nice."}), tmp_path / "card.json"
+    ended = card(name, "--out", out)
+    assert ended.exit_code == 1 and "No format fits, and no card is written" in ended.stderr
+    assert "Both [bold]are[/] nice." in ended.stdout and not out.exists()
+    ended = card(name, "--out", out, "--unfit")
+    assert ended.exit_code == 1 and "the nearest one is in" in ended.stderr and Card.read(out).format == ChatFormat()
+
+
+def test_the_command_says_that_a_format_is_lenient(speaking, tmp_path):
+    ended = card(speaking({"": "a fox.\n**2**"}), "--out", tmp_path / "card.json")
+    assert (
+        ended.exit_code == 0 and "lenient=True)" in ended.stderr and "only if answers are read lenient" in ended.stderr
+    )
+
+
+def test_the_command_in_json(speaking, tmp_path):
+    ended = card(speaking({"": TAGGED}), "--out", tmp_path / "card.json", "--json")
+    said = json.loads(ended.stdout)
+    assert said["fits"] is True and said["written"] == str(tmp_path / "card.json")
+    assert said["formats"][0]["form"] == "tags" and ChatFormat.from_dict(said["formats"][0]["format"]) == ChatFormat()
+
+
+def test_the_command_reads_data_and_a_question(speaking, tmp_path):
+    for name, image in (("a", RED), ("b", BLUE)):
+        image.save(tmp_path / f"{name}.png")
+    row = {"prompt": "a fox", "image_first": "a.png", "image_second": "b.png", "p_first": 1.0}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "question.txt").write_text("{first}{second}{prompt} Choose!\n", encoding="utf-8")
+    name, out = speaking({"Choose!": TAGGED}), tmp_path / "card.json"
+    ended = card(name, "--data", tmp_path / "pairs.jsonl", "--question", tmp_path / "question.txt", "--out", out)
+    assert ended.exit_code == 0, ended.stderr
+    assert Card.read(out).format.question == "{first}{second}{prompt} Choose!"
+    (tmp_path / "question.txt").write_text("Choose!", encoding="utf-8")
+    ended = card(name, "--question", tmp_path / "question.txt", "--out", out, "--force")
+    assert ended.exit_code == 2 and "question has the slots" in ended.stderr
+    ended = card(name, "--question", tmp_path / "nowhere.txt", "--out", out, "--force")
+    assert ended.exit_code == 2 and "which cannot be read" in ended.stderr
+
+
+def test_an_embedded_judge_keeps_its_card(tmp_path):
+    ended = card("tiny", "--out", tmp_path / "card.json", "--pairs", 2)
+    assert ended.exit_code == 0, ended.stderr
+    assert Card.read(tmp_path / "card.json") == Card.load(resolve("tiny"))
+
+
+def test_the_command_explains_itself():
+    text = " ".join(card("--help").stdout.split())
+    for words in ("card.json", "--max-new-tokens", "exit code is 1", "listener_reward.json", "--question"):
+        assert words in text

@@ -31,7 +31,7 @@ FLOORS = (
     # judges
     ("listener", "conclude"),
     ("peers",),
-    ("judge",),
+    ("judge", "formats"),
     # data and measurement
     ("tiny",),
     ("datasets",),

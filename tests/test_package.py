@@ -101,8 +101,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets scoring",
-    "judge": "bench judge listener models.head models.processing models.transformers_vlm models.video_processing "
-    "models.vision models.vlm peers.scorers plan prefix tiny.models",
+    "judge": "bench formats judge listener models.head models.processing models.transformers_vlm "
+    "models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "plot": "evaluate.plotting",
@@ -156,6 +156,7 @@ COMMANDS = {
     "rank --judge tiny -p fox a.png b.png": "judge",
     "rank-videos --judge tiny -p fox a.gif b.gif": "judge",
     "serve --judge tiny": "judge",
+    "card tiny": "judge",
     "bench rank": "judge",
     "eval --judge tiny --data tiny:id": "data",
     "calibrate --judge tiny --data tiny:id": "data",

@@ -1,7 +1,8 @@
 """The command line: `listener-reward compare | rank | eval | demo | train`.
 
 The answer goes to stdout and everything else to stderr, so `--json` prints one JSON object and nothing more. Exit
-codes: 2 for input that cannot be used, 3 for a judge that broke. Nothing heavy is imported until a command needs it.
+codes: 1 where `card` finds no format that fits, 2 for input that cannot be used, 3 for a judge that broke. Nothing
+heavy is imported until a command needs it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from listener_reward import __version__
+from listener_reward.cli.cards import card
 from listener_reward.cli.evaluating import calibrate, check_data, evaluate_pairs
 from listener_reward.cli.judging import compare, rank, rank_videos
 from listener_reward.cli.planning import plan
@@ -66,6 +68,7 @@ app.command("rank-videos")(rank_videos)
 app.command("eval")(evaluate_pairs)
 app.command()(score)
 app.command()(calibrate)
+app.command(no_args_is_help=True)(card)
 data_app.command("check")(check_data)
 app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(plan)
 app.command()(demo)

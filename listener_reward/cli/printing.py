@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from listener_reward.evaluate.judged import ProtocolResult
     from listener_reward.evaluate.leaderboard import Leaderboard
     from listener_reward.evaluate.several import Measured
+    from listener_reward.formats import Fit
     from listener_reward.ranking import Ranking
     from listener_reward.scoring import Scored
     from listener_reward.train.rounding import Rounding
@@ -40,6 +41,32 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_formats(fits: Sequence[Fit]) -> None:
+    """What `card` tried, the best first, and what the model wrote when it was asked for each."""
+    console = Console(highlight=False)
+    table = Table("form", "asked for", "fits", "malformed", "label mass", box=box.SIMPLE_HEAD)
+    for fit in fits:
+        table.add_row(
+            fit.form + (", leniently" if fit.lenient else ""),
+            fit.asked,
+            Text("yes", "green") if fit.fits else Text("no", "red"),
+            f"{fit.malformed:.0%}",
+            "-" if fit.label_mass is None else f"{fit.label_mass:.2f}",
+        )
+    console.print(table)
+    for asked, example in {fit.asked: fit.example for fit in reversed(fits)}.items():
+        console.print(Text.assemble(f"Asked for {asked}, it wrote: ", (_shortened(example), "italic")), soft_wrap=True)
+    for problem in dict.fromkeys(fit.problem for fit in fits if fit.problem):
+        console.print(plain(problem), markup=False, soft_wrap=True)
+
+
+def _shortened(completion: str, longest: int = 100) -> str:
+    """Begin and end of a completion on one line: its tags stand there."""
+    line = plain(" ".join(completion.split()))
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"
 
 
 def print_verdict(verdict: Verdict, first: str, second: str) -> None:
