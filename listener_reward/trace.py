@@ -29,12 +29,23 @@ _JUDGES = re.compile(
     r"|choice|answer|pick|verdict|decision|favou?r\w*|outperforms?|ahead|go\s+(?:with|for))\b",
     re.I,
 )
-# "The answer is 2", "I would go with B".
-_PICKS_LABEL = re.compile(
-    r"\b(?:answer|choice|choose|pick|verdict|decision|winner|prefer|preference|go\s+(?:with|for))\b"
-    r"(?:\W|is|would|be|must|should){0,12}\b(?:[12]|(?-i:[AB]))\b(?!\s+(?!because|since|as|over|for|due|here)[a-z])",
-    re.I,
-)
+
+
+@cache
+def _picks_label(labels: tuple[str, ...]) -> re.Pattern[str]:
+    """ "The answer is 2", "I would go with B", or with one of `labels`."""
+    return re.compile(
+        r"\b(?:answer|choice|choose|pick|verdict|decision|winner|prefer|preference|go\s+(?:with|for))\b"
+        rf"(?:\W|is|would|be|must|should){{0,12}}(?<!\w){_any_label(labels)}(?!\w)"
+        r"(?!\s+(?!because|since|as|over|for|due|here)[a-z])",
+        re.I,
+    )
+
+
+def _any_label(labels: tuple[str, ...]) -> str:
+    """A pattern for the labels that any judge may have written, and for those of its format."""
+    own = "".join(f"|(?-i:{re.escape(label)})" for label in labels)
+    return rf"(?:[12]|(?-i:[AB]){own})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,8 @@ class Trace:
     answer: Literal[1, 2] | None
     slot: str | None = field(default=None, compare=False, repr=False)
     """The completion's own text up to the label; None for a malformed one."""
+    labels: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """The format's labels, by which a thought may say its verdict."""
 
     @property
     def well_formed(self) -> bool:
@@ -56,9 +69,9 @@ class Trace:
         A malformed completion may say its verdict anywhere, so there sentences that tell it go too.
         """
         if self.well_formed:
-            return self.thought if masking == "answer" else mask_verdict(self.thought)
-        kept = (sentence for sentence in _SENTENCE.findall(self.thought) if not _is_verdict(sentence))
-        return "".join(_BARE_ANSWER.sub(" ", sentence) for sentence in kept).strip()
+            return self.thought if masking == "answer" else mask_verdict(self.thought, self.labels)
+        kept = (sentence for sentence in _SENTENCE.findall(self.thought) if not _is_verdict(sentence, self.labels))
+        return "".join(_bare_answer(self.labels).sub(" ", sentence) for sentence in kept).strip()
 
 
 def parse(completion: str, chat_format: ChatFormat, *, lenient: bool = False) -> Trace:
@@ -77,30 +90,38 @@ def parse(completion: str, chat_format: ChatFormat, *, lenient: bool = False) ->
     elif lenient and (match := _last_line(completion, chat_format)):
         thought = _untagged(completion[: match.start("line")], chat_format)
     else:
-        return Trace(_bare(completion, chat_format), None)
+        return Trace(_bare(completion, chat_format), None, labels=chat_format.labels)
     answer = 1 if match["label"] == chat_format.labels[0] else 2
-    return Trace(thought.strip(), answer, completion[: match.start("label")])
+    return Trace(thought.strip(), answer, completion[: match.start("label")], chat_format.labels)
 
 
-def mask_verdict(thought: str) -> str:
-    """`thought` without the sentences that both name an image and judge it ("so image 1 is better")."""
-    return "".join(sentence for sentence in _SENTENCE.findall(thought) if not _is_verdict(sentence)).strip()
+def mask_verdict(thought: str, labels: tuple[str, ...] = ()) -> str:
+    """`thought` without the sentences that name an image and judge it ("so image 1 is better"), or answer by a label.
+
+    `labels` are the format's own; 1, 2, A and B are known.
+    """
+    return "".join(sentence for sentence in _SENTENCE.findall(thought) if not _is_verdict(sentence, labels)).strip()
 
 
-def _is_verdict(sentence: str) -> bool:
+def _is_verdict(sentence: str, labels: tuple[str, ...] = ()) -> bool:
     sentence = "".join(char for char in sentence if unicodedata.category(char) != "Cf")  # joiners hide no word
     judges = _NAMES_IMAGE.search(sentence) and _JUDGES.search(sentence)
-    return bool(judges or _PICKS_LABEL.search(sentence))
+    return bool(judges or _picks_label(labels).search(sentence))
 
 
 _NAME = r"(?:(?:image|picture|photo|option|candidate)[\s#:]{0,3})?"
-_BARE_ANSWER = re.compile(
-    rf"\\boxed\s?\{{[^{{}}\n]{{0,40}}\}}?|\*\*\s?{_NAME}(?:[12]|(?-i:[AB]))[\s.]?\*\*"
-    rf"|\b(?:preferred|better|best|winner)[\W_]{{1,6}}{_NAME}(?:[12]|(?-i:[AB]))\b"
-    rf"|^[^\w\n]{{0,6}}{_NAME}(?:[12]|(?-i:[AB]))[^\w\n]{{0,6}}$",
-    re.I | re.M,
-)
-"""A label that stands for an answer by its dress alone: boxed, bold, a field of JSON, or a sentence of its own."""
+
+
+@cache
+def _bare_answer(labels: tuple[str, ...]) -> re.Pattern[str]:
+    """A label that stands for an answer by its dress alone: boxed, bold, a field of JSON, or a sentence of its own."""
+    label = _any_label(labels)
+    return re.compile(
+        rf"\\boxed\s?\{{[^{{}}\n]{{0,40}}\}}?|\*\*\s?{_NAME}{label}[\s.]?\*\*"
+        rf"|\b(?:preferred|better|best|winner)[\W_]{{1,6}}{_NAME}{label}(?!\w)"
+        rf"|^[^\w\n]{{0,6}}{_NAME}{label}[^\w\n]{{0,6}}$",
+        re.I | re.M,
+    )
 
 
 def _last_line(completion: str, chat_format: ChatFormat) -> re.Match[str] | None:

@@ -450,6 +450,21 @@ def test_a_verdict_in_a_malformed_thought_does_not_reach_the_listener(said):
     assert not any(re.search("[12]", prefix) for prefix in hears.prefixes)
 
 
+@pytest.mark.parametrize("labels", [("C", "D"), ("left", "right"), ("\u7532", "\u4e59"), ("1", "2")])
+@pytest.mark.parametrize(
+    "said", ["A fox. Answer: {}", "A fox. **{}**", "A fox.\n{}", 'A fox. {{"preferred": "{}', "A fox. I go with {}."]
+)
+def test_nor_does_one_in_the_formats_own_labels(labels, said):
+    form = ChatFormat(labels=labels)
+    for label in labels:
+        trace = parse(said.format(label), form)
+        assert trace.answer is None and trace.for_listener().strip(' {"') == "A fox."
+    written = f"<think>A fox. I go with {labels[0]}.</think><answer>{labels[0]}</answer>"
+    assert parse(written, form).for_listener("verdict") == "A fox."
+    other = parse("A fox, on the right of Door C.\nleft ear up", form)
+    assert other.for_listener() == "A fox, on the right of Door C.\nleft ear up", "words that are labels may stay"
+
+
 # ---------------------------------------------------------------- tags that are special tokens
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
