@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -129,13 +130,24 @@ def _check_json(name: str | Path) -> None:
     transformers asks a list for its keys, which would look like a bug.
     """
     for path in (Path(name, file) for file in _JSON):
-        try:
-            saved: Any = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else {}
-        except ValueError:  # no JSON, or no text at all, which transformers says itself
+        if not os.path.isfile(path):
             continue
-        if not isinstance(saved, dict):
-            reason = f"{path.name} holds a {type(saved).__name__}; it has to be a JSON object"
-            raise InputError(cannot_load(name, reason))
+        stamp = os.stat(path)
+        kind = _json_type(path, stamp.st_mtime_ns, stamp.st_size)
+        if kind not in (None, "dict"):
+            raise InputError(cannot_load(name, f"{path.name} holds a {kind}; it has to be a JSON object"))
+
+
+@functools.lru_cache(maxsize=64)
+def _json_type(path: Path, *stamp: int) -> str | None:
+    """The type of what a JSON file holds, read once for each `stamp` of the file: a tokenizer's has megabytes.
+
+    None for no JSON, or no text at all, which transformers says itself.
+    """
+    try:
+        return type(json.loads(path.read_text(encoding="utf-8"))).__name__
+    except ValueError:
+        return None
 
 
 def cannot_load(name: str | Path, error: Exception | str) -> str:
