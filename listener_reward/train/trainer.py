@@ -223,8 +223,9 @@ class ListenerGRPOTrainer(GRPOTrainer):
             raise InputError(
                 f"all completions of {self._malformed_rounds} rounds in a row are malformed, such as "
                 f"{self.reward.last_completion[:500]!r}; they earn nothing, so nothing is learnt. Give the checkpoint "
-                "a card (listener_reward.json) with the tags and labels that it writes, a larger max_completion_length "
-                "where completions are cut, or some supervised steps first (train_sft); malformed_rounds: 0 goes on"
+                "a card (listener_reward.json) with the tags and labels that it writes (`listener-reward card` finds "
+                "them), a larger max_completion_length where completions are cut, or some supervised steps first "
+                "(train_sft); malformed_rounds: 0 goes on"
             )
 
     def _decoded(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
