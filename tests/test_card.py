@@ -27,6 +27,7 @@ from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.pairs import PreferencePair
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.models import QUESTION
+from listener_reward.train.trainer import ListenerGRPOTrainer
 
 RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 OTHER = ChatFormat(question=QUESTION, think=("<answer>", "</answer>"), answer=("<think>", "</think>"))
@@ -151,6 +152,19 @@ def test_a_reward_takes_a_card(plain):
     assert scores.shape == (2,) and info["comparisons"].tolist() == [1, 1]
     with pytest.raises(InputError, match="card would have no effect on a judge already loaded"):
         ListenerReward(Judge.from_pretrained(plain, device="cpu"), card=Card())
+
+
+def test_training_takes_a_card(plain, tiny_pairs, grpo_config, tmp_path):
+    """The policy is asked in the card's format, and the judge that comes of it has the card."""
+    given = Card(format=OTHER, thoughts=2)
+    given.write(tmp_path / "card.json")
+    config = grpo_config(card=str(tmp_path / "card.json"), listener="none", reward_weights=[1.0, 1.0, 0.0])
+    trainer = ListenerGRPOTrainer(plain, config, tiny_pairs)
+    assert trainer.card == given and trainer.reward.chat_format == OTHER
+    trainer.save_judge(str(tmp_path / "judge"))
+    assert Card.load(tmp_path / "judge") == given
+    with pytest.raises(InputError, match="there is no file"):
+        ListenerGRPOTrainer(plain, grpo_config(card="nowhere.json"), tiny_pairs)
 
 
 # ---------------------------------------------------------------- the command that finds one

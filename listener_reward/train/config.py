@@ -27,6 +27,13 @@ class ListenerGRPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = GRPOConfig._VALID_DICT_FIELDS
 
+    card: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file with the policy's card, in place of the one that its checkpoint has: the question, tags "
+            "and labels to train in. `listener-reward card` writes one; the trained judge keeps it."
+        },
+    )
     listener: str | None = field(
         default=None,
         metadata={

@@ -95,7 +95,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 f"the model {str(model)!r} is an adapter on {base!r}, and new adapters need whole weights under them; "
                 f"merge it first: listener-reward merge {model} --out FOLDER"
             )
-        self.card = replace(Card.load(folder), masking=args.masking)
+        self.card = replace(Card.load(folder, args.card), masking=args.masking)
         if args.listener_grounding is not None:
             self.card = replace(self.card, listener_grounding=args.listener_grounding)
         processor = load_policy_processor(folder)
