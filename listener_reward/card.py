@@ -166,21 +166,23 @@ class Card:
         return cls.from_dict(_read(path), str(path))
 
     @classmethod
-    def load(cls, name: str | Path, given: CardLike | None = None) -> Card:
+    def load(cls, name: str | Path, given: CardLike | None = None, *, revision: str | None = None) -> Card:
         """The card of a checkpoint folder or Hub name. Without one an adapter has its base's, a model the defaults.
 
         Args:
             name: the checkpoint. A listener that begins with "." is relative to it.
             given: a card in place of the checkpoint's own, whole: what it leaves out has the defaults.
+            revision: of a checkpoint on the Hub.
 
         Raises:
             InputError: a card that cannot be read, or a checkpoint that cannot be had.
         """
         if given is not None:
             return cls.read(given)._beside(name, Path(name) if os.path.isdir(name) else None)
-        path = find_file(name, CARD)
+        options = {} if revision is None else {"revision": revision}
+        path = find_file(name, CARD, **options)
         if path is None:
-            base = base_of(name)
+            base = base_of(name, **options)
             return cls() if base is None else cls.load(base)
         return cls.from_dict(_read(path), str(path))._beside(name, path.parent)
 

@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "datasets", "trl", "peft", "accelerate"),
     "ray": ("ray",),
     "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),
+    "large": ("accelerate", "bitsandbytes"),
 }
 """What has to be importable for each extra, in the order in which a missing package is named."""
 
@@ -27,12 +28,13 @@ class MissingExtraError(ImportError):
     """An optional dependency is not installed. The message holds the pip line that installs it."""
 
 
-def missing(extra: str, what: str) -> MissingExtraError | None:
+def missing(extra: str, what: str, *packages: str) -> MissingExtraError | None:
     """The error that `what` cannot be had, in one line, where a package of `extra` is not installed; else None.
 
-    A module raises it before it imports those packages. One that is installed and broken still shows its own error.
+    `packages` are those of the extra that `what` needs; without any it needs all. A module raises the error before it
+    imports those packages. One that is installed and broken still shows its own error.
     """
-    for package in EXTRAS[extra]:
+    for package in packages or EXTRAS[extra]:
         if find_spec(package) is None:
             return MissingExtraError(f'{what} needs {package}: pip install "listener-reward[{extra}]"')
     return None

@@ -8,32 +8,40 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from listener_reward.errors import missing
 
 if fault := missing("judge", "a judge in this process"):
     raise fault
 
-import torch
-
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
 from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, Side
 from listener_reward.conclude import Judgement, check_listens, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
-from listener_reward.listener import Listener, choose_listener, load_listener, p_first_at_slot
+from listener_reward.listener import (
+    Listener,
+    choose_listener,
+    load_listener,
+    options_of_listener,
+    p_first_at_slot,
+)
 from listener_reward.media.clips import Clip, ClipView, frame_by_frame
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.misfits import Misfits
 from listener_reward.models.hub import resolve, same_checkpoint
+from listener_reward.models.options import ModelOptions, check_options, listed
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.pairs import check_questions
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
-from listener_reward.trace import Trace, parse
+from listener_reward.trace import Masking, Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PAIRS_AT_ONCE = 64
 """Pairs that go to the models together. The next pairs follow when these are done, so memory does not grow."""
@@ -106,28 +114,27 @@ class Judge:
         self._told_of_mode = False
 
     @classmethod
+    @listed
     def from_pretrained(
         cls,
         name: str | Path,
         *,
         card: CardLike | None = None,
         listener: str | Path | Listener | Literal["none"] | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        batch_size: int = 32,
-        shared_prefix: bool = True,
-        token_budget: int = 16384,
-        vision_bytes: int = 2**29,
+        listener_options: ModelOptions | None = None,
         thoughts: int | None = None,
         aggregate: Aggregate | None = None,
         orders: Orders | None = None,
         early_stop: float | None = None,
         think: bool = True,
         max_new_tokens: int | None = None,
+        sampling_temperature: float | None = None,
+        masking: Masking | None = None,
         seed: int = 0,
         clips: ClipView = "storyboard",
         strict: bool = False,
         lenient: bool = False,
+        **options: Unpack[ModelOptions],
     ) -> Judge:
         """Loads a judge by embedded name ("tiny"), folder, or Hub name.
 
@@ -139,8 +146,8 @@ class Judge:
             listener: another listener than the checkpoint's own; "base" for the base under the reasoner's adapter;
                 "none" for no listener, and for a verdict by the mean of the thoughts where the checkpoint would have it
                 from its listener. A listener of the reasoner's own checkpoint or base shares its weights.
-            device, dtype, batch_size, shared_prefix, token_budget, vision_bytes: where and how both models run; see
-                `TransformersVLM`.
+            listener_options: `ModelOptions` in which the listener differs from the reasoner, such as
+                `{"quantization": "4bit"}` or `{"device": "cuda:1"}`. With any, it has weights of its own.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
             aggregate: "mean" averages the reasoner's probabilities, "majority" counts its answers, "listener" averages
                 the listener's probabilities, "both" averages reasoner and listener in log-odds.
@@ -149,6 +156,9 @@ class Judge:
                 leaves out only thoughts that cannot change the preference.
             think: False for the fast mode.
             max_new_tokens: the longest completion.
+            sampling_temperature: the temperature at which thoughts are sampled; 0 takes the likeliest token each time.
+            masking: what the listener does not read of a thought: "answer", or "verdict" for sentences that say which
+                image is better too.
             seed: seeds the thoughts, together with the pair's content.
             clips: how clips are looked at; see `ClipView`. A judge trained on single images has seen no "video" or
                 "clip" question: evaluate it on such pairs first.
@@ -156,14 +166,18 @@ class Judge:
                 the answer slot; else that is a `FormatWarning`.
             lenient: count answers such as `**1**`, `Image 1` or `\\boxed{1}`, which a checkpoint gives that was never
                 trained as a judge; see `trace.parse`.
+            options: where and how both models run; see `ModelOptions`.
 
         Raises:
             InputError: a checkpoint or a card that cannot be found, reached or read; an aggregate that needs a listener
-                without one.
+                without one; an option that is none.
         """
+        check_options(options)
+        check_options(listener_options or {}, "listener_options")
+        chosen_options: Any = {option: value for option, value in options.items() if value is not None}
         folder = resolve(name)
         given_card = None if card is None else Card.read(card)
-        card = Card.load(folder, given_card)
+        card = Card.load(folder, given_card, revision=options.get("revision"))
         chosen = choose_listener(listener, card.listener)
         refused = chosen is None and listener is not None
         if refused and aggregate is None and card.aggregate in LISTENING:
@@ -174,28 +188,30 @@ class Judge:
             "orders": orders,
             "early_stop": early_stop,
             "max_new_tokens": max_new_tokens,
+            "sampling_temperature": sampling_temperature,
+            "masking": masking,
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
         check_listens(card.mode(think), chosen is not None)
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "batch_size": batch_size,
-            "shared_prefix": shared_prefix,
-            "token_budget": token_budget,
-            "vision_bytes": vision_bytes,
-        }
-        reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **options)
+        reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **chosen_options)
         if isinstance(chosen, str | Path):
             own = given_card if same_checkpoint(chosen, folder) else None
-            loaded = load_listener(chosen, card, own=own, reasoner=reasoner, **options)
+            loaded = load_listener(
+                chosen,
+                card,
+                own=own,
+                reasoner=reasoner,
+                shared=not listener_options,
+                **options_of_listener(chosen_options, listener_options),
+            )
         else:
             loaded = chosen
         judge = cls(
             reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict, lenient=lenient
         )
         if not isinstance(listener, Listener):
-            judge._origin = {"name": name, "card": given_card, "listener": listener, **options, **given}
+            asked = {"card": given_card, "listener": listener, "listener_options": listener_options}
+            judge._origin = {"name": name, **asked, **options, **given}
         return judge
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -142,6 +142,7 @@ def load_listener(
     *,
     own: CardLike | None = None,
     reasoner: TransformersVLM | None = None,
+    shared: bool = True,
     **options: Any,
 ) -> Listener:
     """Loads a judge's listener. A listener with a card is asked in its own format, any other in the judge's.
@@ -150,8 +151,9 @@ def load_listener(
         name: its checkpoint, or "base" for the reasoner's base.
         card: the judge's.
         own: the listener's card in place of its checkpoint's own, as `Card.read` takes one.
-        reasoner: the judge's model, loaded with the same options. A listener that is the same checkpoint, or the base
-            under its adapters, runs on its weights.
+        reasoner: the judge's model. A listener that is the same checkpoint, or the base under its adapters, runs on its
+            weights.
+        shared: False gives the listener weights of its own, for other options than the reasoner's.
         options: those of `TransformersVLM.from_pretrained`.
 
     Raises:
@@ -169,13 +171,25 @@ def load_listener(
     asked = Card.load(folder, own)
     chat_format: ChatFormat = card.format if asked == Card() else asked.format
     opens = chat_format.think[0]
-    if reasoner is not None and base is not None and same_checkpoint(folder, base):
-        return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)
-    shared = None if reasoner is None or reasoner.think_tag != opens else reasoner.checkpoint
-    if reasoner is not None and shared is not None and same_checkpoint(folder, shared):
-        return make_listener(reasoner, chat_format, card)
+    if reasoner is not None and shared:
+        if base is not None and same_checkpoint(folder, base):
+            return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)
+        whole = reasoner.checkpoint if reasoner.think_tag == opens else None
+        if whole is not None and same_checkpoint(folder, whole):
+            return make_listener(reasoner, chat_format, card)
     vlm = TransformersVLM.from_pretrained(folder, think_tag=opens, **options)
     return make_listener(vlm, chat_format, card)
+
+
+def options_of_listener(options: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The `ModelOptions` of a listener: its `own`, and else the reasoner's, but for what belongs to one of the two.
+
+    A revision is of the reasoner's checkpoint, and a place of either kind replaces the other kind.
+    """
+    own = {name: value for name, value in (own or {}).items() if value is not None}
+    places = {"device", "device_map"}
+    left_out = {"revision", *(places if places & own.keys() else ())}
+    return {name: value for name, value in options.items() if name not in left_out} | own
 
 
 def make_listener(vlm: VLM, chat_format: ChatFormat, card: Card) -> Listener:

@@ -29,6 +29,7 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
+from listener_reward.models.options import MODEL_OPTIONS, check_options
 from listener_reward.pairs import check_prompts
 from listener_reward.ranking import PRIOR_STD, Ranking, RankingJudge, first_equal, fit_bradley_terry, pairings, rank_by
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
@@ -56,8 +57,8 @@ INFO = (
 """What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
 
 JUDGE_OPTIONS = (
-    "card", "listener", "device", "dtype", "batch_size", "shared_prefix", "token_budget", "vision_bytes", "thoughts",
-    "aggregate", "orders", "early_stop", "think", "max_new_tokens", "seed", "clips", "strict", "lenient",
+    "card", "listener", "listener_options", "thoughts", "aggregate", "orders", "early_stop", "think", "max_new_tokens",
+    "sampling_temperature", "masking", "seed", "clips", "strict", "lenient", *MODEL_OPTIONS,
 )  # fmt: skip
 """What `Judge.from_pretrained` takes, known without its module, which imports torch."""
 
@@ -126,6 +127,7 @@ class ListenerReward:
             if unknown := [name for name in judge_options if name not in JUDGE_OPTIONS]:
                 known = ", ".join(("scheme", "reference", "on_failure", "state", *JUDGE_OPTIONS))
                 raise InputError(f"{', '.join(unknown)}: no option of a ListenerReward, which has {known}")
+            check_options({name: value for name, value in judge_options.items() if name in MODEL_OPTIONS})
         elif not isinstance(judge, PairJudge):
             raise InputError(f"judge is a {type(judge).__name__}; give a checkpoint's name, its folder, or a Judge")
         elif judge_options:
@@ -266,7 +268,8 @@ class ListenerReward:
             from listener_reward.judge import Judge  # imports torch: only once a judge is wanted
 
             options, asked = dict(self.judge_options), self.judge_options.get("device")
-            if self._device and (asked is None or (str(asked) == "cuda" and self._device.startswith("cuda"))):
+            free = asked is None and options.get("device_map") is None
+            if self._device and (free or (str(asked) == "cuda" and self._device.startswith("cuda"))):
                 options["device"] = self._device
             self._loaded = Judge.from_pretrained(self.judge, **options)
         return self._loaded

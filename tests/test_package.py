@@ -101,7 +101,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets scoring",
-    "judge": "bench formats judge listener models.head models.processing models.transformers_vlm "
+    "judge": "bench formats judge listener models.head models.placement models.processing models.transformers_vlm "
     "models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",

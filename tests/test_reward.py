@@ -470,6 +470,8 @@ def test_an_unknown_option_is_named_before_anything_is_loaded():
         ListenerReward("tiny", grup_size=3, thinks=False)
     options = inspect.signature(Judge.from_pretrained).parameters
     assert tuple(name for name in options if name != "name") == JUDGE_OPTIONS, "the list in reward.py is out of date"
+    with pytest.raises(InputError, match="quantization is '5bit'"):
+        ListenerReward("tiny", quantization="5bit")
 
 
 def test_importing_loads_no_torch():

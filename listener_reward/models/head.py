@@ -21,9 +21,9 @@ def next_token_logprobs(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
 
     Everything after the hidden state is float32. A head in bfloat16 gives logits around 30 in steps of 0.125, so the
     log-odds of two labels would take a handful of values. A head that is no plain linear layer, such as a quantised
-    one or one with adapters, computes its logits itself.
+    one, one with adapters or one whose weights are elsewhere until it is called, computes its logits itself.
     """
-    if type(head) is not torch.nn.Linear or not head.weight.is_floating_point():
+    if type(head) is not torch.nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
         logprobs = head(hidden).float().log_softmax(-1)
         return logprobs.gather(-1, ids.to(logprobs.device))
     ids = ids.to(head.weight.device)
@@ -31,7 +31,7 @@ def next_token_logprobs(head: Any, hidden: Tensor, ids: Tensor) -> Tensor:
     offsets = cast("Tensor | None", head.bias)
     biases = [None] * len(weights) if offsets is None else torch.split(offsets.float(), _VOCABULARY_AT_ONCE)
     with torch.autocast(hidden.device.type, enabled=False):
-        states = hidden.float()
+        states = hidden.to(head.weight.device).float()
         total = torch.stack(
             [
                 torch.nn.functional.linear(states, weight.float(), bias).logsumexp(-1)
@@ -50,5 +50,5 @@ def token_logprobs(head: Any, hidden: Tensor, tokens: Tensor, chunk: int = 1024)
     parts: list[Tensor] = []
     for states, chosen in zip(torch.split(hidden, chunk), torch.split(tokens, chunk), strict=True):
         logits = head(states).float()
-        parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+        parts.append(logits.gather(-1, chosen[:, None].to(logits.device))[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)

@@ -7,7 +7,7 @@ import logging
 import os
 import string
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +26,8 @@ from listener_reward.media.clips import Clip
 from listener_reward.models.adapters import base_of, options_of_base, put_on
 from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
+from listener_reward.models.options import Quantization
+from listener_reward.models.placement import input_device, limit_pixels, placement
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
@@ -132,6 +134,9 @@ class TransformersVLM:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        quantization: Quantization | None = None,
+        max_pixels: int | None = None,
         batch_size: int = 32,
         shared_prefix: bool = True,
         token_budget: int = 16384,
@@ -145,17 +150,21 @@ class TransformersVLM:
 
         An adapter, marked by PEFT's `adapter_config.json`, is float32 and is not merged: the steps of the base's dtype
         are larger than most of a small update. `device` None and "cuda" are this process's own GPU (`default_device`).
-        The other arguments are those of the class, and transformers' own.
+        `device_map`, `quantization` and `max_pixels` are those of `ModelOptions`. The other arguments are those of the
+        class, and transformers' own.
 
         Raises:
             InputError: the checkpoint cannot be found, reached or read; a dtype that is none.
+            MissingExtraError: a package that `device_map` or `quantization` needs is not installed.
         """
         device = torch.device(device) if device and str(device) != "cuda" else default_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"dtype is {dtype!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
-        kwargs = hub_options(name) | kwargs
+        placed = placement(device, dtype, device_map, quantization)
+        kwargs = hub_options(name) | {name: value for name, value in kwargs.items() if value is not None}
         processor = load_processor(name, **kwargs)
+        limit_pixels(processor, max_pixels)
         base = base_of(name, **kwargs)
         whole, given = (name, kwargs) if base is None else (base, options_of_base(base, kwargs))
         with loading(whole):
@@ -166,6 +175,7 @@ class TransformersVLM:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
+                **placed,
                 **given,
             )
         model, report = loaded
@@ -177,8 +187,10 @@ class TransformersVLM:
                 raise InputError(cannot_load(whole, reason))
         if base is not None:
             model = put_on(model, name, **kwargs)
+        if not placed and getattr(model, "hf_quantizer", None) is None:  # what is saved quantised lies where it is
+            model = model.to(device)
         vlm = cls(
-            model.to(device).eval().requires_grad_(False),
+            model.eval().requires_grad_(False),
             processor,
             batch_size=batch_size,
             shared_prefix=shared_prefix,
@@ -395,7 +407,7 @@ class TransformersVLM:
         before = hidden[:, -keep - 1 : -1]
         chosen = token_logprobs(core.lm_head, before.flatten(0, 1), tokens.flatten()).view(tokens.shape)
         from_end = torch.arange(keep, 0, -1, device=tokens.device)
-        own = from_end <= torch.tensor(lengths, device=tokens.device)[:, None]
+        own = (from_end <= torch.tensor(lengths, device=tokens.device)[:, None]).to(chosen.device)
         return log_probs, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
 
     def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
@@ -404,7 +416,7 @@ class TransformersVLM:
         if clips := [clip for chat in chats for clip in chat.videos]:
             frames = [[frame.image for frame in clip.frames] for clip in clips]
             media |= {"videos": frames, "video_metadata": [*map(metadata, clips)]}
-        return self.processor(**media, text=list(texts), padding=True, return_tensors="pt").to(self.model.device)
+        return self.processor(**media, text=list(texts), padding=True, return_tensors="pt").to(input_device(self.model))
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""

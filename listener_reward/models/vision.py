@@ -128,6 +128,7 @@ def patches_by_product(tower: Any) -> Generator[None]:
     times as long on a CPU.
     """
     embed = tower.patch_embed
+    own: Any = cast("dict[str, Any]", vars(embed)).get("forward")  # accelerate's, where it has put hooks on the layers
     kernel = embed.proj.weight
 
     def forward(patches: Tensor) -> Tensor:
@@ -138,6 +139,8 @@ def patches_by_product(tower: Any) -> Generator[None]:
         yield
     finally:
         del embed.forward
+        if own is not None:
+            embed.forward = own
 
 
 @dataclass

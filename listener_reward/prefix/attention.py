@@ -47,6 +47,9 @@ def unsupported(model: Any) -> str | None:
     entry = cast("Any", AttentionInterface())["sdpa"]
     if entry is not _STOCK_SDPA:
         return f"{getattr(entry, '__qualname__', entry)} stands in for transformers' 'sdpa' attention"
+    places = {str(place) for place in getattr(base_model(model), "hf_device_map", {}).values()}
+    if len(places) > 1 or "disk" in places:
+        return f"its layers lie on several devices ({', '.join(sorted(places))})"
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         return "the model uses sliding-window attention"
     if getattr(text, "attention_dropout", 0.0):

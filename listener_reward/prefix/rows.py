@@ -136,14 +136,15 @@ def read_only_at(model: Any, row: Row, places: Tensor) -> Generator[None]:
     """
     last = base_model(model).model.language_model.layers[-1]
     row.inputs["shared_prefix"].read = last.self_attn.layer_idx, places
+    fed = places if len(places) else places.new_zeros(1)  # kernels of 4-bit weights divide by the number of tokens
 
     def pick(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         picked.append(args[0].shape[:2])
-        return (args[0][:, places], *args[1:])
+        return (args[0][:, fed], *args[1:])
 
     def place(_: Any, __: Any, output: Tensor) -> Tensor:
         whole = output.new_zeros(*picked.pop(), output.shape[-1])  # of another dtype than the input under autocast
-        return whole.index_copy_(1, places, output)
+        return whole.index_copy_(1, places, output[:, : len(places)])
 
     picked: list[torch.Size] = []
     hooks: list[RemovableHandle] = []

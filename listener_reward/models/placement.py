@@ -1,0 +1,87 @@
+"""Where a model's weights lie and in how many bits, in transformers' own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from listener_reward.errors import InputError, missing
+
+if fault := missing("judge", "a model in this process"):
+    raise fault
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from listener_reward.models.options import Quantization
+from listener_reward.prefix.attention import base_model
+
+WHOLE = (
+    "lm_head",
+    "visual",
+    "model.visual",
+    "model.vision_tower",
+    "model.vision_model",
+    "model.connector",
+    "model.multi_modal_projector",
+)
+"""Parts that are not quantised: the head, because label logits are to be float32, and what sees, which is small and
+has layers whose widths no block of 64 divides."""
+
+
+def placement(
+    device: torch.device,
+    dtype: str | torch.dtype,
+    device_map: str | Mapping[str, Any] | None,
+    quantization: Quantization | None,
+) -> dict[str, Any]:
+    """What `from_pretrained` of transformers is given for it; nothing where the model is moved whole once it is loaded.
+
+    Raises:
+        MissingExtraError: accelerate or bitsandbytes is not installed.
+    """
+    if device_map is None and quantization is None:
+        return {}
+    if device_map is not None and (fault := missing("large", "device_map", "accelerate")):
+        raise fault
+    given: dict[str, Any] = {"device_map": {"": device} if device_map is None else device_map}
+    if quantization is not None:
+        if fault := missing("large", f"quantization={quantization!r}", "accelerate", "bitsandbytes"):
+            raise fault
+        four = quantization == "4bit"
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+            llm_int8_skip_modules=list(WHOLE),
+        )
+    return given
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a forward pass's inputs go: where the first weights lie that are on a device at all.
+
+    Weights that accelerate keeps in the processor's memory or on disk are on none until they are used.
+    """
+    base = base_model(model)
+    weights = (weight.device for weight in base.parameters())
+    return next((device for device in weights if device.type != "meta"), torch.device("cpu"))
+
+
+def limit_pixels(processor: Any, max_pixels: int | None) -> None:
+    """Has the image processor scale pictures down to `max_pixels`, see `ModelOptions`.
+
+    Raises:
+        InputError: the processor has no such limit, or a higher least size.
+    """
+    if max_pixels is None:
+        return
+    size: Any = processor.image_processor.size
+    least = size.get("shortest_edge") if hasattr(size, "get") else getattr(size, "shortest_edge", None)
+    if least is None:
+        raise InputError(f"max_pixels is {max_pixels}, and the checkpoint's processor has no such limit; leave it out")
+    if max_pixels < least:
+        raise InputError(f"max_pixels is {max_pixels}, less than the processor's least, {least}; give at least that")
+    processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=max_pixels)
