@@ -367,6 +367,23 @@ def test_calibrating_without_thoughts_leaves_how_the_judge_thinks(random_judge, 
     assert card.fast_calibration.mode == Mode(think=False, aggregate="listener", orders="one")
 
 
+def test_a_calibration_keeps_the_card_that_it_was_fitted_with(random_judge, tmp_path):
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    own = Card.load(folder)
+    other = replace(
+        own,
+        format=replace(own.format, question="{first} {second} which is better for {prompt} ?"),
+        masking="verdict",
+        listener="none",
+    )
+    other.write(tmp_path / "card.json")
+    arguments = ["calibrate", "--judge", str(folder), "--card", str(tmp_path / "card.json"), "--data", "tiny:id"]
+    assert CliRunner().invoke(app, [*arguments, "--limit", "60", "--no-think"]).exit_code == 0
+    card = Card.load(folder)
+    assert (card.format, card.masking, card.listener) == (other.format, "verdict", "none")
+    assert card.fast_calibration != Calibration()
+
+
 @pytest.mark.parametrize("with_out", [True, False])
 def test_a_relative_listener_is_found_again_from_anywhere(random_judge, tmp_path, monkeypatch, with_out):
     """Relative to where the command ran, and not to the judge's folder, which is how a card reads a name."""

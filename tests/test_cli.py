@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 import listener_reward
 from listener_reward.cli import app, main
+from listener_reward.cli.options import JudgeOptions
 from listener_reward.cli.printing import print_calibrated
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge
-from listener_reward.reward import PAPER_CHECKPOINT
+from listener_reward.reward import JUDGE_OPTIONS, PAPER_CHECKPOINT
 from listener_reward.verdict import Thought, Verdict
 
 COMPARE_KEYS = (
@@ -100,6 +101,90 @@ def test_videos_are_looked_at_as_asked(loads: Any, FakeJudge: Any, pictures: Any
     calls = loads(FakeJudge())
     assert run(command, "--judge", "tiny", "-p", "red", *pictures[:2], "--clips", "frames").exit_code == 0
     assert calls == [("tiny", {"think": True, "clips": "frames"})]
+
+
+JUDGING = {
+    "compare": ["--prompt", "red", "a.png", "b.png"],
+    "rank": ["--prompt", "red", "a.png", "b.png"],
+    "rank-videos": ["--prompt", "red", "a.gif", "b.gif"],
+    "eval": ["--data", "tiny:id", "--limit", "2"],
+    "calibrate": ["--data", "tiny:id", "--limit", "2", "--out", "calibrated"],
+    "serve": [],
+}
+"""Every command that loads a judge, with what it cannot do without."""
+
+MODEL_OPTIONS_GIVEN = {
+    "device_map": "auto",
+    "dtype": "bfloat16",
+    "quantization": "4bit",
+    "attn_implementation": "sdpa",
+    "revision": "v2",
+    "max_pixels": 200704,
+    "batch_size": 4,
+    "token_budget": 9000,
+    "vision_bytes": 1000,
+    "card": Path("card.json"),
+    "thoughts": 2,
+    "aggregate": "both",
+    "orders": "one",
+    "early_stop": 0.9,
+    "max_new_tokens": 99,
+    "sampling_temperature": 0.7,
+    "masking": "verdict",
+    "listener": "other",
+}
+
+
+@pytest.mark.parametrize("command", JUDGING)
+def test_every_command_takes_the_same_options_of_a_judge(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(name: str, **options: Any) -> Any:
+        calls.append((name, options))
+        raise InputError("far enough")
+
+    calls: Loads = []
+    monkeypatch.setattr(Judge, "from_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    given = MODEL_OPTIONS_GIVEN | ({} if command == "rank-videos" else {"clips": "frames"})
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    options += ["--strict", "--lenient", "--no-shared-prefix", "--no-think"]
+    options += ["--listener-option", "quantization=8bit", "--listener-option", "batch-size=64"]
+    result = run(command, "--judge", "tiny", *JUDGING[command], *options)
+    assert (result.exit_code, result.stderr) == (2, "Error: far enough\n")
+    flags = {"strict": True, "lenient": True, "shared_prefix": False, "think": False}
+    listener = {"listener_options": {"quantization": "8bit", "batch_size": 64}}
+    assert calls == [("tiny", given | flags | listener)]
+
+
+def test_every_option_of_a_judge_can_be_given_on_the_command_line():
+    given = {*JudgeOptions.__annotations__, "think", "shared_prefix", "listener_options"}
+    assert set(JUDGE_OPTIONS) - {"seed"} == given - {"no_think", "no_shared_prefix", "listener_option"}
+    assert {*MODEL_OPTIONS_GIVEN, "clips", "device", "strict", "lenient"} == {
+        name for name in JudgeOptions.__annotations__ if name not in ("no_think", "no_shared_prefix", "listener_option")
+    }
+
+
+def test_help_has_the_options_of_a_judge_in_panels_of_their_own():
+    text = run("compare", "-h").stdout
+    judge, model = text.index(" The judge "), text.index(" Model, memory and speed ")
+    assert text.index("--prompt") < judge < text.index("--card") < model < text.index("--quantization")
+    assert "`" not in text[judge:]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--listener-option", "4bit"], "give NAME=VALUE"),
+        (["--listener-option", "batch_size=many"], "batch_size is a whole number"),
+        (["--listener-option", "bits=4"], "listener_options: bits: no option of a model"),
+        (["--device-map", "{0: 1}"], "which is no JSON"),
+        (["--device-map", "auto", "--device", "cpu"], "leave one of them out"),
+        (["--quantization", "5bit"], "choose '4bit' or '8bit'"),
+        (["--card", "no-such-card.json"], "no-such-card.json"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(pictures: Any, option: list[str], said: str):
+    result = run("compare", "--judge", "tiny", "-p", "red", *pictures[:2], *option)
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_nan_is_printed_as_null(loads: Any, FakeJudge: Any, pictures: Any):

@@ -5,29 +5,27 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from listener_reward.cli.journals import Journals
 from listener_reward.cli.options import (
-    AggregateName,
     AsJson,
-    Clips,
     Debug,
-    EarlyStop,
     JudgeName,
     JudgeOptions,
-    ListenerName,
-    NoThink,
-    OrdersName,
-    Thoughts,
+    asked,
+    judge_options,
     load_judge,
 )
 from listener_reward.cli.printing import print_calibrated, print_check, print_json, print_measured
 from listener_reward.cli.terminal import errors_in_one_line, print_error, working
 from listener_reward.cli.writing import check_page, check_writable, write_calibration, write_html
 from listener_reward.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Data = Annotated[
     str,
@@ -41,6 +39,7 @@ Judges = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
+        rich_help_panel="The judge",
         help='As for the other commands, or a peer: "pickscore", "clip", "clip:FOLDER", "imscore:ImageReward", '
         '"openai:MODEL@http://localhost:8000/v1". Give it several times for one table of all.',
         show_default="the paper's released checkpoint",
@@ -107,6 +106,7 @@ Mistakes = Annotated[
 ]
 
 
+@judge_options()
 def evaluate_pairs(
     data: Data,
     judge: Judges = None,
@@ -114,13 +114,6 @@ def evaluate_pairs(
     against: Against = None,
     protocol: Protocols = None,
     validation: Validation = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
-    aggregate: AggregateName = None,
-    orders: OrdersName = None,
-    early_stop: EarlyStop = None,
-    clips: Clips = None,
     limit: Limit = None,
     seed: Seed = 0,
     stream: Stream = False,
@@ -129,6 +122,7 @@ def evaluate_pairs(
     fresh: Fresh = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Measure judges on labelled pairs: by published protocols, calibration, contradictions, symmetry.
 
@@ -148,15 +142,6 @@ def evaluate_pairs(
 
     An evaluation that is stopped goes on where it was when the same line is run again.
     """
-    how: JudgeOptions = {
-        "listener": listener,
-        "no_think": no_think,
-        "thoughts": thoughts,
-        "aggregate": aggregate,
-        "orders": orders,
-        "early_stop": early_stop,
-        "clips": clips,
-    }
     with errors_in_one_line(debug):
         if html is not None:
             check_page("html", html)
@@ -169,8 +154,8 @@ def evaluate_pairs(
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
-            asked = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
-            journals = Journals(how, asked, fresh=fresh)
+            question = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
+            journals = Journals(how, question, fresh=fresh)
             pairs, apart = _load(data, validation, limit=limit, seed=seed, stream=stream, check_images=bool(names))
             with journals:
                 measured = evaluate_judges(
@@ -185,7 +170,7 @@ def evaluate_pairs(
                 )
         print_measured(measured, as_json=as_json)
         if html is not None and measured.evaluations:
-            write_html(html, data, measured, {"seed": seed, "limit": limit} | how | {"no_think": no_think or None})
+            write_html(html, data, measured, {"seed": seed, "limit": limit} | asked(how))
         for error in measured.failures[:-1]:
             print_error(error)
         if measured.failures:
@@ -203,17 +188,12 @@ def _load(data: str, validation: str | None, *, stream: bool, **options: Any) ->
     return sets[0], sets[1]
 
 
+@judge_options()
 def calibrate(
     data: Annotated[
         str, typer.Option("--data", help="Labelled pairs, as `eval --data` takes them; none that you will report on.")
     ],
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
-    aggregate: AggregateName = None,
-    orders: OrdersName = None,
-    early_stop: EarlyStop = None,
     method: Annotated[
         str, typer.Option("--method", help='Of the verdict: "temperature", "isotonic", or "auto" for the likelier one.')
     ] = "auto",
@@ -238,6 +218,7 @@ def calibrate(
     fresh: Fresh = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Fit on votes how sure a judge may be, and keep it beside its weights.
 
@@ -260,16 +241,8 @@ def calibrate(
                 # Here, so that its extra is missed before the work.
                 from listener_reward.evaluate.plotting import reliability_figure, save_svg
             pairs = load_pairs(data, limit=limit, seed=seed)
-            how: JudgeOptions = {
-                "listener": listener,
-                "no_think": no_think,
-                "thoughts": thoughts,
-                "aggregate": aggregate,
-                "orders": orders,
-                "early_stop": early_stop,
-            }
-            asked = {"calibrated on": data, "limit": limit, "seed": seed}
-            with (journals := Journals(how, asked, fresh=fresh, loads=load_judge)):
+            question = {"calibrated on": data, "limit": limit, "seed": seed}
+            with (journals := Journals(how, question, fresh=fresh, loads=load_judge)):
                 loaded: Any = journals.load(judge)
                 result = fit(
                     loaded,
@@ -279,7 +252,7 @@ def calibrate(
                     seed=seed,
                     progress=sys.stderr.isatty(),
                 )
-            folder = write_calibration(name, out, loaded, result, listener)
+            folder = write_calibration(name, out, loaded, result, asked(how))
             journals.remove()
             if plot is not None:
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from listener_reward.cli.options import (
-    AggregateName,
-    AsJson,
-    Clips,
-    Debug,
-    EarlyStop,
-    JudgeName,
-    ListenerName,
-    NoThink,
-    OrdersName,
-    Prompt,
-    Thoughts,
-    load_judge,
-)
+from listener_reward.cli.options import AsJson, Debug, JudgeName, JudgeOptions, Prompt, judge_options, load_judge
 from listener_reward.cli.printing import print_json, print_ranking, print_verdict
 from listener_reward.cli.terminal import errors_in_one_line, working
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@judge_options()
 def compare(
     first: Annotated[str, typer.Argument(metavar="FIRST", help="The first image or video file.")],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The second image or video file.")],
     prompt: Prompt,
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
-    aggregate: AggregateName = None,
-    orders: OrdersName = None,
-    early_stop: EarlyStop = None,
-    clips: Clips = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Say which of two images people would prefer, and why.
 
@@ -45,16 +30,7 @@ def compare(
     """
     with errors_in_one_line(debug):
         with working("judging"):
-            loaded = load_judge(
-                judge,
-                listener=listener,
-                no_think=no_think,
-                thoughts=thoughts,
-                aggregate=aggregate,
-                orders=orders,
-                early_stop=early_stop,
-                clips=clips,
-            )
+            loaded = load_judge(judge, **how)
             verdict = loaded.compare(prompt, first, second)
         if as_json:
             print_json(verdict.to_dict())
@@ -62,17 +38,11 @@ def compare(
             print_verdict(verdict, first, second)
 
 
+@judge_options()
 def rank(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="The image files to order.")],
     prompt: Prompt,
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
-    aggregate: AggregateName = None,
-    orders: OrdersName = None,
-    early_stop: EarlyStop = None,
-    clips: Clips = None,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +55,7 @@ def rank(
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Order images from best to worst, by comparing pairs of them.
 
@@ -95,16 +66,7 @@ def rank(
     """
     with errors_in_one_line(debug):
         with working("judging"):
-            loaded = load_judge(
-                judge,
-                listener=listener,
-                no_think=no_think,
-                thoughts=thoughts,
-                aggregate=aggregate,
-                orders=orders,
-                early_stop=early_stop,
-                clips=clips,
-            )
+            loaded = load_judge(judge, **how)
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
@@ -112,6 +74,7 @@ def rank(
             print_ranking(ranking, images)
 
 
+@judge_options(leave_out=["clips"])  # which `strategy` says
 def rank_videos(
     videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="The video files: mp4, webm, mov, mkv, gif.")],
     prompt: Prompt,
@@ -136,11 +99,9 @@ def rank_videos(
     fps: Annotated[
         float | None, typer.Option("--fps", help="The videos' frames per second.", show_default="the files' own")
     ] = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Order videos from best to worst, by comparing every pair of them.
 
@@ -152,7 +113,7 @@ def rank_videos(
         with working("judging"):
             from listener_reward.integrations.video import rank_videos
 
-            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
+            loaded = load_judge(judge, **how)
             chosen: Any = strategy
             ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
         if as_json:

@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
 import typer
+
+from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from listener_reward.judge import Judge
 
+_F = TypeVar("_F", bound=Callable[..., None])
+
+_JUDGE, _MODEL = "The judge", "Model, memory and speed"
+
+
+def _judge(*names: str, default: str | bool = "the judge's own", **more: Any) -> Any:
+    """An option of how a judge judges, and what it is where it is not given."""
+    return typer.Option(*names, rich_help_panel=_JUDGE, show_default=default, **more)
+
+
+def _model(*names: str, default: str | bool = False, **more: Any) -> Any:
+    """An option of where and how its models run."""
+    return typer.Option(*names, rich_help_panel=_MODEL, show_default=default, **more)
+
+
 JudgeName = Annotated[
     str | None,
-    typer.Option(
+    _judge(
         "--judge",
         help='"tiny" (embedded, CPU, no download), a checkpoint folder, or a Hub name.',
-        show_default="the paper's released checkpoint",
-    ),
-]
-ListenerName = Annotated[
-    str | None,
-    typer.Option(
-        "--listener", help='A listener: a folder, a Hub name, "base" or "none".', show_default="the judge's own"
-    ),
-]
-NoThink = Annotated[bool, typer.Option("--no-think", help="Skip the reasoning: one forward pass for each order.")]
-Thoughts = Annotated[
-    int | None,
-    typer.Option("--thoughts", metavar="K", min=1, help="Thoughts for each order.", show_default="the judge's own"),
-]
-AggregateName = Annotated[
-    str | None,
-    typer.Option(
-        "--aggregate",
-        help='"mean" of the thoughts, "majority" of their answers, "listener" (its mean), or "both".',
-        show_default="the judge's own",
-    ),
-]
-OrdersName = Annotated[
-    str | None,
-    typer.Option("--orders", help='"both", or "one" at random for half the cost.', show_default="the judge's own"),
-]
-EarlyStop = Annotated[
-    float | None,
-    typer.Option("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
-]
-Clips = Annotated[
-    str | None,
-    typer.Option(
-        "--clips",
-        help='How videos are looked at: "storyboard", "frames", "video" or "clip"; images do not care.',
-        show_default="storyboard",
+        default="the paper's released checkpoint",
     ),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
@@ -60,15 +46,168 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 class JudgeOptions(TypedDict, total=False):
-    """The options that say how a judge judges, as the commands have them; None leaves it to the judge's card."""
+    """The options of every command that loads a judge, in the order of `--help`.
 
-    listener: str | None
-    no_think: bool
-    thoughts: int | None
-    aggregate: str | None
-    orders: str | None
-    early_stop: float | None
-    clips: str | None
+    The names are those of `Judge.from_pretrained` and of `ModelOptions`. None leaves an option to the judge's card, or
+    to its default.
+    """
+
+    listener: Annotated[str | None, _judge("--listener", help='A listener: a folder, a Hub name, "base" or "none".')]
+    card: Annotated[
+        Path | None,
+        _judge(
+            "--card",
+            metavar="FILE",
+            help="A card in place of the checkpoint's own: how it is asked and what it answers. `listener-reward card` "
+            "finds one.",
+        ),
+    ]
+    no_think: Annotated[
+        bool, _judge("--no-think", help="Skip the reasoning: one forward pass for each order.", default=False)
+    ]
+    thoughts: Annotated[int | None, _judge("--thoughts", metavar="K", min=1, help="Thoughts for each order.")]
+    aggregate: Annotated[
+        str | None,
+        _judge(
+            "--aggregate", help='"mean" of the thoughts, "majority" of their answers, "listener" (its mean), or "both".'
+        ),
+    ]
+    orders: Annotated[str | None, _judge("--orders", help='"both", or "one" at random for half the cost.')]
+    early_stop: Annotated[
+        float | None,
+        _judge("--early-stop", metavar="P", help="No more thoughts once this sure, in (0.5, 1]; 1 changes nothing."),
+    ]
+    max_new_tokens: Annotated[
+        int | None, _judge("--max-new-tokens", metavar="N", min=1, help="The longest completion; a longer one is cut.")
+    ]
+    sampling_temperature: Annotated[
+        float | None,
+        _judge("--sampling-temperature", metavar="T", min=0, help="Of the thoughts; 0 takes the likeliest token."),
+    ]
+    masking: Annotated[
+        str | None,
+        _judge(
+            "--masking",
+            help='What the listener does not read: "answer", or "verdict" for sentences that say which is better too.',
+        ),
+    ]
+    clips: Annotated[
+        str | None,
+        _judge(
+            "--clips",
+            help='How videos are looked at: "storyboard", "frames", "video" or "clip"; images do not care.',
+            default="storyboard",
+        ),
+    ]
+    strict: Annotated[
+        bool,
+        _judge("--strict", help="Fail where the answers are in another format, in place of a warning.", default=False),
+    ]
+    lenient: Annotated[
+        bool,
+        _judge(
+            "--lenient",
+            help="Count answers such as `**1**` or `Image 1`, of a model never trained as a judge.",
+            default=False,
+        ),
+    ]
+
+    device: Annotated[str | None, _model("--device", help='"cuda:1", "cpu".', default="this process's GPU, or the CPU")]
+    device_map: Annotated[
+        str | None,
+        _model(
+            "--device-map",
+            help='Layers over several GPUs: "auto", "balanced", or JSON, {"part": device}. Without a shared prefix.',
+        ),
+    ]
+    dtype: Annotated[
+        str | None,
+        _model("--dtype", help='Of the weights, or "auto".', default="bfloat16 on a GPU, float32 on a CPU"),
+    ]
+    quantization: Annotated[
+        str | None,
+        _model("--quantization", help='"4bit" or "8bit": a quarter or half of bfloat16\'s memory, at some accuracy.'),
+    ]
+    attn_implementation: Annotated[
+        str | None,
+        _model(
+            "--attn-implementation",
+            help='"flash_attention_2", "eager"; all but "sdpa" do without a shared prefix.',
+            default="sdpa",
+        ),
+    ]
+    revision: Annotated[
+        str | None, _model("--revision", help="Branch, tag or commit of the judge on the Hub.", default="main")
+    ]
+    max_pixels: Annotated[
+        int | None,
+        _model(
+            "--max-pixels",
+            metavar="N",
+            min=1,
+            help="Scale larger pictures down to N pixels: fewer tokens, less memory, finer detail lost.",
+            default="the checkpoint's own",
+        ),
+    ]
+    batch_size: Annotated[
+        int | None,
+        _model("--batch-size", metavar="N", min=1, help="Thoughts sampled or read together.", default="32"),
+    ]
+    token_budget: Annotated[
+        int | None,
+        _model("--token-budget", metavar="N", min=1, help="Most tokens in one forward pass.", default="16384"),
+    ]
+    vision_bytes: Annotated[
+        int | None,
+        _model(
+            "--vision-bytes",
+            metavar="N",
+            min=0,
+            help="Bytes of images' features to keep from batch to batch.",
+            default="512 MiB",
+        ),
+    ]
+    no_shared_prefix: Annotated[
+        bool, _model("--no-shared-prefix", help="Run every chat for itself, as plain transformers does.")
+    ]
+    listener_option: Annotated[
+        list[str] | None,
+        _model(
+            "--listener-option",
+            metavar="NAME=VALUE",
+            help="One of these for the listener alone: quantization=4bit, device=cuda:1. Several times for several.",
+            default="as the judge",
+        ),
+    ]
+
+
+def judge_options(*, leave_out: Sequence[str] = ()) -> Callable[[_F], _F]:
+    """Lists the `JudgeOptions` in the signature of a command, which takes them as `**how: Unpack[JudgeOptions]`.
+
+    typer makes its options of what stands there.
+    """
+    hints = get_type_hints(JudgeOptions, include_extras=True)
+    options = {name: kind for name, kind in hints.items() if name not in leave_out}
+
+    def decorate(command: _F) -> _F:
+        signature = inspect.signature(command)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        command.__annotations__ = {name: command.__annotations__[name] for name in (*(p.name for p in own), "return")}
+        hints = get_type_hints(command, include_extras=True)
+        known = [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
+        listed = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(kind), annotation=kind)
+            for name, kind in options.items()
+        ]
+        cast("Any", command).__signature__ = signature.replace(parameters=[*known, *listed])
+        command.__annotations__ |= options
+        return command
+
+    return decorate
+
+
+def _default(kind: Any) -> bool | None:
+    return False if kind.__origin__ is bool else None
 
 
 def load_rater(name: str | None, **options: Unpack[JudgeOptions]) -> Any:
@@ -83,6 +222,43 @@ def load_judge(name: str | None, **options: Unpack[JudgeOptions]) -> Judge:
     from listener_reward.judge import Judge
     from listener_reward.reward import PAPER_CHECKPOINT
 
-    no_think = options.pop("no_think", False)
-    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
-    return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=not no_think, **given)
+    given: dict[str, Any] = asked(options)
+    think = not given.pop("no_think", False)
+    if given.pop("no_shared_prefix", False):
+        given["shared_prefix"] = False
+    if "device_map" in given:
+        given["device_map"] = _device_map(given["device_map"])
+    if "listener_option" in given:
+        given["listener_options"] = dict(map(_named_value, given.pop("listener_option")))
+    return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=think, **given)
+
+
+def asked(options: JudgeOptions) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def _device_map(value: str) -> Any:
+    if not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        fix = """give "auto", "balanced", or JSON such as {"": 0}"""
+        raise InputError(f"device-map is {value!r}, which is no JSON ({error}); {fix}") from error
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` of a model's option, as Python has it."""
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals:
+        raise InputError(f"listener-option is {text!r}; give NAME=VALUE, such as quantization=4bit")
+    if name in ("batch_size", "token_budget", "max_pixels", "vision_bytes"):
+        try:
+            return name, int(value)
+        except ValueError as error:
+            raise InputError(f"listener-option is {text!r}; {name} is a whole number") from error
+    if name == "shared_prefix":
+        return name, value.lower() in ("true", "1", "yes")
+    return name, _device_map(value) if name == "device_map" else value

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from listener_reward.cli.options import Debug, JudgeName, ListenerName, NoThink, Thoughts, load_judge
+from listener_reward.cli.options import Debug, JudgeName, JudgeOptions, judge_options, load_judge
 from listener_reward.cli.terminal import errors_in_one_line, stderr, working
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@judge_options()
 def serve(
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
     scheme: Annotated[
         str, typer.Option("--scheme", help='"reference", "group" or "auto"; see `ListenerReward`.')
     ] = "reference",
@@ -60,6 +61,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
     name: Annotated[str, typer.Option("--name", help="What clients call the reward.")] = "listener",
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Serve a judge as a reward over HTTP, as JSON, for trainers that cannot share its environment.
 
@@ -82,7 +84,7 @@ def serve(
             chosen: Any = "group" if group_size else scheme
             given = None if reference is None else read_references(reference)  # before the judge, which is slow
             kept = "" if state is None and given is None and chosen != "group" else state
-            loaded = load_judge(judge, listener=listener, no_think=no_think, thoughts=thoughts)
+            loaded = load_judge(judge, **how)
             reward: Any = ListenerReward(
                 loaded, scheme=chosen, reference=given, state=kept, on_failure=cast(Any, on_failure)
             )

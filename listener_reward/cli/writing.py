@@ -31,16 +31,22 @@ def check_writable(name: str, out: Path | None) -> None:
         raise InputError(f"out is {quoted(out)}, which exists; give a folder to make")
 
 
-def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, listener: str | None) -> Path:
+def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, asked: Mapping[str, Any]) -> Path:
+    """Keeps the calibration beside the weights, with the way of judging that it was fitted for.
+
+    `asked` are the options that the judge was loaded with.
+    """
     from listener_reward.card import Card
     from listener_reward.listener import choose_listener
     from listener_reward.models.hub import lasting, resolve
 
     changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
     if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
-        kept = ("thoughts", "aggregate", "orders", "early_stop")
+        kept = ("thoughts", "aggregate", "orders", "early_stop", "max_new_tokens", "sampling_temperature")
         changes |= {field: getattr(judge.card, field) for field in kept}
-    if listener is not None:
+    read = ("format", "listener", "listener_temperature", "listener_grounding") if "card" in asked else ()
+    changes |= {field: getattr(judge.card, field) for field in ("masking", *read)}
+    if (listener := asked.get("listener")) is not None:
         # A folder is named from here; the card would read a relative name from where it lies itself.
         changes["listener"] = None if (chosen := choose_listener(listener, None)) is None else lasting(chosen)
     if out is None:
