@@ -123,6 +123,7 @@ MODEL_OPTIONS_GIVEN = {
     "batch_size": 4,
     "token_budget": 9000,
     "vision_bytes": 1000,
+    "memory": "8GB",
     "card": Path("card.json"),
     "thoughts": 2,
     "aggregate": "both",

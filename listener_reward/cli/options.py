@@ -157,6 +157,15 @@ class JudgeOptions(TypedDict, total=False):
         int | None,
         _model("--token-budget", metavar="N", min=1, help="Most tokens in one forward pass.", default="16384"),
     ]
+    memory: Annotated[
+        str | None,
+        _model(
+            "--memory",
+            metavar="SIZE",
+            help="What a batch may take beside the weights, as 8GB; batches are made smaller to fit.",
+            default="4GiB",
+        ),
+    ]
     vision_bytes: Annotated[
         int | None,
         _model(

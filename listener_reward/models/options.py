@@ -9,6 +9,7 @@ Known without torch.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
 
@@ -16,6 +17,9 @@ from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+MEMORY = 2**32
+"""Bytes that a batch may take beside the weights, unless `memory` says."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,7 +55,12 @@ class ModelOptions(TypedDict, total=False):
     shared_prefix: bool
     """False runs every chat for itself, as plain transformers does. Default: True."""
     token_budget: int
-    """Most tokens of the language model in one forward pass. Default: 16384."""
+    """Most tokens of the language model in one forward pass. Default: 16384, or fewer where `memory` allows fewer."""
+    memory: int | str | None
+    """Bytes, or a size such as "8GB", that a batch may take beside the weights: one half for what a forward pass
+    computes, the other for keys and values that are kept while thoughts are sampled, for features of the batch's
+    pictures, and without a shared prefix for their patches. Batches are made smaller to fit; one chat is never split.
+    It is an estimate from the model's shape. Default: 4 GiB."""
     vision_bytes: int
     """Bytes of the images' features to keep between calls. Default: 512 MiB."""
 
@@ -93,3 +102,18 @@ def check_options(options: Mapping[str, Any], field: str = "") -> None:
     for name in ("batch_size", "token_budget", "max_pixels"):
         if name in given and not (isinstance(given[name], int) and given[name] >= 1):
             raise InputError(f"{before}{name} is {given[name]!r}; give a whole number of at least 1")
+    if "memory" in given:
+        as_bytes(given["memory"], f"{before}memory")
+
+
+def as_bytes(value: int | str, field: str) -> int:
+    """A number of bytes, or a size such as "8GB", "512 MiB" or "1.5G", in bytes.
+
+    Raises:
+        InputError: neither, or nothing at all.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*) ?([kmgt]?)(i?)b?", str(value).strip().lower())
+    size = 0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    if size < 1:
+        raise InputError(f"{field} is {value!r}; give a number of bytes, or a size such as '8GB' or '500MiB'")
+    return size

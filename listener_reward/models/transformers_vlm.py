@@ -26,7 +26,8 @@ from listener_reward.media.clips import Clip
 from listener_reward.models.adapters import base_of, options_of_base, put_on
 from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
-from listener_reward.models.options import Quantization
+from listener_reward.models.memory import Footprint, out_of_memory, patch_bytes, tokens_of
+from listener_reward.models.options import MEMORY, Quantization, as_bytes
 from listener_reward.models.placement import input_device, limit_pixels, placement
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
@@ -40,6 +41,10 @@ from listener_reward.prefix.sampling import prefill, sample
 logger = logging.getLogger(__name__)
 
 _PUNCTUATION = frozenset(string.punctuation)
+
+_SMALLER = (
+    "load it in fewer bits (quantization: 4bit or 8bit, or dtype: bfloat16), or on several GPUs (device_map: auto)"
+)
 
 _Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
 """Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
@@ -73,6 +78,7 @@ class TransformersVLM:
         token_budget: int = 16384,
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
+        memory: int | str | None = None,
         keep_memory: bool = True,
         think_tag: str | None = "<think>",
     ):
@@ -88,6 +94,7 @@ class TransformersVLM:
                 passes.
             attention: one of `attention.KERNELS`, for rows that are read with a shared prefix.
             vision_bytes: how much of the images' features to keep between calls, in bytes.
+            memory: what a batch may take beside the weights; see `ModelOptions`.
             keep_memory: with a shared prefix on a CPU, ask glibc to keep memory that was freed, up to 32 MiB a block,
                 see `keep_freed_memory`. That is a setting of the whole process; False leaves it alone.
             think_tag: the tag that opens a thought. Some chat templates write it themselves at the end of the
@@ -98,7 +105,9 @@ class TransformersVLM:
         self.processor = processor
         self.batch_size = batch_size
         self.adapters_off = adapters_off
-        self.token_budget = token_budget
+        self.memory = MEMORY if memory is None else as_bytes(memory, "memory")
+        self.footprint = Footprint.of(model)
+        self.token_budget = min(token_budget, self.footprint.tokens(self.memory // 2))
         self.attention = attention
         self.think_tag = think_tag
         self.tokenizer = processor.tokenizer
@@ -142,6 +151,7 @@ class TransformersVLM:
         token_budget: int = 16384,
         attention: str = "sdpa",
         vision_bytes: int = 2**29,
+        memory: int | str | None = None,
         keep_memory: bool = True,
         think_tag: str | None = "<think>",
         **kwargs: Any,
@@ -167,7 +177,7 @@ class TransformersVLM:
         limit_pixels(processor, max_pixels)
         base = base_of(name, **kwargs)
         whole, given = (name, kwargs) if base is None else (base, options_of_base(base, kwargs))
-        with loading(whole):
+        with loading(whole), out_of_memory(f"{whole!r} was loaded", _SMALLER):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
                 whole,
@@ -188,7 +198,8 @@ class TransformersVLM:
         if base is not None:
             model = put_on(model, name, **kwargs)
         if not placed and getattr(model, "hf_quantizer", None) is None:  # what is saved quantised lies where it is
-            model = model.to(device)
+            with out_of_memory(f"{whole!r} was moved to {device}", _SMALLER):
+                model = model.to(device)
         vlm = cls(
             model.eval().requires_grad_(False),
             processor,
@@ -197,6 +208,7 @@ class TransformersVLM:
             token_budget=token_budget,
             attention=attention,
             vision_bytes=vision_bytes,
+            memory=memory,
             keep_memory=keep_memory,
             think_tag=think_tag,
         )
@@ -214,12 +226,14 @@ class TransformersVLM:
             token_budget=self.token_budget,
             attention=self.attention,
             vision_bytes=self.features.max_bytes,
+            memory=self.memory,
             keep_memory=False,  # if it is to be kept, glibc has been asked
             think_tag=think_tag,
         )
         base.checkpoint = self.base
         return base
 
+    @out_of_memory("thoughts were sampled", "lower memory, batch_size, max_new_tokens or max_pixels")
     @torch.inference_mode()
     def generate(
         self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
@@ -237,12 +251,13 @@ class TransformersVLM:
                 "suppress_tokens": self.vision_tokens(),
             }
 
-        for batch in self._batches(chats, texts):
+        together = max(1, min(self.batch_size, self.memory // 2 // self.footprint.chat(0, 1, max_new_tokens)))
+        for batch in self._batches(chats, texts, max_new_tokens):
             some = [chats[row] for row in batch], [texts[row] for row in batch]
             with self._adapters():
                 sampler = self._sampler(*some) if self.shared_prefix else self._plain_sampler(*some)
-                for start in range(0, len(batch), self.batch_size):
-                    places = range(start, min(start + self.batch_size, len(batch)))
+                for start in range(0, len(batch), together):
+                    places = range(start, min(start + together, len(batch)))
                     rows = [batch[place] for place in places]
                     new = sampler(places, options(rows))
                     for row, text in zip(rows, decoded(self.tokenizer, new), strict=True):
@@ -255,6 +270,7 @@ class TransformersVLM:
     def read(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self._read(chats, prefixes, labels, likelihood=True)
 
+    @out_of_memory("answers were read", "lower token_budget, memory or max_pixels")
     @torch.inference_mode()
     def _read(
         self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str], *, likelihood: bool
@@ -365,23 +381,34 @@ class TransformersVLM:
         after = prefix.removeprefix(tag)
         return text, after.removeprefix(opened.removeprefix(tag))
 
-    def _batches(self, chats: Sequence[Chat], texts: Sequence[str]) -> Iterator[list[int]]:
+    def _batches(self, chats: Sequence[Chat], texts: Sequence[str], new: int = 0) -> Iterator[list[int]]:
         """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
 
-        With a shared prefix equal chats are never parted, since their prompt would be paid for again.
+        With a shared prefix equal chats are never parted, since their prompt would be paid for again. What a batch
+        keeps while completions of at most `new` tokens are sampled fits half of the memory, if one chat does.
         """
         groups: dict[Any, list[int]] = {}
         for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
             groups.setdefault((text, *(visual.digest for visual in chat.visuals)), []).append(row)
         whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
         batch: list[int] = []
+        used = 0
         for rows in whole:
-            if batch and len(batch) + len(rows) > self.batch_size:
+            size = self._kept_for(chats[rows[0]], texts[rows[0]], min(len(rows), self.batch_size) if new else 0, new)
+            if batch and (len(batch) + len(rows) > self.batch_size or used + size > self.memory // 2):
                 yield batch
-                batch = []
-            batch = batch + rows
+                batch, used = [], 0
+            batch, used = batch + rows, used + size
         if batch:
             yield batch
+
+    def _kept_for(self, chat: Chat, text: str, rows: int, new: int) -> int:
+        """About how many bytes a batch keeps for `chat`, its text at one token a character, and for its completions."""
+        prompt = len(text) + sum(tokens_of(self.processor, visual) for visual in chat.visuals)
+        kept = self.footprint.chat(prompt, rows, new)
+        if self.shared_prefix:
+            return kept
+        return kept + prompt * (self.footprint.computed + patch_bytes(self.processor))
 
     # ------------------------------------------------------------------------------------------------ plain batches
     def _plain_sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
