@@ -108,6 +108,7 @@ JUDGING = {
     "rank": ["--prompt", "red", "a.png", "b.png"],
     "rank-videos": ["--prompt", "red", "a.gif", "b.gif"],
     "eval": ["--data", "tiny:id", "--limit", "2"],
+    "score": ["--data", "tiny:id", "--limit", "2", "--out", "scores.parquet"],
     "calibrate": ["--data", "tiny:id", "--limit", "2", "--out", "calibrated"],
     "serve": [],
 }

@@ -207,7 +207,7 @@ def test_a_killed_command_goes_on_where_it_was(how: signal.Signals, tmp_path: Pa
     """The command itself, with the embedded judge, in parts of a few pairs."""
     out = tmp_path / "out.parquet"
     code = "from listener_reward.scoring import run; run.PART_PAIRS = 4; from listener_reward.cli import main; main()"
-    options = ["score", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "40", "--batch-size", "4"]
+    options = ["score", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "40", "--pairs-at-once", "4"]
     command = [sys.executable, "-c", code, *options, "--out", str(out), "--json"]
     running = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     parts, deadline = tmp_path / "out.parquet.parts", time.monotonic() + 60

@@ -247,6 +247,16 @@ def asked(options: JudgeOptions) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
+_WHERE = ("device", "device_map", "batch_size", "token_budget", "memory", "vision_bytes", "no_shared_prefix")
+"""Options of where and how fast a judge runs; they move a verdict by rounding at the most."""
+
+
+def making_verdicts(options: JudgeOptions) -> dict[str, Any]:
+    """The options that were given and that verdicts depend on, as JSON has them."""
+    given = {name: value for name, value in asked(options).items() if name not in _WHERE}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
 def _device_map(value: str) -> Any:
     if not value.lstrip().startswith("{"):
         return value

@@ -9,43 +9,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from listener_reward import __version__
 from listener_reward.cli.options import (
-    AggregateName,
     AsJson,
-    Clips,
     Debug,
-    EarlyStop,
     JudgeName,
     JudgeOptions,
-    ListenerName,
-    NoThink,
-    OrdersName,
-    Thoughts,
+    judge_options,
     load_rater,
+    making_verdicts,
 )
 from listener_reward.cli.printing import print_json, print_scored
 from listener_reward.cli.terminal import errors_in_one_line, working
 from listener_reward.errors import InputError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@judge_options()
 def score(
     data: Annotated[
         str, typer.Option("--data", help="Pairs as `eval --data` takes them; a file of your own needs no labels.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.parquet", help="What to write.")],
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
-    aggregate: AggregateName = None,
-    orders: OrdersName = None,
-    early_stop: EarlyStop = None,
-    clips: Clips = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Score the first N pairs.")] = None,
     shard: Annotated[
         str | None,
@@ -56,7 +48,9 @@ def score(
             "for each job of an array.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Pairs judged at a time.")] = 64,
+    pairs_at_once: Annotated[
+        int, typer.Option("--pairs-at-once", metavar="N", min=1, help="Pairs for each call of the judge.")
+    ] = 64,
     max_failed: Annotated[
         float,
         typer.Option("--max-failed", metavar="SHARE", min=0, max=1, help="Stop above this share without a verdict."),
@@ -81,6 +75,7 @@ def score(
     seed: Annotated[int, typer.Option("--seed", help="Seeds the tiny world's pairs.")] = 0,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Score pairs in bulk: a row a pair, in a Parquet file.
 
@@ -94,15 +89,6 @@ def score(
 
     `listener-reward score --data pairs.jsonl --out scores.parquet --shard $SLURM_ARRAY_TASK_ID/16`
     """
-    how: JudgeOptions = {
-        "listener": listener,
-        "no_think": no_think,
-        "thoughts": thoughts,
-        "aggregate": aggregate,
-        "orders": orders,
-        "early_stop": early_stop,
-        "clips": clips,
-    }
     with errors_in_one_line(debug), _stopped_softly():
         with working("loading the judge", spinner=False):
             part = _shard(shard)
@@ -117,11 +103,12 @@ def score(
                 load,
                 data,
                 out,
-                settings={**how, "judge": PAPER_CHECKPOINT if judge is None else judge, "version": __version__},
+                settings=making_verdicts(how)
+                | {"judge": PAPER_CHECKPOINT if judge is None else judge, "version": __version__},
                 limit=limit,
                 seed=seed,
                 shard=part,
-                batch_size=batch_size,
+                batch_size=pairs_at_once,
                 max_failed=max_failed,
                 fresh=fresh,
                 cluster=None if ray is None else Cluster(ray, gpus_per_worker, ray_address),
