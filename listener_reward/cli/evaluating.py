@@ -136,13 +136,20 @@ def evaluate_pairs(
 
     `listener-reward eval --data hpdv2:FOLDER --scores mine.jsonl --against theirs.csv`
 
+    On eight GPUs, each of which judges an eighth:
+
+    `accelerate launch --num_processes 8 -m listener_reward.cli eval --judge runs/first --data pairs.jsonl`
+
     A page to look at, with the mistakes it is surest of:
 
     `listener-reward eval --judge tiny --data tiny:ood --html tiny-ood.html`
 
     An evaluation that is stopped goes on where it was when the same line is run again.
     """
-    with errors_in_one_line(debug):
+    from listener_reward.evaluate.processes import divided, first_speaks, joined, place
+
+    rank, processes = place()
+    with first_speaks(), errors_in_one_line(debug), joined():
         if html is not None:
             check_page("html", html)
         with working("judging", spinner=False):  # the evaluation has its own progress bar
@@ -154,22 +161,25 @@ def evaluate_pairs(
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
-            question = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
+            question: dict[str, Any] = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
+            if processes > 1:  # each has a journal of what it has judged itself
+                question["process"] = f"{rank} of {processes}"
             journals = Journals(how, question, fresh=fresh)
             pairs, apart = _load(data, validation, limit=limit, seed=seed, stream=stream, check_images=bool(names))
             with journals:
                 measured = evaluate_judges(
-                    [partial(journals.load, name) for name in names],
+                    [divided(partial(journals.load, name)) for name in names],
                     pairs,
                     scores=files,
                     against=rival,
                     protocols=protocol,
                     validation=apart,
                     mistakes=None if html is None else mistakes,
+                    batch_size=64 * processes,
                     progress=sys.stderr.isatty(),
                 )
         print_measured(measured, as_json=as_json)
-        if html is not None and measured.evaluations:
+        if html is not None and measured.evaluations and rank == 0:
             write_html(html, data, measured, {"seed": seed, "limit": limit} | asked(how))
         for error in measured.failures[:-1]:
             print_error(error)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from listener_reward import __version__
-from listener_reward.cli.options import JudgeOptions, load_rater
+from listener_reward.cli.options import JudgeOptions, load_rater, making_verdicts
 from listener_reward.cli.terminal import plain, stderr
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Journals(contextlib.AbstractContextManager[None]):
         judge = self.loads(name, **self.options)
         about = {
             "name": name,
-            "options": self.options,
+            "options": making_verdicts(self.options),  # so that a run that lacked memory goes on with less
             "asked": self.asked,
             "files": {str(each): _state(each) for each in (*_checkpoints(name, judge), *self.options.values())},
             "versions": {"listener-reward": __version__} | {each: _version(each) for each in ("torch", "transformers")},

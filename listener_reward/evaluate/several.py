@@ -47,6 +47,7 @@ def evaluate_judges(
     protocols: Sequence[str] | None = None,
     validation: datasets.Dataset | datasets.IterableDataset | None = None,
     mistakes: int | None = None,
+    batch_size: int = 64,
     progress: bool = True,
 ) -> Measured:
     """Measures every judge and every file of scores; with more than one of them, says who is best.
@@ -61,6 +62,7 @@ def evaluate_judges(
         protocols: as for `evaluate`.
         validation: as for `evaluate`.
         mistakes: how many wrong verdicts of each to keep for looking at; None keeps no pairs.
+        batch_size: as for `evaluate`.
         progress: show progress bars on standard error.
 
     Raises:
@@ -82,7 +84,17 @@ def evaluate_judges(
         """Here the judge ends with the call: a variable of the loop would hold it while the next one is loaded."""
         gallery = None if mistakes is None else Gallery(judge.name, mistakes)
         watch = gallery and gallery.add
-        found.append(evaluate(judge, pairs, progress=progress, protocols=protocols, watch=watch, validation=validation))
+        found.append(
+            evaluate(
+                judge,
+                pairs,
+                batch_size=batch_size,
+                progress=progress,
+                protocols=protocols,
+                watch=watch,
+                validation=validation,
+            )
+        )
         entries.extend(gallery.pairs if gallery else [])
 
     for given in judges:
