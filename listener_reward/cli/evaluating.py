@@ -161,7 +161,13 @@ def evaluate_pairs(
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
-            question: dict[str, Any] = {"data": data, "validation": validation, "limit": limit, "seed": seed, "stream": stream}
+            question: dict[str, Any] = {
+                "data": data,
+                "validation": validation,
+                "limit": limit,
+                "seed": seed,
+                "stream": stream,
+            }
             if processes > 1:  # each has a journal of what it has judged itself
                 question["process"] = f"{rank} of {processes}"
             journals = Journals(how, question, fresh=fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,18 +47,28 @@ def placement(
         raise fault
     given: dict[str, Any] = {"device_map": {"": device} if device_map is None else device_map}
     if quantization is not None:
-        if fault := missing("large", f"quantization={quantization!r}", "accelerate", "bitsandbytes"):
-            raise fault
-        four = quantization == "4bit"
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-            llm_int8_skip_modules=list(WHOLE),
-        )
+        given["quantization_config"] = quantized(quantization, dtype)
     return given
+
+
+def quantized(bits: Quantization, dtype: str | torch.dtype) -> BitsAndBytesConfig:
+    """How the language model's layers are rounded, and in which dtype they are multiplied.
+
+    Raises:
+        MissingExtraError: bitsandbytes or accelerate is not installed.
+    """
+    if fault := missing("large", f"quantization={bits!r}", "accelerate", "bitsandbytes"):
+        raise fault
+    if bits == "8bit":  # it says at every layer of every pass that it multiplies in float16, which is what it is for
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        llm_int8_skip_modules=list(WHOLE),
+    )
 
 
 def input_device(model: Any) -> torch.device:

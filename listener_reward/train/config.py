@@ -10,6 +10,7 @@ import torch
 from trl import GRPOConfig
 
 from listener_reward.errors import InputError
+from listener_reward.models.options import check_options
 from listener_reward.prefix.attention import KERNELS
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
@@ -25,7 +26,7 @@ ALL_OFF = {**AS_COPIES, "decode_images_once": False, "gather_images": True, "exa
 class ListenerGRPOConfig(GRPOConfig):
     """trl's `GRPOConfig` with the listener's fields. Every field of trl's works as it does there."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = GRPOConfig._VALID_DICT_FIELDS
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "listener_options"]
 
     card: str | None = field(
         default=None,
@@ -45,6 +46,20 @@ class ListenerGRPOConfig(GRPOConfig):
     listener_dtype: str | None = field(
         default=None,
         metadata={"help": "Dtype of a listener loaded from a checkpoint; by default bfloat16 on a GPU, else float32."},
+    )
+    listener_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How a listener is loaded from a checkpoint, by the names of docs/options.md, for example "
+            "{quantization: 4bit, device: cuda:1, max_pixels: 401408, memory: 8GB}."
+        },
+    )
+    max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Larger pictures are scaled down to this many pixels before the policy sees them; the trained "
+            "judge keeps the limit. Nothing for the checkpoint's own."
+        },
     )
     listener_batch_size: int = field(
         default=32, metadata={"help": "Thoughts that the listener reads in one forward pass."}
@@ -155,6 +170,13 @@ class ListenerGRPOConfig(GRPOConfig):
         _one_of("masking", self.masking, ("answer", "verdict"))
         _one_of("listener_on_failure", self.listener_on_failure, ("mask", "raise"))
         _one_of("listener_dtype", self.listener_dtype, (None, "auto", "bfloat16", "float16", "float32"))
+        if isinstance(self.listener_options, str):
+            raise InputError(
+                f"listener_options is {self.listener_options!r}; give a mapping, such as {{quantization: 4bit}}"
+            )
+        check_options(self.listener_options or {}, "listener_options")
+        if self.listener_dtype is not None and "dtype" in (self.listener_options or {}):
+            raise InputError("listener_dtype and listener_options both name a dtype; leave one of them out")
         if self.listener_batch_size < 1:
             raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
         _one_of("share_attention", self.share_attention, KERNELS)

@@ -15,6 +15,9 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.models.hub import EMBEDDED
+from listener_reward.models.memory import out_of_memory
+from listener_reward.models.options import Quantization
+from listener_reward.models.placement import quantized
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.trainer import ListenerGRPOTrainer, check_resumable, last_checkpoint
 
@@ -91,11 +94,7 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
             f"output_dir is {args.output_dir!r}, the name of an embedded checkpoint, which would be loaded in "
             f"its place; choose another folder, such as ./{args.output_dir}-run"
         )
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model_args, name):
-            raise InputError(
-                f"{name} is not supported: training beside rounded weights has not been tried here; leave it out"
-            )
+    bits = _bits(model_args)
     if model_args.model_revision != "main":
         raise InputError(
             f"model_revision is {model_args.model_revision!r} and only 'main' is supported; download the revision and "
@@ -105,22 +104,52 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
     peft_config: Any = get_peft_config(model_args)
-    loading = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    loading: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if bits is not None:
+        loading["quantization_config"] = quantized(bits, model_args.dtype or "float32")
     given: Any = args.model_init_kwargs or {}
     args.model_init_kwargs = loading | given
     resume = checkpoint_to_resume(args)
-    trainer = ListenerGRPOTrainer(
-        model=model_args.model_name_or_path,
-        args=args,
-        train_dataset=load_pairs(data_args.data, limit=data_args.data_limit, seed=data_args.image_order_seed),
-        peft_config=peft_config,
-    )
-    trainer.train(resume_from_checkpoint=resume)
+    pairs = load_pairs(data_args.data, limit=data_args.data_limit, seed=data_args.image_order_seed)
+    with out_of_memory("the trainer was set up", _LIGHTER):
+        trainer = ListenerGRPOTrainer(
+            model=model_args.model_name_or_path, args=args, train_dataset=pairs, peft_config=peft_config
+        )
+    with out_of_memory("it trained", _SMALLER):
+        trainer.train(resume_from_checkpoint=resume)
     assert args.output_dir is not None
     trainer.save_judge(args.output_dir)
-    trainer.accelerator.print(f"The judge is in {args.output_dir}: Judge.from_pretrained({args.output_dir!r})")
+    as_trained = f", quantization={bits!r}" if bits else ""
+    trainer.accelerator.print(
+        f"The judge is in {args.output_dir}: Judge.from_pretrained({args.output_dir!r}{as_trained})"
+    )
     _leave(trainer)
     return trainer
+
+
+_LIGHTER = (
+    "set use_peft: true, load_in_4bit: true for the policy or listener_options: {quantization: 4bit} for the listener, "
+    "or shard the weights (listener-reward launch-config fsdp2)"
+)
+
+_SMALLER = (
+    "lower per_device_train_batch_size, token_budget, max_completion_length or max_pixels, or set "
+    "gradient_checkpointing: true"
+)
+
+
+def _bits(model_args: ModelConfig) -> Quantization | None:
+    """How the frozen weights under an adapter are rounded.
+
+    Raises:
+        InputError: without adapters rounded weights would have to be trained themselves.
+    """
+    bits: Quantization | None = "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None
+    if bits is not None and not model_args.use_peft:
+        raise InputError(
+            f"load_in_{bits} is set, and rounded weights cannot be trained; set use_peft: true, or leave it out"
+        )
+    return bits
 
 
 def _check_installed(args: ListenerGRPOConfig, model_args: ModelConfig) -> None:

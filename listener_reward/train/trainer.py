@@ -31,10 +31,18 @@ from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.errors import InputError
-from listener_reward.listener import OWN_BASE, Listener, choose_listener, load_listener, make_listener
+from listener_reward.listener import (
+    OWN_BASE,
+    Listener,
+    choose_listener,
+    load_listener,
+    make_listener,
+    options_of_listener,
+)
 from listener_reward.media.images import to_pil
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import lasting, resolve
+from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
@@ -99,6 +107,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if args.listener_grounding is not None:
             self.card = replace(self.card, listener_grounding=args.listener_grounding)
         processor = load_policy_processor(folder)
+        limit_pixels(processor, args.max_pixels)
         reserved = reserved_tokens(processor.tokenizer)
         own_base = listener is None and args.listener == OWN_BASE
         if own_base and peft_config is None:
@@ -536,17 +545,17 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listene
             f"listener is {args.listener!r} and the policy's checkpoint names {card.listener!r}; give a checkpoint, or "
             "'base' with LoRA, or reward_weights: [1, 1, 0] for accuracy-only GRPO"
         )
+    options = {
+        "device": args.device,
+        "dtype": args.listener_dtype,
+        "batch_size": args.listener_batch_size,
+        "shared_prefix": args.share_listener,
+        "token_budget": args.token_budget,
+        "max_pixels": args.max_pixels,
+    }
+    own: Any = args.listener_options
     with unsharded():
-        return load_listener(
-            name,
-            card,
-            device=args.device,
-            dtype=args.listener_dtype,
-            batch_size=args.listener_batch_size,
-            shared_prefix=args.share_listener,
-            token_budget=args.token_budget,
-            attention=kernel,
-        )
+        return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
 
 
 def _opened(processor: Any, card: Card) -> str:
