@@ -225,7 +225,7 @@ def test_a_killed_command_goes_on_where_it_was(how: signal.Signals, tmp_path: Pa
 def test_rays_workers_write_the_file_that_one_process_writes(tmp_path: Path):
     if find_spec("ray") is None:
         pytest.skip("Ray is not installed")
-    options = ["score", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "30", "--batch-size", "4"]
+    options = ["score", "--judge", "tiny", "--no-think", "--data", "tiny:id", "--limit", "30", "--pairs-at-once", "4"]
     code = "from listener_reward.cli import main; main()"
     for out, more in (("one", []), ("two", ["--ray", "2"])):
         command = [sys.executable, "-c", code, *options, "--out", str(tmp_path / f"{out}.parquet"), *more]
