@@ -183,7 +183,7 @@ def test_a_judge_is_planned_for_people():
     ("argv", "said"),
     [
         (["--", "--no_such_field", "1"], "no_such_field"),
-        (["serve", "--judge", "tiny", "--bits", "5"], "bits is 5; choose 4, 8 or 16"),
+        (["serve", "--judge", "tiny", "--quantization", "5bit"], "quantization is '5bit'; choose '4bit' or '8bit'"),
         (["boil"], "what is 'boil'; choose train, eval or serve"),
         (["eval", "--judge", "tiny"], "--data is not given"),
         (["serve", "--judge", "tiny", "--gpu", "abacus"], "gpu is 'abacus'; choose one of 3090"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from listener_reward.cli.options import AsJson, Debug, load_judge
+from listener_reward.cli.options import AsJson, Debug, JudgeOptions, judge_options, load_judge
 from listener_reward.cli.printing import print_formats, print_json
 from listener_reward.cli.terminal import errors_in_one_line, stderr, working
 from listener_reward.cli.writing import check_page
@@ -18,6 +18,8 @@ from listener_reward.errors import InputError
 from listener_reward.files import quoted
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from listener_reward.card import Card
     from listener_reward.formats import Fit
     from listener_reward.pairs import PreferencePair
@@ -26,6 +28,14 @@ UNFIT = 1
 """The exit code where no format fits: the command worked, and its answer is no."""
 
 
+_OF_JUDGING = (
+    *("listener", "card", "no_think", "thoughts", "aggregate", "orders", "early_stop", "max_new_tokens"),
+    *("sampling_temperature", "masking", "clips", "strict", "lenient", "listener_option"),
+)
+"""Options that say how a judge judges. What a card says is looked for here, and no listener is loaded."""
+
+
+@judge_options(leave_out=_OF_JUDGING)
 def card(
     name: Annotated[str, typer.Argument(metavar="NAME", help='A checkpoint: a folder, a Hub name, or "tiny".')],
     data: Annotated[
@@ -66,6 +76,7 @@ def card(
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
+    **how: Unpack[JudgeOptions],
 ) -> None:
     """Find the format that a checkpoint answers in, and write it as a card to judge with.
 
@@ -96,7 +107,7 @@ def card(
 
             own = Card.load(resolve(name))
             tried = _pairs(data, pairs)
-            judge = load_judge(name, listener="none")
+            judge = load_judge(name, listener="none", **how)
             limit = own.max_new_tokens if max_new_tokens is None else max_new_tokens
             known = None if own == Card() else own.format
             with progress_bars(visible=sys.stderr.isatty(), transient=True) as bars:

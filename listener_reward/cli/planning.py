@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from listener_reward.cli.options import AsJson, Debug, JudgeName, ListenerName, NoThink, Thoughts
+from listener_reward.cli.options import AsJson, Debug, JudgeName
 from listener_reward.cli.printing import print_json
 from listener_reward.cli.terminal import errors_in_one_line, plain, working
 from listener_reward.errors import InputError
@@ -37,14 +37,28 @@ def plan(
         int | None, typer.Option("--gpus", metavar="N", min=1, help="train: GPUs.", show_default="the launch's own")
     ] = None,
     judge: JudgeName = None,
-    listener: ListenerName = None,
-    no_think: NoThink = False,
-    thoughts: Thoughts = None,
+    listener: Annotated[
+        str | None,
+        typer.Option("--listener", help="eval, serve: as for these commands.", show_default="the judge's own"),
+    ] = None,
+    no_think: Annotated[bool, typer.Option("--no-think", help="eval, serve: no thoughts.")] = False,
+    thoughts: Annotated[
+        int | None,
+        typer.Option(
+            "--thoughts",
+            metavar="K",
+            min=1,
+            help="eval, serve: thoughts an order.",
+            show_default="the judge's own",
+        ),
+    ] = None,
     like: Annotated[
         str | None, typer.Option("--like", help="eval, serve: a checkpoint of the shapes that a judge will have.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="eval, serve: completions at a time.")] = 32,
-    bits: Annotated[int, typer.Option("--bits", help="eval, serve: 16, or 8 or 4 of quantised weights.")] = 16,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help='eval, serve: "4bit" or "8bit" weights.', show_default="16 bit")
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", min=1, help="eval, serve: larger images are reduced to it.")
     ] = None,
@@ -91,8 +105,8 @@ def plan(
         fields = list(ctx.args)
         if what.startswith("--"):  # the first field after `--`, where WHAT is left out
             what, fields = "train", [what, *fields]
-        if bits not in (4, 8, 16):
-            raise InputError(f"bits is {bits}; choose 4, 8 or 16")
+        if quantization not in (None, "4bit", "8bit"):
+            raise InputError(f"quantization is {quantization!r}; choose '4bit' or '8bit', or leave it out")
         if what == "train":
             import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
         from listener_reward.plan.plans import KNOWN_GPUS
@@ -130,7 +144,7 @@ def plan(
                         "thoughts": thoughts,
                         "thought": thought_tokens,
                         "batch_size": batch_size,
-                        "bits": bits,
+                        "bits": 16 if quantization is None else int(quantization[0]),
                     },
                 )
             else:
