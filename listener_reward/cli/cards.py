@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from listener_reward.cli.options import AsJson, Debug, JudgeOptions, judge_options, load_judge
+from listener_reward.cli.options import AsJson, Debug, judge_options, load_judge
 from listener_reward.cli.printing import print_formats, print_json
 from listener_reward.cli.terminal import errors_in_one_line, stderr, working
 from listener_reward.cli.writing import check_page
@@ -18,8 +18,6 @@ from listener_reward.errors import InputError
 from listener_reward.files import quoted
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from listener_reward.card import Card
     from listener_reward.formats import Fit
     from listener_reward.pairs import PreferencePair
@@ -76,7 +74,7 @@ def card(
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
-    **how: Unpack[JudgeOptions],
+    **how: Any,
 ) -> None:
     """Find the format that a checkpoint answers in, and write it as a card to judge with.
 
