@@ -101,9 +101,9 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets scoring",
-    "judge": "bench formats judge listener models.head models.memory models.placement models.processing "
-    "models.transformers_vlm models.video_processing models.vision models.vlm peers.scorers plan prefix "
-    "tiny.models",
+    "judge": "bench formats judge listener models.auto_processing models.families models.head models.memory "
+    "models.placement models.plain models.processing models.transformers_vlm models.video_processing "
+    "models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "plot": "evaluate.plotting",

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -71,7 +73,11 @@ def build(kind: str, **text_options: Any) -> Any:
     else:
         text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}} | text_options
         vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+        if kind == "qwen3_vl":
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+        else:
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids))
     model.generation_config.eos_token_id = [1, *range(30, 36)]
     model.generation_config.pad_token_id = 0
     take_layouts(model)
@@ -102,7 +108,7 @@ class Case:
         return output.logits[0, len(self.prompts[group].ids) - 1 :]
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def case(request) -> Case:
     return make_case(build(request.param))
 
@@ -233,7 +239,8 @@ def test_lora_with_gradient_checkpointing(case):
     case.model.enable_input_require_grads()
     case.model.train()
     assert_same_gradients(gradients(case.model, packed_logprobs(case, groups).sum()), expected)
-    assert len(expected) == 3 * 3 * 2, "and only the adapters"
+    adapted = 2 if case.model.get_base_model().config.model_type == "qwen3_vl_moe" else 3  # experts are no projections
+    assert len(expected) == 3 * adapted * 2, "and only the adapters"
 
 
 @torch.no_grad()

@@ -77,6 +77,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(random_judge: Path, tmp
     folder = tmp_path / "other"
     shutil.copytree(random_judge, folder)
     config = folder / "config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace('"qwen2_5_vl"', '"qwen2_vl"'), encoding="utf-8")
-    with pytest.raises(InputError, match="'qwen2_vl' model"):
+    config.write_text(config.read_text(encoding="utf-8").replace('"qwen2_5_vl"', '"qwen2"'), encoding="utf-8")
+    with pytest.raises(InputError, match="'qwen2' model, which is no vision-language model"):
         load_policy_processor(str(folder))

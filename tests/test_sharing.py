@@ -32,6 +32,7 @@ from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.listener import load_listener
+from listener_reward.models import transformers_vlm
 from listener_reward.models.processing import ImageOnlyQwen3VLProcessor
 from listener_reward.prefix.attention import base_model
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, PATCH, QUESTION, build_processor
@@ -558,7 +559,10 @@ def test_each_reason_to_fall_back_is_said(
         assert text.count("trl's own code runs, because FSDP version 1 flattens") == (3 if version == 1 else 0)
 
 
-def test_a_listener_that_cannot_share_says_so(formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, caplog):
+def test_a_listener_that_cannot_share_says_so(
+    formed_judge: Path, tiny_pairs: Dataset, grpo_config: Config, caplog, monkeypatch
+):
+    monkeypatch.setattr(transformers_vlm, "_TOLD", set())
     with caplog.at_level(logging.WARNING, "listener_reward"):
         listener: Any = load_listener(str(formed_judge), Card.load(formed_judge), attn_implementation="eager")
     assert "every chat pays for its own prompt, because the model was loaded with attn_implementation='eager'" in (

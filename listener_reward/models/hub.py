@@ -154,8 +154,8 @@ def cannot_load(name: str | Path, error: Exception | str) -> str:
     """The message for a checkpoint that is there and cannot be used: why, and what to do."""
     where = f"at {quoted(name)}" if os.path.exists(name) else quoted(name)
     return (
-        f"the checkpoint {where} cannot be loaded ({_in_one_line(error)}). Give the folder of a whole Qwen2.5-VL or "
-        'Qwen3-VL checkpoint, or use the embedded judge: "tiny"'
+        f"the checkpoint {where} cannot be loaded ({_in_one_line(error)}). Give the folder of a whole "
+        'vision-language checkpoint, such as a Qwen2.5-VL or a Qwen3-VL, or use the embedded judge: "tiny"'
     )
 
 

@@ -26,9 +26,10 @@ from transformers import PreTrainedConfig, ProcessorMixin, Qwen2_5_VLProcessor, 
 from transformers.image_utils import make_flat_list_of_images
 
 from listener_reward.chat import FOREIGN_RESERVED, QWEN_RESERVED
-from listener_reward.errors import InputError
 from listener_reward.models.adapters import base_of, brings_processor, options_of_base
-from listener_reward.models.hub import cannot_load, loading
+from listener_reward.models.auto_processing import load_auto_processor
+from listener_reward.models.families import family_of
+from listener_reward.models.hub import loading
 from listener_reward.models.templates import check_template
 from listener_reward.models.video_processing import ClipProcessor
 
@@ -108,19 +109,20 @@ class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
         return super().to_dict() | own
 
 
-_PROCESSORS = {"qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor, "qwen3_vl": ImageOnlyQwen3VLProcessor}
+_PROCESSORS = {"Qwen2_5_VLProcessor": ImageOnlyQwen2_5_VLProcessor, "Qwen3VLProcessor": ImageOnlyQwen3VLProcessor}
 
 
 def load_processor(model: str | Path, **kwargs: Any) -> Any:
-    """The image processor, tokenizer and chat template of a Qwen2.5-VL or Qwen3-VL checkpoint, padding on the left.
+    """The image processor, tokenizer and chat template of a vision-language checkpoint, padding on the left.
 
-    An adapter's are those beside it, or where there are none its base's.
+    An adapter's are those beside it, or where there are none its base's. Of families without a processor here,
+    transformers' own is taken (`auto_processing`).
 
     Left padding is not a taste: trl and batched generation misalign image positions silently with any other.
 
     Raises:
-        InputError: the checkpoint cannot be found, reached or read, or is of another architecture, or its chat template
-            has no end.
+        InputError: the checkpoint cannot be found, reached or read, or is no vision-language model, or its chat
+            template has no end.
     """
     base, given = base_of(model, **kwargs) or model, kwargs
     if base is not model:
@@ -128,22 +130,23 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
         if not brings_processor(model, **kwargs):
             model, kwargs = base, given
     with loading(base):
-        kind: str | None = cast("Any", PreTrainedConfig).get_config_dict(base, **given)[0].get("model_type")
-    if kind not in _PROCESSORS:
-        reason = f"it is a {kind!r} model; listener-reward reads {' and '.join(map(repr, _PROCESSORS))}"
-        raise InputError(cannot_load(base, reason))
+        config: dict[str, Any] = cast("Any", PreTrainedConfig).get_config_dict(base, **given)[0]
+    family = family_of(config.get("model_type"), where=base, config=config)
     with loading(model):
         # A checkpoint's files are data: with None, the default, transformers would offer to run code from them.
-        processor = cast("Any", _PROCESSORS[kind]).from_pretrained(
-            model, padding_side="left", trust_remote_code=False, **kwargs
-        )
+        ours = None if family.processor is None else cast("Any", _PROCESSORS[family.processor])
+        if ours is None:
+            processor = load_auto_processor(config["model_type"], model, **kwargs)
+        else:
+            processor = ours.from_pretrained(model, padding_side="left", trust_remote_code=False, **kwargs)
         templates = processor.chat_template
         for template in cast("dict[str, Any]", templates).values() if isinstance(templates, dict) else [templates]:
             if isinstance(template, str):
                 check_template(template)
-        processor.video_processor = ClipProcessor.from_pretrained(
-            processor.stock_video_processor, processor.image_processor, model, **kwargs
-        )
+        if ours is not None:
+            processor.video_processor = ClipProcessor.from_pretrained(
+                processor.stock_video_processor, processor.image_processor, model, **kwargs
+            )
     return processor
 
 

@@ -1,4 +1,4 @@
-"""The transformers backend of `VLM`: Qwen2.5-VL and Qwen3-VL on one device."""
+"""The transformers backend of `VLM`: Qwen-VLs with shared prefixes, and other families by the plain path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from listener_reward.errors import missing
 
@@ -24,11 +24,13 @@ from listener_reward.chat import Chat, reserved_tokens
 from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
 from listener_reward.media.clips import Clip
 from listener_reward.models.adapters import base_of, options_of_base, put_on
+from listener_reward.models.families import family_of
 from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.memory import Footprint, out_of_memory, patch_bytes, tokens_of
 from listener_reward.models.options import MEMORY, Quantization, as_bytes
-from listener_reward.models.placement import input_device, limit_pixels, placement
+from listener_reward.models.placement import limit_pixels, placement
+from listener_reward.models.plain import PlainBatches
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
@@ -45,26 +47,20 @@ _PUNCTUATION = frozenset(string.punctuation)
 _SMALLER = (
     "load it in fewer bits (quantization: 4bit or 8bit, or dtype: bfloat16), or on several GPUs (device_map: auto)"
 )
+_TOLD: set[str] = set()
+"""Reasons for the plain path that were given in this process."""
 
 _Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
 """Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
 
 
-class _Slot(NamedTuple):
-    """A place at which an answer is read."""
-
-    tokens: list[int]
-    """What stands before it in the assistant's turn."""
-    closed: str
-    """The same as text, with one of the answers behind it."""
-
-
 class TransformersVLM:
-    """A Qwen2.5-VL or Qwen3-VL in transformers, on one device.
+    """A vision-language model in transformers, on one device; `families` says which, and what each can use.
 
-    Chats that are equal (several thoughts about one question) share their prompt's computation, and each image goes
-    through the vision tower once, however many chats it is in: see `prefix` and `vision`. For that the model takes
-    layouts from now on (`take_layouts`). Without one it gives what it gave, and other models are not touched.
+    Where the family allows it, chats that are equal (several thoughts about one question) share their prompt's
+    computation, and each image goes through the vision tower once, however many chats it is in: see `prefix` and
+    `vision`. For that the model takes layouts from now on (`take_layouts`). Without one it gives what it gave, and
+    other models are not touched. Elsewhere every chat is run for itself: see `plain`.
     """
 
     def __init__(
@@ -124,16 +120,23 @@ class TransformersVLM:
         self.base: str | None = None
         """The checkpoint under the adapter, where `checkpoint` is one."""
         self._told_of_unknown_words = False
+        self.family = family_of(base_model(model).config.model_type)
+        self._plain = PlainBatches(model, processor)
         self.shared_prefix = shared_prefix
         if shared_prefix and (reason := unsupported(model)):
             self.shared_prefix = False
-            logger.warning("every chat pays for its own prompt, because %s", reason)
+            if reason not in _TOLD:
+                _TOLD.add(reason)
+                logger.warning("every chat pays for its own prompt, because %s. Said once", reason)
         if self.shared_prefix:
             take_layouts(model)
             if keep_memory and base_model(model).device.type == "cpu":
                 keep_freed_memory()
+        if self.family.processor is None:
+            self._plain.check_two_images()
+        videos = processor.video_processor if self.family.clips else None
         self.features = ImageFeatures(
-            base_model(model).model, processor.image_processor, processor.video_processor, max_bytes=vision_bytes
+            base_model(model).model, processor.image_processor, videos, max_bytes=vision_bytes
         )
 
     @classmethod
@@ -306,10 +309,10 @@ class TransformersVLM:
         return draw
 
     def _read_groups(
-        self, chats: list[Chat], texts: list[str], slots: list[_Slot], ids: Tensor, likelihood: bool
+        self, chats: list[Chat], texts: list[str], slots: list[list[int]], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
         prompts, groups = self._prompts(chats, texts)
-        tokens = [torch.tensor(slot.tokens, dtype=torch.long, device=self.model.device) for slot in slots]
+        tokens = [torch.tensor(slot, dtype=torch.long, device=self.model.device) for slot in slots]
         lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
         log_probs, means = torch.empty(ids.shape), torch.zeros(len(chats))
         core = base_model(self.model)
@@ -359,6 +362,11 @@ class TransformersVLM:
     def _texts(self, chats: Sequence[Chat]) -> list[str]:
         template = self.processor.apply_chat_template
         texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
+        if not self.family.clips and any(chat.videos for chat in chats):
+            raise InputError(
+                f"a {self.family.name!r} checkpoint is not shown clips as videos here; show their frames as images, "
+                "with clips='storyboard', 'frames' or 'clip'"
+            )
         for chat, text in zip(chats, texts, strict=True):
             if chat.videos and text.count(self.processor.video_token) != len(chat.videos):
                 raise InputError(
@@ -413,44 +421,26 @@ class TransformersVLM:
     # ------------------------------------------------------------------------------------------------ plain batches
     def _plain_sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
         def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
-            inputs = self._encode([chats[place] for place in places], [texts[place] for place in places])
-            return self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            some = [chats[place] for place in places]
+            self._warn_of_unknown_words(chat.prompt for chat in some)
+            return self._plain.sample(some, [texts[place] for place in places], options)
 
         return draw
 
     def _read_copies(
-        self, chats: list[Chat], texts: list[str], slots: list[_Slot], ids: Tensor, likelihood: bool
+        self, chats: list[Chat], texts: list[str], slots: list[list[int]], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        # Written with a label behind it, a slot has the tokens that it is to have; the label's own place is not read.
-        inputs = self._encode(chats, [text + slot.closed for text, slot in zip(texts, slots, strict=True)])
-        lengths = [len(slot.tokens) for slot in slots]
-        core = base_model(self.model)
-        hidden = core.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        log_probs = next_token_logprobs(core.lm_head, hidden[:, -1], ids).cpu()
-        if not likelihood:
-            return log_probs, torch.zeros(len(chats))
-        keep = max(lengths)
-        tokens = inputs["input_ids"][:, -keep - 1 : -1]
-        before = hidden[:, -keep - 1 : -1]
-        chosen = token_logprobs(core.lm_head, before.flatten(0, 1), tokens.flatten()).view(tokens.shape)
-        from_end = torch.arange(keep, 0, -1, device=tokens.device)
-        own = (from_end <= torch.tensor(lengths, device=tokens.device)[:, None]).to(chosen.device)
-        return log_probs, ((chosen.clamp(min=LEAST_LOGPROB) * own).sum(1) / own.sum(1)).cpu()
-
-    def _encode(self, chats: Sequence[Chat], texts: Sequence[str]) -> Any:
         self._warn_of_unknown_words(chat.prompt for chat in chats)
-        media: dict[str, Any] = {"images": [picture.image for chat in chats for picture in chat.images] or None}
-        if clips := [clip for chat in chats for clip in chat.videos]:
-            frames = [[frame.image for frame in clip.frames] for clip in clips]
-            media |= {"videos": frames, "video_metadata": [*map(metadata, clips)]}
-        return self.processor(**media, text=list(texts), padding=True, return_tensors="pt").to(input_device(self.model))
+        return self._plain.read(chats, texts, slots, ids, likelihood=likelihood)
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
+        if self.family.processor is None:
+            return self._plain.placeholders()
         ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
         return [token for token in ids if token is not None]
 
-    def _at_slots(self, prefixes: Sequence[str], labels: Sequence[str]) -> tuple[list[_Slot], Tensor]:
+    def _at_slots(self, prefixes: Sequence[str], labels: Sequence[str]) -> tuple[list[list[int]], Tensor]:
         """The tokens that each prefix begins an answer with, and the answers' ids (B, A) after them.
 
         They are the tokens of prefix and answer together: a prefix's end may merge with a label, as `<answer>A` ends in
@@ -459,7 +449,7 @@ class TransformersVLM:
         Raises:
             InputError: an answer that is not one token there, or two that are the same.
         """
-        slots: list[_Slot] = []
+        slots: list[list[int]] = []
         chosen = torch.empty(len(prefixes), len(labels), dtype=torch.long)
         if not prefixes:
             return slots, chosen
@@ -476,7 +466,7 @@ class TransformersVLM:
                 raise InputError(
                     f"labels {tuple(labels)} are one token to this tokenizer; choose labels that it can tell"
                 )
-            slots.append(_Slot(slot, prefixes[row] + labels[0]))
+            slots.append(slot)
             chosen[row] = torch.tensor(ids)
         return slots, chosen
 

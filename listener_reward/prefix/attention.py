@@ -21,7 +21,7 @@ from transformers.integrations import sdpa_attention
 
 from listener_reward.errors import InputError
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Architectures whose positions and attention this engine is tested with, token by token."""
 
 KERNELS = ("sdpa", "flex")
