@@ -7,7 +7,7 @@ runs instead. Work is refused (`require`) only where trl's code cannot stand in.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -75,6 +75,12 @@ def lacks_fused_head(model: Any) -> str | None:
     if missing := [name for name in ("log_probs", "entropy") if name not in has]:
         return f"the output of trl {trl.__version__}'s fused head has no {' and no '.join(missing)}, {_TESTED}"
     return None
+
+
+def dropped_inputs(made: Iterable[str]) -> list[str]:
+    """Which of the model's inputs, by the names that its processor gives them, trl leaves out of training's passes."""
+    handed_on = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    return sorted(set(made) - set(handed_on))
 
 
 def require(owner: Any, name: str, expected: Sequence[str]) -> None:

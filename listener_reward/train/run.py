@@ -23,7 +23,7 @@ from listener_reward.train.trainer import ListenerGRPOTrainer, check_resumable, 
 
 logger = logging.getLogger(__name__)
 
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_TARGETS = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """LoRA on the language model's projections; `all-linear` would also adapt the vision tower."""
 
 

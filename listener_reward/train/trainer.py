@@ -17,7 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
+import trl
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -50,7 +52,7 @@ from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, take_layouts, unsupported
 from listener_reward.trace import Trace
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
-from listener_reward.train.guard import changes, lacks_fused_head
+from listener_reward.train.guard import changes, dropped_inputs, lacks_fused_head
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
@@ -108,6 +110,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self.card = replace(self.card, listener_grounding=args.listener_grounding)
         processor = load_policy_processor(folder)
         limit_pixels(processor, args.max_pixels)
+        _refuse_dropped_inputs(folder, processor, self.card)
         reserved = reserved_tokens(processor.tokenizer)
         own_base = listener is None and args.listener == OWN_BASE
         if own_base and peft_config is None:
@@ -532,6 +535,19 @@ def load_policy_processor(model: str) -> Any:
     if processor.chat_template is None:
         raise InputError(f"the checkpoint {model!r} has no chat template; add its chat_template.jinja to the folder")
     return processor
+
+
+def _refuse_dropped_inputs(model: str, processor: Any, card: Card) -> None:
+    """Refuses a model with inputs of its own that trl does not know: it would be trained on other images than shown."""
+    stills = PIL.Image.new("RGB", (64, 48)), PIL.Image.new("RGB", (48, 64))
+    chat = card.format.chat("", *stills)
+    text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
+    made = processor(text=[text], images=[[picture.image for picture in chat.images]], return_tensors="pt")
+    if dropped := dropped_inputs(made):
+        raise InputError(
+            f"the checkpoint {model!r} cannot be trained: trl {trl.__version__} does not hand its inputs "
+            f"{', '.join(dropped)} on to the model. It can judge and listen as it is"
+        )
 
 
 def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listener | None:
