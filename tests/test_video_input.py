@@ -245,7 +245,7 @@ def test_prompts_are_those_of_the_stock_processor_and_positions_those_of_the_mod
     texts = vlm._texts(chats)
     assert texts[0].count("<|video_pad|>") == 2, "the prompt's own is no placeholder"
     (prompt,), _ = vlm._prompts(chats, texts)
-    inputs = vlm._encode(chats, texts)
+    inputs = vlm._plain.encode(chats, texts)
     assert torch.equal(prompt.ids, inputs["input_ids"][0])
     keys = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
     expected, _ = vlm.model.model.get_rope_index(**{key: inputs[key] for key in keys if key in inputs})

@@ -77,9 +77,10 @@ class PlainBatches:
         if (first := self.tokenizer.bos_token) and all(text.startswith(first) for text in texts):
             media["add_special_tokens"] = False  # the template has written the first token, and one is enough
         inputs = self.processor(**media, text=list(texts), padding=True, return_tensors="pt")
-        # In one dtype, which some vision towers do not see to.
         device, dtype = input_device(self.model), base_model(self.model).dtype
-        return {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
+        # Some vision towers do not see to their input's dtype. Times of a clip's frames stay as they are.
+        pixels = {name for name in inputs if name.startswith("pixel_values")}
+        return {name: x.to(device, dtype if name in pixels else x.dtype) for name, x in inputs.items()}
 
     def sample(self, chats: Sequence[Chat], texts: Sequence[str], options: dict[str, Any]) -> Tensor:
         """Token ids (n, longest completion) of one completion for each chat, under `generate`'s options."""
