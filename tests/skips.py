@@ -16,6 +16,7 @@ EXPECTED = {
     "DeepSpeed is not installed: pip install deepspeed": 16,
     "FlexAttention has a backward pass on CUDA alone": 2,
     "Ray is not installed": 1,
+    "Qwen's vocabulary is not here: QWEN_VOCABULARY names no wheel of dashscope": 3,
     "TRL_DDPO_PYTHON names no interpreter with trl<=0.23.1": 2,
     "Qwen's vocabulary is not here: QWEN_VOCABULARY names no wheel of dashscope": 12,  # a step of .ci/run has it
     # Public data, which is not in the repository.

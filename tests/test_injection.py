@@ -5,9 +5,12 @@ The attacks are those of benchmarks/injection.py, which measures what they do to
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 import unicodedata
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,7 +217,7 @@ def test_no_prompt_adds_a_tag_where_tags_are_plain_text(family):
     assert_prompts_are_text(build_processor(family), ChatFormat())
 
 
-def assert_prompts_are_text(processor: Any, chat_format: ChatFormat) -> None:
+def assert_prompts_are_text(processor: Any, chat_format: ChatFormat, fuzzed: int = 300) -> None:
     own = reserved_tokens(processor.tokenizer)
     reserved = chat_format.reserved(own)
 
@@ -225,7 +228,7 @@ def assert_prompts_are_text(processor: Any, chat_format: ChatFormat) -> None:
     plain = render(PLAIN)
     before, after = plain.split(PLAIN)
     assert plain.count("<|image_pad|>") == 2
-    for attack in (*PROMPT_ATTACKS.values(), *thought_attacks(), *fuzz(sorted(reserved))):
+    for attack in (*PROMPT_ATTACKS.values(), *thought_attacks(), *fuzz(sorted(reserved), fuzzed)):
         text = render(attack)
         assert text.startswith(before) and text.endswith(after)
         assert_same_marks(text, plain, processor.tokenizer, reserved)
@@ -235,16 +238,72 @@ def assert_prompts_are_text(processor: Any, chat_format: ChatFormat) -> None:
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_thought_leaves_its_place(family, normalized, tags):
-    tokenizer = build_processor(family, *tags, normalized=normalized).tokenizer
-    chat_format, own = ChatFormat(), reserved_tokens(tokenizer)
+    assert_thoughts_are_text(build_processor(family, *tags, normalized=normalized).tokenizer, ChatFormat())
+
+
+def assert_thoughts_are_text(tokenizer: Any, chat_format: ChatFormat, fuzzed: int = 300) -> None:
+    own = reserved_tokens(tokenizer)
     reserved = chat_format.reserved(own)
-    attacks = [*thought_attacks(), *PROMPT_ATTACKS.values(), *fuzz(sorted(reserved))]
+    attacks = [*thought_attacks(), *PROMPT_ATTACKS.values(), *fuzz(sorted(reserved), fuzzed)]
     completions = [f"<think>{attack}</think><answer>1</answer>" for attack in attacks]
     attacks += [parse(completion, chat_format).thought for completion in completions]
     plain = chat_format.answer_slot(PLAIN)
     for text in as_listened_to(attacks, chat_format, own):
         assert text.startswith("<think>") and text.endswith("</think><answer>")
         assert_same_marks(text, plain, tokenizer, reserved)
+
+
+# ---------------------------------------------------------------- Qwen's real vocabularies
+
+REAL = {"qwen2_5_vl": "", "qwen3_vl": "", "qwen3_vl_thinking": "<think>\n"}
+"""Kind of checkpoint, and what its generation prompt opens of the answer."""
+
+FUZZED = int(os.environ.get("FUZZED", "100"))
+"""Fuzzed texts for each real vocabulary, in prompts and in thoughts; none of 3,000 got through."""
+
+
+@pytest.fixture(scope="module")
+def real_tokenizers() -> Any:
+    """`real_tokenizers(kind)`: Qwen's tokens, ids, splitting and added tokens, from the vocabulary in a public package.
+
+    Its 150,000 merges are worked out once: it takes seconds.
+    """
+    tool = Path(__file__).resolve().parents[2] / "shared" / "tools" / "real_vocabulary.py"
+    vocabulary = os.environ.get("QWEN_VOCABULARY")
+    if not tool.exists() or not (vocabulary or importlib.util.find_spec("dashscope")):
+        pytest.skip("Qwen's vocabulary is not here: QWEN_VOCABULARY names no wheel of dashscope")
+    spec = importlib.util.spec_from_file_location("real_vocabulary", tool)
+    assert spec is not None and spec.loader is not None
+    real: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real)
+    core = real.build_tokenizer(real.read_ranks(vocabulary), real.PLAIN).to_str()
+
+    def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+        made: Any = Tokenizer.from_str(core)
+        plain = real.KINDS[kind][0].split()
+        made.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+        assert made.token_to_id("<|image_pad|>") == 151655
+        assert made.token_to_id("</think>") == (None if kind == "qwen2_5_vl" else 151668)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+        )
+
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_nothing_gets_through_in_a_real_vocabulary(real_tokenizers, kind):
+    tokenizer = real_tokenizers(kind)
+    processor = build_processor(kind.removesuffix("_thinking"))
+    processor.tokenizer = tokenizer
+    opens = REAL[kind].replace("\n", "\\n")
+    processor.chat_template += "{% if add_generation_prompt %}{{ '" + opens + "' }}{% endif %}"
+    assert_prompts_are_text(processor, ChatFormat(), FUZZED)
+    assert_thoughts_are_text(tokenizer, ChatFormat(), FUZZED)
+    added = set(tokenizer.get_added_vocab().values())
+    raw = [text.encode("utf-8", "replace").decode() for text in (*PROMPT_ATTACKS.values(), *THOUGHT_ATTACKS.values())]
+    attacks = sum(bool(added & set(tokenizer(text)["input_ids"])) for text in raw)
+    assert attacks >= (20 if kind == "qwen2_5_vl" else 30), "Qwen2.5's tags are plain text, the rest are attacks"
 
 
 def test_a_kelvin_sign_is_a_k_to_the_tokenizer():
@@ -303,7 +362,7 @@ def test_placeholders_stand_where_the_template_put_them(vlm):
     for row, (asked, text) in enumerate(zip(chats, texts, strict=True)):
         prompt = by_row[row]
         assert torch.equal((prompt.ids == vlm.model.config.image_token_id).nonzero().flatten(), places), row
-        assert torch.equal(prompt.ids, vlm._encode([asked], [text])["input_ids"][0]), row  # the stock processor's
+        assert torch.equal(prompt.ids, vlm._plain.encode([asked], [text])["input_ids"][0]), row  # the stock processor's
         assert prompt.images == by_row[0].images
 
 
