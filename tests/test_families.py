@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,10 @@ def test_a_video_processor_that_torchvision_would_run_is_saved_again(once, tmp_p
         known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
         (folder / file).write_text(json.dumps(known | saved))
     load_processor(folder).save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"] == settings
+    saved = json.loads((tmp_path / "again" / "processor_config.json").read_text())["video_processor"]
+    assert settings.items() <= saved.items()  # torchvision's own processor has more
+    if not find_spec("torchvision"):
+        assert saved == settings
 
 
 # ---------------------------------------------------------------- refusals

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
@@ -126,7 +126,7 @@ def _idefics(kind: str, name: str, named: dict[str, str], **pixels: Any) -> Tiny
 
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH}
 
-TINY: dict[str, Callable[[], Tiny]] = {
+_ALL: dict[str, Callable[[], Tiny]] = {
     "qwen3_vl_moe": lambda: _qwen3("qwen3_vl_moe", **EXPERTS),
     "qwen3_5": lambda: _qwen3("qwen3_5", **LINEAR),
     "qwen3_5_moe": lambda: _qwen3("qwen3_5_moe", **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
@@ -256,7 +256,9 @@ TINY: dict[str, Callable[[], Tiny]] = {
         more=("<image>",),
     ),
 }
-"""By `model_type`; Qwen2.5-VL is the tiny judge's own, and Qwen3-VL is tested beside it."""
+TINY = {kind: make for kind, make in _ALL.items() if kind in CONFIG_MAPPING}
+"""By `model_type`, those of the installed transformers. Qwen2.5-VL is the tiny judge's own, and Qwen3-VL is tested
+beside it."""
 
 
 def build(kind: str, folder: Path, **card: Any) -> None:
