@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from listener_reward.card import Card
+from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
+from listener_reward.models.processing import load_processor
+from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.tiny.models import QUESTION
 from listener_reward.train.merging import merge_judge
 from listener_reward.train.rounding import rounding_of, together
+from listener_reward.train.run import LORA_TARGETS
 
 STEP = 2.0**-7
 """From one bfloat16 to the next, between 1 and 2."""
@@ -130,3 +136,43 @@ def test_the_command_tells_first_and_then_writes(trained: Any, tmp_path: Path):
     assert told["out"] == str(out) and told["kept"] > 0.99 and told["unchanged"] < 0.01
     assert {"module", "kept", "error", "unchanged"} == set(told["modules"][0])
     assert (out / "model.safetensors").exists()
+
+
+def test_an_unmerged_adapter_loses_nothing_but_what_bfloat16_rounds_in_any_pass(random_judge: Path, tmp_path: Path):
+    """Its effect on the answer's log-odds, of a size that merging into bfloat16 mostly loses."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(random_judge, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    processor = load_processor(random_judge)
+    processor.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    wrapped: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS))
+    for name, weight in wrapped.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+        if "lora_B" in name:
+            weight.data = (torch.rand(weight.shape) * 2 - 1) * 1e-4
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "adapter")
+
+    chat_format = ChatFormat(question=QUESTION)
+    chat = chat_format.chat("two red circles", Image.new("RGB", (48, 48), "red"), Image.new("RGB", (48, 48), "blue"))
+    words = [word for word in sorted(processor.tokenizer.get_vocab()) if word.isalpha()][:16]
+    slots = [chat_format.answer_slot(f"The {word} one is better .") for word in words]
+
+    def odds(vlm: TransformersVLM) -> torch.Tensor:
+        found = vlm.label_logprobs([chat] * len(slots), slots, chat_format.labels).double()
+        return found[:, 0] - found[:, 1]
+
+    def with_and_without(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+        vlm = TransformersVLM.from_pretrained(tmp_path / "adapter", device="cpu", dtype=dtype)
+        return odds(vlm), odds(vlm.without_adapters(think_tag="<think>"))
+
+    exact, base = with_and_without("float32")
+    rounded, rounded_base = with_and_without("bfloat16")
+    effect, own = (exact - base).norm(), (rounded_base - base).norm()
+    assert ((rounded - rounded_base) - (exact - base)).norm() <= 2 * own, "as much as two passes without an adapter"
+
+    model = wrapped.merge_and_unload().bfloat16().float()
+    lost = (odds(TransformersVLM(model, processor)) - exact).norm() / effect
+    kept = TransformersVLM.from_pretrained(tmp_path / "adapter", device="cpu", dtype="float32")
+    assert torch.equal(odds(kept), exact) and lost > 0.3, "the base's weights are bfloat16's in both"
