@@ -1,4 +1,4 @@
-"""Vision-language models of other families, tiny and random: right answers at the slot, and refusals for the reason."""
+"""Vision-language models of many families, tiny and random: right answers at the slot, and refusals for the reason."""
 
 from __future__ import annotations
 

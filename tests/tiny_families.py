@@ -1,4 +1,4 @@
-"""Checkpoints of other families, tiny and random, in the file layout of the Hub.
+"""Checkpoints of many families, tiny and random, in the file layout of the Hub.
 
 The configurations have each family's own parts: tiles of an image, tokens around it, sliding windows, experts, linear
 attention. The vocabulary is that of the tiny judge, with the family's special tokens.
@@ -87,12 +87,15 @@ def _qwen3(kind: str, **text: Any) -> Tiny:
     if kind.startswith("qwen3_vl"):
         vision |= {"deepstack_visual_indexes": [0, 1]}
     rope = ROPE | {"mrope_interleaved": True} | ({} if kind.startswith("qwen3_vl") else {"partial_rotary_factor": 1.0})
-    config = {"model_type": kind, "text_config": TEXT | {"rope_parameters": rope} | text, "vision_config": vision}
+    return _qwen(kind, TEXT | {"rope_parameters": rope} | text, vision, "Qwen3VLProcessor")
+
+
+def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any], processor: str) -> Tiny:
     return Tiny(
-        config,
+        {"model_type": kind, "text_config": text, "vision_config": vision},
         dict(zip(QWEN_IDS, QWEN_TOKENS, strict=True)),
         ("Qwen2VLImageProcessorPil", QWEN_PIXELS),
-        {"processor_class": "Qwen3VLProcessor"},
+        {"processor_class": processor},
         "<|vision_start|><|image_pad|><|vision_end|>",
         ("<|im_start|>ROLE\n", "<|im_end|>\n"),
         more=QWEN_TOKENS,
@@ -127,30 +130,30 @@ def _idefics(kind: str, name: str, named: dict[str, str], **pixels: Any) -> Tiny
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH}
 
 _ALL: dict[str, Callable[[], Tiny]] = {
+    "qwen2_5_vl": lambda: _qwen(
+        "qwen2_5_vl",
+        TEXT | {"rope_parameters": ROPE},
+        QWEN_VISION | {"window_size": 56, "fullatt_block_indexes": [1]},
+        "Qwen2_5_VLProcessor",
+    ),
+    "qwen3_vl": lambda: _qwen3("qwen3_vl"),
     "qwen3_vl_moe": lambda: _qwen3("qwen3_vl_moe", **EXPERTS),
     "qwen3_5": lambda: _qwen3("qwen3_5", **LINEAR),
     "qwen3_5_moe": lambda: _qwen3("qwen3_5_moe", **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
-    "qwen2_vl": lambda: Tiny(
+    "qwen2_vl": lambda: _qwen(
+        "qwen2_vl",
+        TEXT | {"rope_parameters": ROPE},
         {
-            "model_type": "qwen2_vl",
-            "text_config": TEXT | {"rope_parameters": ROPE},
-            "vision_config": {
-                "depth": 2,
-                "embed_dim": 32,
-                "hidden_size": 64,
-                "num_heads": 2,
-                "mlp_ratio": 2,
-                "patch_size": PATCH,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
         },
-        dict(zip(QWEN_IDS, QWEN_TOKENS, strict=True)),
-        ("Qwen2VLImageProcessorPil", QWEN_PIXELS),
-        {"processor_class": "Qwen2VLProcessor"},
-        "<|vision_start|><|image_pad|><|vision_end|>",
-        ("<|im_start|>ROLE\n", "<|im_end|>\n"),
-        more=QWEN_TOKENS,
+        "Qwen2VLProcessor",
     ),
     "internvl": lambda: Tiny(
         {
@@ -257,8 +260,7 @@ _ALL: dict[str, Callable[[], Tiny]] = {
     ),
 }
 TINY = {kind: make for kind, make in _ALL.items() if kind in CONFIG_MAPPING}
-"""By `model_type`, those of the installed transformers. Qwen2.5-VL is the tiny judge's own, and Qwen3-VL is tested
-beside it."""
+"""By `model_type`, those of the installed transformers."""
 
 
 def build(kind: str, folder: Path, **card: Any) -> None:
