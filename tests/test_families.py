@@ -228,6 +228,17 @@ def test_clips_as_videos_are_refused_and_frames_are_not(once):
     assert torch.isfinite(vlm.label_logprobs([shown], [FORMAT.answer_slot("")], FORMAT.labels)).all()
 
 
+@pytest.mark.skipif("qwen3_5" not in tiny_families.TINY, reason="this transformers has no Qwen3.5")
+def test_qwen3_5_watches_clips_by_the_plain_path(once):
+    vlm = TransformersVLM.from_pretrained(built(once, "qwen3_5"), device="cpu")
+    one, other = (Clip(FORMAT.chat("", noise(seed), noise(seed + 1)).images, (0.0, 1.0)) for seed in (0, 2))
+    chats = [FORMAT.chat("one", *shown, reserved=vlm.reserved) for shown in ((one, other), (other, one))]
+    found = vlm.label_logprobs(chats, [FORMAT.answer_slot("")] * 2, FORMAT.labels)
+    alone = vlm.label_logprobs(chats[:1], [FORMAT.answer_slot("")], FORMAT.labels)
+    torch.testing.assert_close(found[:1], alone, atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-4, "the order of the clips must count"
+
+
 def test_a_template_that_leaves_images_out_is_refused(once, tmp_path):
     folder = shutil.copytree(built(once, "llava"), tmp_path / "llava")
     template = folder / "chat_template.jinja"

@@ -314,6 +314,7 @@ def chat_template(tiny: Tiny) -> str:
     opened = "{{ '" + opens.replace("ROLE", "' + message.role + '") + "' }}"
     asked = "{{ '" + opens.replace("ROLE", "assistant") + "' }}"
     image = tiny.image.replace("\n", "\\n")
+    video = image.replace("image_pad", "video_pad") if "<|video_pad|>" in tiny.more else "<video>"
     return (
         ("{{ '" + tiny.bos + "' }}" if tiny.bos and not tiny.turns[0].startswith(tiny.bos) else "")
         + "{% for message in messages %}"
@@ -321,7 +322,9 @@ def chat_template(tiny: Tiny) -> str:
         + "{% if message.content is string %}{{ message.content }}{% else %}"
         + "{% for block in message.content %}{% if block.type == 'image' %}{{ '"
         + image
-        + "' }}{% elif block.type == 'video' %}{{ '<video>' }}{% else %}{{ block.text }}{% endif %}{% endfor %}"
+        + "' }}{% elif block.type == 'video' %}{{ '"
+        + video
+        + "' }}{% else %}{{ block.text }}{% endif %}{% endfor %}"
         + "{% endif %}{{ '"
         + closes
         + "' }}{% endfor %}{% if add_generation_prompt %}"
