@@ -89,9 +89,11 @@ def limit_pixels(processor: Any, max_pixels: int | None) -> None:
     """
     if max_pixels is None:
         return
-    size: Any = processor.image_processor.size
+    size: Any = processor.image_processor.size  # numbers of pixels in Qwen's processors, and lengths of edges in others
     least = size.get("shortest_edge") if hasattr(size, "get") else getattr(size, "shortest_edge", None)
-    if least is None or not hasattr(processor.image_processor, "merge_size"):  # Qwen's, whose sizes are numbers of pixels
+    if least is None or not hasattr(
+        processor.image_processor, "merge_size"
+    ):  # Qwen's, whose sizes are numbers of pixels
         raise InputError(f"max_pixels is {max_pixels}, and the checkpoint's processor has no such limit; leave it out")
     if max_pixels < least:
         raise InputError(f"max_pixels is {max_pixels}, less than the processor's least, {least}; give at least that")
