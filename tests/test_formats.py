@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers import PreTrainedTokenizerFast
 
 from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat
 from listener_reward.errors import FormatWarning, InputError, JudgeError
@@ -25,6 +25,7 @@ from listener_reward.evaluate.run import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
 from listener_reward.misfits import Misfits
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward

@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -41,6 +40,7 @@ from transformers import (
 from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat, neutralise, reserved_tokens
 from listener_reward.listener import Listener
 from listener_reward.media.images import to_picture
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.trace import Trace, mask_verdict, parse

@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -32,6 +31,7 @@ from listener_reward.evaluate import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, load_listener
 from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward

@@ -102,8 +102,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 NEEDS = {
     "data": "datasets scoring",
     "judge": "bench formats judge listener models.auto_processing models.families models.head models.memory "
-    "models.placement models.plain models.processing models.transformers_vlm models.video_processing "
-    "models.vision models.vlm peers.scorers plan prefix tiny.models",
+    "models.older_transformers models.placement models.plain models.processing models.transformers_vlm "
+    "models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "plot": "evaluate.plotting",

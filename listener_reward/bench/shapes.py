@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor
 from listener_reward.tiny.models import CHAT_TEMPLATE, build_tokenizer
 from listener_reward.tiny.world import COLORS, COUNTS, SHAPES

@@ -1,9 +1,9 @@
-"""Processors of the Qwen-VL family that work without torchvision.
+"""Processors of the Qwen-VL family, which work without torchvision too.
 
-Stock `AutoProcessor` cannot build a Qwen-VL processor where torchvision is missing, because its video processor needs
-it. The processors here have only an image processor, which reads videos too (`video_processing`), and they write what
-the stock video processor wants into what they save, so that a checkpoint saved here loads with stock transformers
-elsewhere.
+What turns pictures into patches is transformers' own: with torchvision its image and video processors, without it its
+image processor for Pillow. Stock `AutoProcessor` cannot build a Qwen-VL processor where torchvision is missing, because
+its video processor needs it. The processors here are built without one, then get one (`video_processing`), and write
+its settings into what they save, so that a checkpoint saved here loads with stock transformers elsewhere.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from listener_reward.models.adapters import base_of, brings_processor, options_o
 from listener_reward.models.auto_processing import load_auto_processor
 from listener_reward.models.families import family_of
 from listener_reward.models.hub import loading
+from listener_reward.models.older_transformers import for_pictures
 from listener_reward.models.templates import check_template
-from listener_reward.models.video_processing import ClipProcessor
+from listener_reward.models.video_processing import ClipProcessor, load_video_processor
 
 _MIXIN: Any = ProcessorMixin
 """As `Any`: transformers types its own arguments in part only."""
@@ -85,6 +86,7 @@ class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
     stock_video_processor = "Qwen2VLVideoProcessor"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        image_processor = for_pictures(image_processor)
         _name_special_tokens(self, tokenizer)
         _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
@@ -100,6 +102,7 @@ class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
     stock_video_processor = "Qwen3VLVideoProcessor"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        image_processor = for_pictures(image_processor)
         _name_special_tokens(self, tokenizer)
         _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
@@ -144,7 +147,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
             if isinstance(template, str):
                 check_template(template)
         if ours is not None:
-            processor.video_processor = ClipProcessor.from_pretrained(
+            processor.video_processor = load_video_processor(
                 processor.stock_video_processor, processor.image_processor, model, **kwargs
             )
     return processor

@@ -28,6 +28,7 @@ from listener_reward.models.families import family_of
 from listener_reward.models.head import next_token_logprobs, token_logprobs
 from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.memory import Footprint, out_of_memory, patch_bytes, tokens_of
+from listener_reward.models.older_transformers import video_texts
 from listener_reward.models.options import MEMORY, Quantization, as_bytes
 from listener_reward.models.placement import limit_pixels, placement
 from listener_reward.models.plain import PlainBatches
@@ -352,8 +353,7 @@ class TransformersVLM:
         image_grids, video_grids = _grids(images), _grids(videos)
         text = _filled(text, processor.image_token, [processor.image_token * len(image.features) for image in images])
         inputs = {"video_grid_thw": video_grids, "video_metadata": [metadata(clip) for clip in clips]}
-        written = [processor.replace_video_token(inputs, place) for place in range(len(clips))]
-        text = _filled(text, processor.video_token, written)
+        text = _filled(text, *video_texts(processor, inputs, text))
         ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
         grids = [None if each is None else each.to(ids.device) for each in (image_grids, video_grids)]
         spacing = seconds_per_patch(clips, processor).to(ids.device) if clips else None

@@ -1,4 +1,6 @@
-"""The video processors of the Qwen-VL family without torchvision: frames to patches by way of the image processor.
+"""The video processors of the Qwen-VL family, with torchvision and without.
+
+With torchvision they are transformers' own. Without it frames become patches by way of the image processor.
 
 Stock `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor` differ from the image processor in two things: how large a
 frame becomes, and that a patch spans two neighbouring frames where an image's spans the same picture twice. So the
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from listener_reward.errors import missing
 
@@ -21,9 +23,9 @@ if fault := missing("judge", "a model in this process"):
     raise fault
 
 import torch
+import transformers
 from PIL import Image
 from transformers import BatchFeature
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_whole
 from transformers.utils.constants import (
     IMAGENET_STANDARD_MEAN,
@@ -31,10 +33,11 @@ from transformers.utils.constants import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
-from transformers.video_processing_utils import VideoProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 from listener_reward.media.clips import Clip, assumed_times, spacing_of
+from listener_reward.models.older_transformers import VideoSettings, smart_resize
 
 _STOCK: dict[str, dict[str, Any]] = {
     "Qwen2VLVideoProcessor": {
@@ -82,8 +85,8 @@ class ClipProcessor:
         config = {name: getattr(images, name) for name in _PATCHES}  # the vision tower reads both
         config |= _STOCK[self.stock] | {name: saved[name] for name in _KEPT if saved.get(name) is not None}
         size = dict(config["size"])
-        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):  # Qwen2.5-VL's names
-            if saved.get(name) is not None:
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if self.stock == "Qwen2VLVideoProcessor" and saved.get(name) is not None:  # the other does not read them
                 size[edge] = saved[name]
         return config | {"size": size}
 
@@ -102,7 +105,7 @@ class ClipProcessor:
     @classmethod
     def from_pretrained(cls, stock: str, image_processor: Any, model: str | Path, **kwargs: Any) -> ClipProcessor:
         """With the checkpoint's own settings, from the files and in the order in which transformers looks for them."""
-        saved, _ = cast("Any", VideoProcessorMixin).get_video_processor_dict(str(model), **kwargs)
+        saved, _ = VideoSettings.get_video_processor_dict(str(model), **kwargs)
         return cls(stock, image_processor, saved)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +159,60 @@ class ClipProcessor:
         high, wide = cut["image_grid_thw"][0, 1:].tolist()
         pixels = pixels.unflatten(0, (-1, time, high * wide)).permute(0, 2, 3, 1, 4, 5)
         return pixels.flatten(0, 1).flatten(1), [len(resized) // time, high, wide]
+
+
+class StockClipProcessor:
+    """One of the two stock processors, which need torchvision, called as a `ClipProcessor` is."""
+
+    def __init__(self, stock: Any):
+        self.stock = stock
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.stock.to_dict()
+
+    @property
+    def patch_size(self) -> int:
+        return self.stock.patch_size
+
+    @property
+    def temporal_patch_size(self) -> int:
+        return self.stock.temporal_patch_size
+
+    @property
+    def merge_size(self) -> int:
+        return self.stock.merge_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config
+
+    def __call__(
+        self,
+        videos: Sequence[Sequence[Image.Image]],
+        *,
+        video_metadata: Sequence[VideoMetadata] | None = None,
+        **_: Any,
+    ) -> BatchFeature:
+        """As a `ClipProcessor`'s."""
+        if video_metadata is None:
+            video_metadata = [metadata_of(assumed_times(len(frames))) for frames in videos]
+        return self.stock(
+            [list(frames) for frames in videos],
+            video_metadata=list(video_metadata),
+            do_sample_frames=False,
+            return_metadata=True,
+            return_tensors="pt",
+        )
+
+
+def load_video_processor(
+    stock: str, image_processor: Any, model: str | Path, **kwargs: Any
+) -> ClipProcessor | StockClipProcessor:
+    """The video processor of a checkpoint: transformers' class `stock`, or one that stands for it."""
+    if not is_torchvision_available():
+        return ClipProcessor.from_pretrained(stock, image_processor, model, **kwargs)
+    saved, _ = VideoSettings.get_video_processor_dict(str(model), **kwargs)
+    return StockClipProcessor(getattr(transformers, stock).from_dict(saved))
 
 
 def metadata(clip: Clip) -> VideoMetadata:

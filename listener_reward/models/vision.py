@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from listener_reward.media.clips import Clip, Visual
+from listener_reward.models.older_transformers import give_features, parts_of, take_features
 
 MAX_PATCHES = 16384
 """Patches that the vision tower sees in one pass: about ten images of 512 pixels."""
@@ -59,6 +60,7 @@ class ImageFeatures:
                 comes.
             max_bytes: how much of the features to keep between calls.
         """
+        take_features(core)
         self.core = core
         self.image_processor = image_processor
         self.video_processor = video_processor
@@ -113,8 +115,9 @@ class ImageFeatures:
                 output = features_of(
                     pixels[first:last].to(self.core.device), grids[some.start : some.stop].to(self.core.device)
                 )
-            layers = zip(*(getattr(output, "deepstack_features", None) or ()), strict=True)
-            deeper = list(layers) or [()] * len(some)
+            sizes = [len(features) for features in output.pooler_output]
+            layers = [parts_of(layer, sizes) for layer in getattr(output, "deepstack_features", None) or ()]
+            deeper = list(zip(*layers, strict=True)) or [()] * len(some)
             for row, features, more in zip(some, output.pooler_output, deeper, strict=True):
                 encoded.append(Encoded(grids[row], features.clone(), tuple(layer.clone() for layer in more)))
         return encoded
@@ -159,12 +162,12 @@ def as_encoder_output(encoded: Iterable[Encoded]) -> dict[str, Any]:
     kinds: dict[str, list[Encoded]] = {}
     for entry in encoded:
         kinds.setdefault("video" if entry.moving else "image", []).append(entry)
-    outputs = {}
+    outputs: dict[str, Any] = {}
     for kind, entries in kinds.items():
         deeper = [list(layer) for layer in zip(*(entry.deeper for entry in entries), strict=True)]
         features: Any = [entry.features for entry in entries]
         outputs[kind] = EncoderOutput(pooler_output=features, deepstack_features=deeper)
-    return {"mm_encoder_outputs": outputs} if outputs else {}
+    return give_features(outputs)
 
 
 def _runs(sizes: Sequence[int], budget: int) -> Iterable[range]:

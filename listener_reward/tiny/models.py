@@ -12,9 +12,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
 )
 
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
 from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES
 

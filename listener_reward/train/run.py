@@ -180,7 +180,7 @@ def _leave(trainer: ListenerGRPOTrainer) -> None:
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
-    trainer.end()
+    trainer.accelerator.end_training()  # what later releases call trainer.end()
 
 
 def checkpoint_to_resume(args: ListenerGRPOConfig) -> str | None:

@@ -283,7 +283,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         fallen = dict.fromkeys(("share_rollout", "share_logprobs", "share_groups"), reason) if reason else {}
         if self.use_vllm:
             fallen.setdefault("share_rollout", "vLLM samples, and shares prefixes by itself")
-        if self.aux_loss_enabled:
+        if getattr(self, "aux_loss_enabled", False):  # not in every trl
             fallen.setdefault("share_logprobs", "the load-balancing loss of experts wants every copy")
         fallen = self.left_to_trl | fallen
         if lacking := lacks_fused_head(base_model(policy)):
