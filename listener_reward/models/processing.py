@@ -54,6 +54,7 @@ class _EachImageOnce:
 
     It goes by the object, so that a look at pixels costs nothing; a group's rows share theirs where images are decoded
     once. Overrides a step of transformers' own `__call__`, and hands on exactly what that would have made.
+    Releases up to 5.6 have no such step, and preprocess every copy.
     """
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
