@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen3VLConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from listener_reward.bench.shapes import SHAPES_BY_NAME
 from listener_reward.card import Card
@@ -16,6 +15,7 @@ from listener_reward.errors import InputError
 from listener_reward.media.images import MAX_SIDE
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import hub_options, loading, resolve
+from listener_reward.models.older_transformers import smart_resize
 from listener_reward.models.processing import load_processor
 from listener_reward.plan.passes import GRID
 
