@@ -19,19 +19,21 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from listener_reward.batching import BatchingJudge
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.models.options import MODEL_OPTIONS, check_options
 from listener_reward.pairs import check_prompts
-from listener_reward.ranking import PRIOR_STD, Ranking, RankingJudge, first_equal, fit_bradley_terry, pairings, rank_by
+from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
 from listener_reward.verdict import PairJudge, Verdict
 
@@ -75,7 +77,8 @@ class ListenerReward:
     """Scores images for their prompts: `reward(images, prompts, metadata) -> (scores, info)`.
 
     A `ListenerReward` is a plain callable: no gradient, thread-safe. It pickles by its configuration and the reference
-    images it has kept, so a copy scores on the same scale. The judge is loaded on first use.
+    images it has kept, so a copy scores on the same scale. The judge is loaded on first use. Calls that come while the
+    judge is busy are judged together afterwards; see `BatchingJudge`, of which rewards that share a judge need one.
     """
 
     __name__ = "listener_reward"  # trainers name a reward in their logs by this
@@ -142,11 +145,16 @@ class ListenerReward:
         self.judge_options = judge_options
         # The first image of each prompt, as PNG: raw pixels are ten times that.
         self._kept: dict[str, Kept] | ReferenceFile = {} if state is None else ReferenceFile(state)
-        self._loaded: PairJudge | None = None
+        self._loaded: BatchingJudge | None = None  # a judge holds one model on one device: one caller at a time
         self._device = _current_gpu()
-        self._forked: Literal["while it scored", "before"] | None = None  # when this process was, from one that had it
-        self._lock = threading.Lock()  # a judge holds one model on one device: one caller at a time
+        self._forked = False
+        self._begin()
         _MADE.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # of all that is kept here; not held while the judge works
+        self._opening: set[str] = set()  # prompts whose first image is being scored, and not their reference yet
+        self._opened = threading.Condition(self._lock)
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Any = None
@@ -179,11 +187,11 @@ class ListenerReward:
         """
         pictures = to_visuals(images)
         groups = _group_by_prompt(prompts, len(pictures))
-        with self._lock:
-            tasks = [self._plan(prompt, [pictures[b] for b in members]) for prompt, members in groups.items()]
+        with self._planned({prompt: [pictures[b] for b in members] for prompt, members in groups.items()}) as tasks:
             verdicts = iter(self._ask(self._get_judge(), [match for task in tasks for match in task.matches()]))
             # Only now: a call that raised must not leave its image as the prompt's reference.
-            self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
+            with self._lock:
+                self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
 
         table = np.zeros((len(pictures), 1 + len(INFO)), dtype=np.float32)
         for task, members in zip(tasks, groups.values(), strict=True):
@@ -202,19 +210,12 @@ class ListenerReward:
 
     def rank(self, prompt: str, images: Any, *, budget: int | None = None) -> Ranking:
         """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
-        visuals = to_visuals(images)
-        with self._lock:
-            judge = self._get_judge()
-            if isinstance(judge, RankingJudge):  # which may know more of its answers than their probabilities
-                return judge.rank(prompt, visuals, budget=budget)
-            return rank_by(judge, prompt, visuals, budget=budget)
+        return self._get_judge().rank(prompt, to_visuals(images), budget=budget)
 
     def compare(self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip) -> Verdict:
         """Judges one pair; see `Judge.compare`."""
-        with self._lock:
-            judge = self._get_judge()
-            visuals = to_visual(first, field="first"), to_visual(second, field="second")
-            return judge.compare_many([prompt], [visuals[0]], [visuals[1]])[0]
+        visuals = to_visual(first, field="first"), to_visual(second, field="second")
+        return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]])[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The reference images kept so far, one for each prompt, as the bytes of a PNG.
@@ -245,34 +246,47 @@ class ListenerReward:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._kept if isinstance(self._kept, ReferenceFile) else dict(self._kept)
-        return self.__dict__ | {"_kept": kept, "_loaded": None, "_lock": None, "_device": None, "_forked": None}
+        here = {name: None for name in ("_loaded", "_lock", "_opening", "_opened", "_device")}
+        return self.__dict__ | here | {"_kept": kept, "_forked": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _device=_current_gpu())
+        self.__dict__.update(state, _device=_current_gpu())
+        self._begin()
         _MADE.add(self)
 
-    # What follows is called with the lock held.
+    def _get_judge(self) -> BatchingJudge:
+        with self._lock:
+            if self._forked and (torch := sys.modules.get("torch")):
+                torch.set_num_threads(1)  # OpenMP's other threads were not copied, and are waited for without end
+                self._forked = False
+            if self._loaded is None:
+                judge = self._load() if isinstance(self.judge, str) else self.judge
+                self._loaded = judge if isinstance(judge, BatchingJudge) else BatchingJudge(judge, wait=0)
+            return self._loaded
 
-    def _get_judge(self) -> PairJudge:
-        if self._forked == "while it scored" and not isinstance(self.judge, str):
-            raise JudgeError(
-                "this process was forked while another thread scored, so its copy of the judge stopped halfway; give "
-                "the judge by name, which loads another, or make the reward after the fork"
-            )
-        if self._forked and (torch := sys.modules.get("torch")):
-            torch.set_num_threads(1)  # OpenMP's other threads were not copied, and are waited for without end
-            self._forked = None
-        if not isinstance(self.judge, str):
-            return self.judge
-        if self._loaded is None:
-            from listener_reward.judge import Judge  # imports torch: only once a judge is wanted
+    def _load(self) -> PairJudge:
+        from listener_reward.judge import Judge  # imports torch: only once a judge is wanted
 
-            options, asked = dict(self.judge_options), self.judge_options.get("device")
-            free = asked is None and options.get("device_map") is None
-            if self._device and (free or (str(asked) == "cuda" and self._device.startswith("cuda"))):
-                options["device"] = self._device
-            self._loaded = Judge.from_pretrained(self.judge, **options)
-        return self._loaded
+        options, asked = dict(self.judge_options), self.judge_options.get("device")
+        free = asked is None and options.get("device_map") is None
+        if self._device and (free or (str(asked) == "cuda" and self._device.startswith("cuda"))):
+            options["device"] = self._device
+        return Judge.from_pretrained(str(self.judge), **options)
+
+    @contextmanager
+    def _planned(self, groups: Mapping[str, list[Visual]]) -> Iterator[list[_Task]]:
+        """What is to be compared. Whoever comes with a prompt whose first image is being scored waits for its end."""
+        with self._opened:
+            self._opened.wait_for(lambda: self._opening.isdisjoint(groups))
+            tasks = [self._plan(prompt, pictures) for prompt, pictures in groups.items()]
+            opening = {task.prompt for task in tasks if task.opens}
+            self._opening |= opening
+        try:
+            yield tasks
+        finally:
+            with self._opened:
+                self._opening -= opening
+                self._opened.notify_all()
 
     def _plan(self, prompt: str, pictures: list[Visual]) -> _Task:
         if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
@@ -358,9 +372,10 @@ _MADE: weakref.WeakSet[ListenerReward] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for reward in _MADE:
-        reward._forked = "while it scored" if reward._lock.locked() else "before"
-        reward._lock = threading.Lock()
-        reward._loaded = None
+        reward._forked = True
+        reward._begin()
+        if isinstance(reward.judge, str):
+            reward._loaded = None
         if isinstance(reward._kept, ReferenceFile):
             reward._kept.after_fork()
 

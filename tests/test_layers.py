@@ -29,7 +29,7 @@ FLOORS = (
     ("models",),
     ("card", "ranking"),
     # judges
-    ("listener", "conclude"),
+    ("listener", "conclude", "batching"),
     ("peers",),
     ("judge", "formats"),
     # data and measurement

@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
 LIGHT = (
     "errors pairs media.images media.storyboards chat trace shaping verdict calibration.fit card ranking conclude "
-    "reward remote evaluate evaluate.protocols evaluate.intervals evaluate.judged evaluate.scores "
+    "batching reward remote evaluate evaluate.protocols evaluate.intervals evaluate.judged evaluate.scores "
     "evaluate.leaderboard report peers"
 ).split()
 
