@@ -116,6 +116,11 @@ class BatchingJudge:
         self._led = False
         self._judging = threading.Lock()
 
+    def after_fork(self) -> None:
+        """For the child of a fork: the threads that wait and judge were not copied."""
+        self._stopped |= self._judging.locked()
+        self._begin()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), self.judge, limit=self.limit, wait=self.wait), ()
 
@@ -256,8 +261,7 @@ _MADE: weakref.WeakSet[BatchingJudge] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for judge in _MADE:
-        judge._stopped |= judge._judging.locked()
-        judge._begin()
+        judge.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
