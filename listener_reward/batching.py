@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ _CHECK: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None
 
 
 @contextmanager
-def while_wanted(check: Callable[[], None]) -> Iterator[None]:
+def while_wanted(check: Callable[[], None]) -> Generator[None]:
     """What is asked of a `BatchingJudge` inside is begun only as long as `check` does not raise `Unwanted`.
 
     `check` is called from other threads, too, right before a batch.
