@@ -27,7 +27,7 @@ Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
 
 
-CLIENT_OPTIONS = ("scheme", "timeout", "retries")
+CLIENT_OPTIONS = ("scheme", "timeout", "retries", "api_key")
 """What an adapter that is given a URL takes beside it; see `RemoteReward`."""
 
 ALWAYS_FINITE = ("standard_error", "comparisons", "failed")

@@ -12,6 +12,7 @@ import io
 import ipaddress
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,8 +27,17 @@ from listener_reward.media.images import to_pil_batch
 from listener_reward.pairs import check_prompts
 from listener_reward.reward import Scheme
 
+API_KEY_VARIABLE = "LISTENER_REWARD_API_KEY"
+"""The environment variable with the token of a server, for its clients and for `listener-reward serve` itself."""
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds, from the arrival of a request, that its client waits: the server begins nothing for it afterwards."""
+
 TRANSIENT = (429, 502, 503, 504)
 """Answers of a server, or of a proxy before it, that may be another one soon."""
+
+CALLERS = (400, 401, 403, 409, 413, 415, 421)
+"""Refusals that are the caller's to mend."""
 
 LONGEST_PAUSE = 60.0
 """Seconds: a `Retry-After` beyond is cut, so that the client keeps its own bound."""
@@ -40,7 +50,15 @@ class RemoteReward:
 
     __name__ = "listener_reward"
 
-    def __init__(self, url: str, *, scheme: Scheme | None = None, timeout: float = 600.0, retries: int = 6):
+    def __init__(
+        self,
+        url: str,
+        *,
+        scheme: Scheme | None = None,
+        timeout: float = 600.0,
+        retries: int = 6,
+        api_key: str | None = None,
+    ):
         """
         Args:
             url: where the server listens, such as "http://127.0.0.1:8300". An address of this machine is asked
@@ -50,6 +68,8 @@ class RemoteReward:
             timeout: seconds to wait for an answer. A server that collects groups answers when the group is full.
             retries: how often to ask again where the server may answer the next time: a connection refused or reset,
                 or one of `TRANSIENT`. Pauses double from a second, unless the server says how long (`Retry-After`).
+            api_key: the server's token. Left out, it is read from the environment variable LISTENER_REWARD_API_KEY with
+                each request, and is in no pickle.
 
         Raises:
             InputError: an unusable url or option.
@@ -58,12 +78,15 @@ class RemoteReward:
             raise InputError(f"url is {url!r}; it begins with http:// or https://, and a host follows")
         if scheme is not None and scheme not in get_args(Scheme):
             raise InputError(f"scheme is {scheme!r}; choose one of {', '.join(map(repr, get_args(Scheme)))}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise InputError("api_key has characters that a header cannot have; give printable ASCII")
         if timeout <= 0 or retries < 0:
             raise InputError(f"timeout is {timeout} and retries {retries}; give seconds above 0, and 0 or more")
         self.url = url.rstrip("/")
         self.scheme = scheme
         self.timeout = timeout
         self.retries = retries
+        self.api_key = api_key
 
     def __call__(
         self, images: Any, prompts: Sequence[str], metadata: Any = None
@@ -89,7 +112,10 @@ class RemoteReward:
 
     def _post(self, body: bytes) -> dict[str, Any]:
         path = "/compute" if self.scheme is None else f"/{self.scheme}/compute"
-        asked = request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", TIMEOUT_HEADER: f"{self.timeout:g}"}
+        if token := self.api_key or os.environ.get(API_KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {token}"
+        asked = request.Request(self.url + path, body, headers)
         opener = _opener(self.url)
         for attempt in range(self.retries + 1):
             try:
@@ -112,7 +138,7 @@ class RemoteReward:
             detail = failed.read(2000).decode("utf-8", "replace")
             with suppress(ValueError, KeyError, TypeError):
                 detail = json.loads(detail)["detail"]
-            kind = InputError if failed.code in (400, 409) else JudgeError
+            kind = InputError if failed.code in CALLERS else JudgeError
             return kind(f"{self.url} refused: {failed.code} {detail}")
         proxy = "" if _is_loopback(self.url) else request.getproxies().get(urlsplit(self.url).scheme, "")
         through = f" through the proxy {urlsplit(proxy).hostname}" if proxy else ""
@@ -124,7 +150,14 @@ class RemoteReward:
 
 def _opener(url: str) -> request.OpenerDirector:
     """What opens `url`: addresses of this machine without the environment's proxies, which cannot reach it."""
-    return request.build_opener(*([request.ProxyHandler({})] if _is_loopback(url) else []))
+    return request.build_opener(_NoRedirect, *([request.ProxyHandler({})] if _is_loopback(url) else []))
+
+
+class _NoRedirect(request.HTTPRedirectHandler):
+    """A redirect is a refusal: what follows it would get the token, and of a request no more than its address."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
+        return None
 
 
 def _is_loopback(url: str) -> bool:

@@ -212,10 +212,12 @@ class ListenerReward:
         """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
         return self._get_judge().rank(prompt, to_visuals(images), budget=budget)
 
-    def compare(self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip) -> Verdict:
+    def compare(
+        self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip, *, think: bool | None = None
+    ) -> Verdict:
         """Judges one pair; see `Judge.compare`."""
         visuals = to_visual(first, field="first"), to_visual(second, field="second")
-        return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]])[0]
+        return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The reference images kept so far, one for each prompt, as the bytes of a PNG.

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.integrations.serving.app import make_server
 from listener_reward.integrations.serving.collector import GroupCollector
+from listener_reward.integrations.serving.server import make_server
 
 REDS = [200, 20, 90, 160]
 PROMPTS = ("a", "a", "a", "a")
@@ -198,7 +198,7 @@ class WatchedCollector(GroupCollector):
 @contextmanager
 def serving(reward, **options):
     server = make_server(reward, port=0, **options)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # how often it asks to go on
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

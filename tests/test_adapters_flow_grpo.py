@@ -167,5 +167,5 @@ def test_flow_grpo_hands_its_device_on(monkeypatch):
     fake = SimpleNamespace(Judge=SimpleNamespace(from_pretrained=lambda name, **options: loads.append(options)))
     monkeypatch.setitem(sys.modules, "listener_reward.judge", fake)
     factory(torch.device("cuda", 3))
-    reward._get_judge()
+    reward._load()
     assert loads == [{"device": "cuda:3"}]

@@ -35,13 +35,13 @@ from adapter_hosts import (
 from typer.testing import CliRunner
 
 from listener_reward import remote as client
+from listener_reward.batching import BatchingJudge
 from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import as_reward, score
-from listener_reward.integrations.serving import app as server
-from listener_reward.integrations.serving.app import make_server
-from listener_reward.integrations.serving.batching import Batching
+from listener_reward.integrations.serving import server
 from listener_reward.integrations.serving.collector import ClientGone, GroupCollector
+from listener_reward.integrations.serving.server import make_server
 from listener_reward.integrations.trl import ddpo_reward
 from listener_reward.remote import RemoteReward
 from listener_reward.reward import ListenerReward
@@ -217,7 +217,7 @@ def posted(url: str, body: dict) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)))
-    connection.sendall(f"POST /compute HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    connection.sendall(f"POST /compute HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
 
@@ -285,7 +285,7 @@ def test_collector_of_a_forked_process_begins_anew(FakeJudge, shade):
 def test_requests_that_come_while_the_judge_is_busy_are_judged_together(FakeJudge, shade):
     judge = FakeJudge(slope=3.0, delay=0.05)
     reds = range(10, 106, 2)  # 48 requests of one image, as verl-omni sends them
-    batching = Batching(ListenerReward(judge, reference={"a": shade(0)}, scheme="reference"), limit=20)
+    batching = ListenerReward(BatchingJudge(judge, limit=20), reference={"a": shade(0)}, scheme="reference")
     with ThreadPoolExecutor(48) as clients:
         scores = [*clients.map(lambda red: batching([shade(red)], ["a"])[0].item(), reds)]
     assert scores == pytest.approx([3 * red / 255 for red in reds], abs=1e-4)
@@ -294,7 +294,7 @@ def test_requests_that_come_while_the_judge_is_busy_are_judged_together(FakeJudg
 
 def test_a_request_that_fails_fails_no_other_that_is_judged_with_it(FakeJudge, shade):
     judge = broken(FakeJudge, slope=3.0, delay=0.05)
-    batching = Batching(ListenerReward(judge, reference={"a": shade(0)}, scheme="reference"))
+    batching = ListenerReward(judge, reference={"a": shade(0)}, scheme="reference")
     with ThreadPoolExecutor(8) as clients:
         calls = [([shade(red)], [prompt]) for red, prompt in ((1, "a"), (90, "a"), (51, "b"), (85, "a"), (170, "a"))]
         done = [clients.submit(batching, *call) for call in calls]
@@ -303,8 +303,6 @@ def test_a_request_that_fails_fails_no_other_that_is_judged_with_it(FakeJudge, s
             done[1].result()
         with pytest.raises(InputError, match="no image for prompt 'b'"):
             done[2].result()
-    with pytest.raises(InputError, match="only requests by scheme 'reference'"):
-        Batching(ListenerReward(judge, scheme="group"))
 
 
 def test_remote_reward_without_a_server_says_how_to_start_one():
@@ -378,8 +376,9 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
     ):
         done = CliRunner().invoke(app, ["serve", "--judge", "tiny", *options])
         assert done.exit_code == 0, done.output
-    assert [type(reward) for reward in made] == [Batching] * 3 + [GroupCollector]
-    given, kept, temporary = (reward.reward for reward in made[:3])
+    assert [type(reward) for reward in made] == [ListenerReward] * 3 + [GroupCollector]
+    given, kept, temporary = made[:3]
+    assert all(isinstance(reward.judge, BatchingJudge) for reward in (given, kept, temporary, made[3].reward))
     collects = made[3]
     assert given([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4) and given.on_failure == "raise"
     assert (kept._kept.path, temporary._kept.path) == (str(tmp_path / "state.db"), "")

@@ -106,6 +106,9 @@ NEEDS = {
     "models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
+    "serve": "integrations.serving.app integrations.serving.auth integrations.serving.metrics "
+    "integrations.serving.protocol integrations.serving.replies integrations.serving.schemas "
+    "integrations.serving.server integrations.serving.service",
     "plot": "evaluate.plotting",
 }
 """The modules that need an extra, a folder for all of its own; every other one can be imported without any."""
@@ -156,8 +159,8 @@ COMMANDS = {
     "compare --judge tiny -p fox a.png b.png": "judge",
     "rank --judge tiny -p fox a.png b.png": "judge",
     "rank-videos --judge tiny -p fox a.gif b.gif": "judge",
-    "serve --judge tiny": "judge",
     "card tiny": "judge",
+    "serve --judge tiny": "serve",
     "bench rank": "judge",
     "eval --judge tiny --data tiny:id": "data",
     "calibrate --judge tiny --data tiny:id": "data",

@@ -1,4 +1,4 @@
-"""The JSON service behind `listener-reward serve`: one judge for many processes, hosts and environments.
+"""The routes of `listener-reward serve`: one judge for many processes, hosts and environments.
 
 - `GET /health`: `{"status": "ok", "rewards": {"listener": ["score"]}, "scorer_version": "..."}`, for UniRL and
   Flow-Factory.
@@ -7,289 +7,152 @@
 - The same after `/reference`, `/group` or `/auto`, as in `POST /group/compute`: the scheme that the client wants. A
   server that answers by another replies 409, and `detail` says what to change. Clients that append their paths to a
   base URL, as both hosts' do, need no more than that URL.
+- `POST /v1/compare` and `POST /v1/rank`: the judge itself, typed.
+- `GET /ready`, `GET /metrics`, `GET /openapi.json`.
 
 JSON both ways, pictures as base64 of PNG, JPEG or WebP: unlike the pickles that reward servers of this field exchange,
-nothing that arrives here can run. Paths are not read. There is no authentication, so it listens on this machine only
-unless told otherwise.
+nothing that arrives here can run. Paths and URLs are not read.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import logging
-import selectors
-import socket
-import sys
-import threading
-import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterable
 from typing import Any, get_args
 
-import numpy as np
-
 from listener_reward import __version__
-from listener_reward.errors import InputError, JudgeError
-from listener_reward.media.storyboards import as_picture
-from listener_reward.pairs import check_prompts
+from listener_reward.errors import missing
 from listener_reward.reward import Scheme
 
-from .. import unirl
-from ..checks import check_no_source
-from ..contract import Reward, score
-from .collector import ClientGone, GroupCollector
-from .schemes import OtherScheme, check_scheme, scheme_of
+if fault := missing("serve", "a server"):
+    raise fault
 
-MAX_BODY = 2**30
-"""Larger requests are refused: 1 GiB is about a thousand PNGs of 512 pixels."""
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 
-ROUTES = "there are GET /health, POST /compute and POST /score, each also after /reference, /group or /auto"
+from .auth import App, Guard
+from .computing import compute as compute
+from .replies import Reply, refusal
+from .schemas import (
+    CompareRequest,
+    ComputeReply,
+    ComputeRequest,
+    HealthReply,
+    RankingReply,
+    RankRequest,
+    ReadyReply,
+    Refusal,
+    ScoreReply,
+    ScoreRequest,
+    VerdictReply,
+)
+from .service import Service, Work
 
-logger = logging.getLogger(__name__)
+ROUTES = (
+    "there are GET /health, POST /compute and POST /score, each also after /reference, /group or /auto, POST "
+    "/v1/compare and /v1/rank, and GET /ready, /metrics and /openapi.json"
+)
 
+SCHEMES: tuple[str | None, ...] = (None, *get_args(Scheme))
 
-def make_server(
-    reward: Reward, *, host: str = "127.0.0.1", port: int = 8300, name: str = "listener"
-) -> ThreadingHTTPServer:
-    """A server that is bound and not yet serving: call its `serve_forever()`.
-
-    Args:
-        reward: answers all requests; each in its own thread, so it has to be thread-safe, as `ListenerReward` is. With
-            `on_failure="nan"` one image on which the judge broke costs no other its score.
-        port: 0 takes a free one, found in `server_address`.
-        name: what clients call the reward.
-
-    Raises:
-        InputError: the address cannot be had.
-    """
-
-    class Handler(_Handler):
-        pass
-
-    Handler.reward, Handler.name, Handler.version = staticmethod(reward), name, version_of(reward)
-    Handler.retries = Retries()
-    try:
-        return _Server((host, port), Handler)
-    except (OSError, OverflowError) as error:
-        fault = error.strerror if isinstance(error, OSError) and error.strerror else error
-        other = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
-        raise InputError(f"{host} port {port} cannot be listened on ({fault}); choose another {other}") from error
-
-
-def version_of(reward: Any) -> str:
-    """What UniRL may pin as `expected_scorer_version`: the version of this package, and the judge's name."""
-    scorer = reward.reward if isinstance(reward, GroupCollector) else reward
-    judge = getattr(scorer, "judge", scorer)
-    name = judge if isinstance(judge, str) else getattr(judge, "name", type(judge).__name__)
-    return f"listener-reward {__version__} {name}"
-
-
-def compute(
-    reward: Reward,
-    body: Any,
-    *,
-    request: str | None = None,
-    scheme: str | None = None,
-    gone: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
-    """The response to `POST /compute`: `{"prompt": [...], "image": [base64]}`, or `"video": [[base64 of a frame]]`.
-
-    `rewards` has one number for each prompt. Where one is missing (`null`, for the judge broke on it), or all are,
-    there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was. `request` names the
-    request for a collector, in which one that comes again takes no second place. `gone` says whether its client has
-    hung up.
-
-    Raises:
-        OtherScheme: the reward answers by another scheme than the client wants.
-    """
-    try:
-        if not isinstance(body, Mapping) or not isinstance(body.get("prompt"), list):
-            raise InputError("prompt is no list; send one prompt for each image")
-        images, videos = body.get("image"), body.get("video")
-        media = images if images is not None else videos
-        if not isinstance(media, list) or (images is not None and videos is not None):
-            raise InputError("image or video has to be a list, one of the two")
-        check_no_source(**{key: body.get(key) for key in ("condition_images", "condition_videos")})
-        check_scheme(reward, scheme, body["prompt"])
-        pictures = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
-        unreadable = [picture for picture in pictures if isinstance(picture, InputError)]
-        futures: list[Future[tuple[float, dict[str, float]]]] = []
-        if isinstance(reward, GroupCollector):
-            check_prompts(body["prompt"], len(pictures))
-            futures = [
-                reward.submit(picture, prompt, name=None if request is None else f"{request}/{i}")
-                for i, (picture, prompt) in enumerate(zip(pictures, body["prompt"], strict=True))
-            ]
-        if unreadable:
-            raise unreadable[0]
-        scores, info = (
-            reward.wait(futures, gone)
-            if isinstance(reward, GroupCollector)
-            else score(reward, pictures, body["prompt"], missing=True)
-        )
-    except OtherScheme:
-        raise
-    except (InputError, JudgeError) as error:
-        return {"rewards": None, "error": str(error), "kind": "input" if isinstance(error, InputError) else "judge"}
-    reply: dict[str, Any] = {
-        "rewards": _finite(scores),
-        "info": {name: _finite(values) for name, values in info.items()},
-    }
-    if missing := int(np.isnan(scores).sum()):
-        reply |= {"error": f"the judge broke on {missing} of {len(scores)} images", "kind": "judge"}
-    return reply
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": why}
+    for status, why in {
+        400: "No request, by its detail.",
+        401: "The API key is missing or wrong.",
+        403: "A web page of another origin asks.",
+        408: "The request did not come in time.",
+        413: "Past a limit: bytes, pictures, pixels or prompt.",
+        415: "The body is said to be something else than JSON.",
+        421: "The Host is none of this server's names.",
+        500: "The judge broke.",
+        503: "Not now; Retry-After says when.",
+        504: "The time that the client gave is over.",
+    }.items()
+}
 
 
-def _read(item: Any, field: str) -> Any:
-    """The picture, or the `InputError` that it is none."""
-    try:
-        if isinstance(item, list):
-            return as_picture([unirl.decode(frame, f"{field}[{k}]") for k, frame in enumerate(item)], field=field)
-        return as_picture(unirl.decode(item, field), field=field)
-    except InputError as error:
-        return error
+def create_app(service: Service, *, host: str, token: str | None = None, names: Iterable[str] = ()) -> App:
+    """The ASGI application of a service; for the other arguments see `auth.Guard`."""
+    api = FastAPI(
+        title="listener-reward",
+        version=__version__,
+        description="A judge of images as a reward. Pictures are base64 of image files, without a data: prefix.",
+        docs_url=None,  # pages that load scripts from elsewhere
+        redoc_url=None,
+        dependencies=[] if token is None else [Security(HTTPBearer(auto_error=False))],
+    )
+    api.add_exception_handler(404, _no_route)
+
+    def post(
+        path: str, work: Work, body: type[BaseModel], answer: type[BaseModel], shown: bool, extra: Any = None
+    ) -> None:
+        async def endpoint(request: Request) -> Response:
+            return await service.answer(request, work)
+
+        api.post(
+            path,
+            name=path,
+            summary=(body.__doc__ or "").strip().splitlines()[0],
+            response_class=Reply,
+            responses={200: {"model": answer}, **REFUSALS, **(extra or {})},
+            include_in_schema=shown,
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": body.model_json_schema()}},
+                }
+            },
+        )(endpoint)
+
+    async def health(request: Request) -> Response:
+        return Reply(200, service.health(request.scope["authorized"]))
+
+    async def ready() -> Response:
+        under_way = len(service.gate)
+        fine = not service.gate.closing and under_way < service.limits.waiting
+        return Reply(200 if fine else 503, {"ready": fine, "under_way": under_way})
+
+    async def metrics() -> Response:
+        return Response(service.metrics.page(), media_type=service.metrics.content_type)
+
+    other = {409: {"model": Refusal, "description": "The server answers by another scheme."}}
+    invalid = {422: {"model": Refusal, "description": "A field is missing, unknown or of another type."}}
+    for scheme in SCHEMES:
+        base, shown = f"/{scheme}" if scheme else "", scheme is None
+        api.get(f"{base}/health", responses={200: {"model": HealthReply}}, include_in_schema=shown)(health)
+        post(f"{base}/compute", service.compute(scheme), ComputeRequest, ComputeReply, shown, other)
+        post(f"{base}/score", service.score(scheme), ScoreRequest, ScoreReply, shown, other)
+    post("/v1/compare", service.compare, CompareRequest, VerdictReply, True, invalid)
+    post("/v1/rank", service.rank, RankRequest, RankingReply, True, invalid)
+    api.get("/ready", responses={200: {"model": ReadyReply}, 503: {"model": ReadyReply}})(ready)
+    api.get("/metrics", response_class=Response)(metrics)
+    return Counted(Guard(api, host=host, token=token, names=names), service)
 
 
-def _finite(values: np.ndarray) -> list[float | None]:
-    """JSON has no word for NaN."""
-    return [None if np.isnan(value) else value for value in values.tolist()]
+async def _no_route(request: Request, error: Exception) -> Response:
+    return refusal(404, ROUTES)
 
 
-class Retries:
-    """Tells a request that a client sends again from an equal one of another client.
+class Counted:
+    """An ASGI application whose answers are counted by route and status."""
 
-    Flow-Factory's client waits 60 s and then sends the same body again, without a word that it is the same: counted
-    twice, its images would fill a group. Two clients may have equal images, too, black ones for instance. The
-    difference is that who sends again has hung up before.
-    """
+    def __init__(self, app: App, service: Service):
+        self.app, self.metrics = app, service.metrics
+        paths = ("/health", "/compute", "/score")
+        self._known = {f"/{scheme}{path}" if scheme else path: path for scheme in SCHEMES for path in paths}
+        self._known |= {path: path for path in ("/v1/compare", "/v1/rank", "/ready", "/metrics", "/openapi.json")}
 
-    def __init__(self) -> None:
-        self._asked: OrderedDict[bytes, list[tuple[str, Any]]] = OrderedDict()  # by body: names and connections
-        self._lock = threading.Lock()
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        route = self._known.get(scope.get("path", ""), "other")
 
-    def name(self, body: bytes, connection: Any) -> str:
-        """The request's name: that of an equal one whose client has hung up unanswered, or a new one."""
-        key = hashlib.sha256(body).digest()
-        with self._lock:
-            asked = self._asked.setdefault(key, [])
-            self._asked.move_to_end(key)
-            again = next((k for k, (_, earlier) in enumerate(asked) if hung_up(earlier)), None)
-            name = uuid.uuid4().hex if again is None else asked.pop(again)[0]
-            asked.append((name, connection))
-            while len(self._asked) > 4096:  # of those that nobody sent again
-                self._asked.popitem(last=False)
-        return name
+        async def sends(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(route, message["status"]).inc()
+            await send(message)
 
-    def answered(self, body: bytes, name: str, connection: Any) -> None:
-        """Forgets a request, unless its client has hung up, and may ask again."""
-        key = hashlib.sha256(body).digest()
-        with self._lock:
-            if not hung_up(connection):
-                left = [one for one in self._asked.get(key, []) if one[0] != name]
-                if left:
-                    self._asked[key] = left
-                else:
-                    self._asked.pop(key, None)
-
-
-def hung_up(connection: Any) -> bool:
-    """Whether the other side has closed the connection. It must not have sent anything that is yet to be read."""
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
-            return bool(selector.select(0)) and connection.recv(1, socket.MSG_PEEK) == b""
-    except (OSError, ValueError):  # it is closed on this side as well
-        return True
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # a rank a connection, all at once at the end of a batch
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]):
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who hangs up is no fault of the server, and worth no traceback."""
-        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-            logger.info("%s hung up", client_address)
+        if scope["method"] == "POST" and route != "other":
+            with self.metrics.request_seconds.labels(route).time():
+                await self.app(scope, receive, sends)
         else:
-            logger.exception("a connection of %s failed", client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keeps connections, which clients of the field pool
-    timeout = 60  # of a silent connection
-    reward: Reward
-    name: str
-    version: str
-    retries: Retries
-
-    def do_GET(self) -> None:
-        _, path = self._route()
-        if path == "/health":
-            state = {"status": "ok", "rewards": {self.name: ["score"]}, "scorer_version": self.version}
-            self._reply(200, state | {"scheme": scheme_of(self.reward)})
-        else:
-            self._reply(404, {"detail": ROUTES})
-
-    def do_POST(self) -> None:
-        scheme, path = self._route()
-        if path not in ("/compute", "/score"):
-            self.close_connection = True
-            return self._reply(404, {"detail": ROUTES})
-        length = self.headers.get("Content-Length", "")
-        digits = length.lstrip("0") or "0"
-        if not (length.isascii() and length.isdecimal()) or len(digits) > 12 or int(digits) > MAX_BODY:
-            self.close_connection = True  # the body stays unread
-            return self._reply(
-                413 if length.isdecimal() else 411, {"detail": f"send at most {MAX_BODY} bytes, and say how many"}
-            )
-        raw = self.rfile.read(int(digits))
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            return self._reply(400, {"detail": "the body is not JSON"})
-        request = self.retries.name(raw, self.connection)
-        identity: dict[str, Any] = {"request": request, "scheme": scheme, "gone": lambda: hung_up(self.connection)}
-        try:
-            if path == "/compute":
-                reply = compute(self.reward, body, **identity)
-            else:
-                reply = unirl.answer(self.reward, body, name=self.name, version=self.version, **identity)
-        except ClientGone:
-            self.close_connection = True
-            return logger.info("%s hung up before its group was full", self.client_address)
-        except OtherScheme as error:
-            logger.warning("refused %s: %s", self.client_address, error)
-            return self._reply(409, {"detail": str(error)})
-        except InputError as error:
-            return self._reply(400, {"detail": str(error)})
-        except Exception as error:  # a fault of ours: the client hears of it, and the service goes on
-            logger.exception("a request failed")
-            return self._reply(500, {"detail": f"{type(error).__name__}: {error}"})
-        finally:
-            self.retries.answered(raw, request, self.connection)
-        self._reply(200, reply)
-
-    def _route(self) -> tuple[str | None, str]:
-        """The scheme that the path begins with, if any, and the rest of the path."""
-        first, _, rest = self.path.removeprefix("/").partition("/")
-        return (first, f"/{rest}") if first in get_args(Scheme) else (None, self.path)
-
-    def _reply(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body, allow_nan=False).encode()
-        # Of a refusal Flow-Factory's client shows the status line and not the body.
-        self.send_response(status, " ".join(body["detail"].split())[:300] if status == 409 else None)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        logger.info(format, *args)
+            await self.app(scope, receive, sends)

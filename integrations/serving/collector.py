@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from listener_reward.batching import Unwanted
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import ImageLike, to_pil
 from listener_reward.pairs import check_prompts
 
 from ..contract import Reward, score
+from .callers import ClientGone, Ending
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,10 @@ ADVICE = (
 )
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
 @dataclass(slots=True, eq=False)
 class _Member:
     picture: Any
-    """None where it cannot be read."""
+    """A PIL image, or the bytes of an image file, which are a tenth of that; None where it cannot be read."""
     prompt: str | None
     future: Future
     name: str | None
@@ -79,6 +77,7 @@ class GroupCollector:
         timeout: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
         timer: Callable[..., threading.Timer] = threading.Timer,
+        workers: int = 1,
     ):
         """
         Args:
@@ -88,11 +87,12 @@ class GroupCollector:
             clock: gives seconds that never go back.
             timer: `timer(seconds, function, arguments)` calls the function once it was started and the seconds are
                 over, unless it is cancelled before.
+            workers: how many full groups are scored at once: more than one are judged together, if the judge batches.
         """
         if group_size < 2:
             raise InputError(f"group_size is {group_size}; a group has at least 2 images to compare")
         self.reward, self.group_size, self.timeout = reward, group_size, timeout
-        self._clock, self._timer = clock, timer
+        self._clock, self._timer, self._workers = clock, timer, workers
         self._begin()
         _MADE.add(self)
 
@@ -102,7 +102,7 @@ class GroupCollector:
         self._named: dict[str, tuple[tuple[str, str], _Member]] = {}  # the group and the place that a name has
         self._closed: deque[tuple[float, list[str]]] = deque()  # when a group was answered, and the names in it
         self._lock = threading.Lock()
-        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="listener-reward")
+        self._scoring = ThreadPoolExecutor(self._workers, thread_name_prefix="listener-reward")
 
     def submit(
         self, image: ImageLike | InputError, prompt: str | None, *, group: str | None = None, name: str | None = None
@@ -113,7 +113,8 @@ class GroupCollector:
         it, and they are scored without it.
 
         Args:
-            image: any that `to_pil` reads, or the `InputError` that came of reading it.
+            image: any that `to_pil` reads, or the `InputError` that came of reading it. The bytes of a file are kept as
+                they are while the group fills.
             prompt: the image's. It may be None with an `InputError` that says so, if `group` is given.
             group: tells groups of one prompt apart; left out, the prompt names the group.
             name: tells requests apart. What is submitted again under a name, as clients do whose patience is shorter
@@ -126,11 +127,12 @@ class GroupCollector:
             if isinstance(image, InputError):
                 raise image
             check_prompts([prompt], 1)
-            picture = to_pil(image)
+            decoded = to_pil(image)
+            picture = image if isinstance(image, bytes) else decoded
         except InputError as error:
             if group is None and not (isinstance(prompt, str) and prompt.strip()):
                 raise  # nobody can say whose place it is
-            future.set_exception(error)
+            future.set_exception(type(error)(*error.args))  # without the picture that its traceback holds
             picture = None
         key = ("prompt", str(prompt)) if group is None else ("group", group)
         with self._lock:
@@ -166,6 +168,24 @@ class GroupCollector:
             self._scoring.submit(self._score, waiting)
         return member.future
 
+    @property
+    def waiting(self) -> int:
+        """Images that came and whose groups are not full."""
+        with self._lock:
+            return sum(len(group.present()) for group in self._waiting.values())
+
+    def stop(self) -> None:
+        """Groups that are not full by now fail with `Ending`: whoever waits for them is to ask again elsewhere."""
+        with self._lock:
+            groups, self._waiting = [*self._waiting.values()], {}
+        for group in groups:
+            if group.timer is not None:
+                group.timer.cancel()
+            for member in group.members:
+                if not member.future.done():
+                    member.future.set_exception(Ending("the server ends, and the group is not full"))
+            self._close(group)
+
     def leave(self, futures: Sequence[Future]) -> None:
         """Takes back what was submitted by a client that has gone, from groups that are not full yet.
 
@@ -188,17 +208,20 @@ class GroupCollector:
 
         Args:
             futures: what `submit` gave.
-            gone: asked every second whether the client has hung up.
+            gone: asked every second whether the client has hung up. It may raise `Unwanted` itself.
 
         Raises:
-            ClientGone: it has; its images are taken back (`leave`).
+            Unwanted: nobody waits any more, `ClientGone` for one; the images are taken back (`leave`).
         """
         start, warned = time.monotonic(), False
         while wait(futures, timeout=None if gone is None else 1.0).not_done:
             assert gone is not None
-            if gone():
+            try:
+                if gone():
+                    raise ClientGone("the client has hung up")
+            except Unwanted:
                 self.leave(futures)
-                raise ClientGone
+                raise
             if not warned and time.monotonic() - start > PATIENCE:
                 warned = True
                 logger.warning("a client has waited %.0f s for its group; %s", PATIENCE, ADVICE)
@@ -222,7 +245,7 @@ class GroupCollector:
         try:
             if len(readable) < 2:
                 raise JudgeError(f"only {len(readable)} of {self.group_size} images of the group can be read")
-            pictures, prompts = [one.picture for one in readable], [str(one.prompt) for one in readable]
+            pictures, prompts = [to_pil(one.picture) for one in readable], [str(one.prompt) for one in readable]
             if len(several := sorted(set(prompts))) > 1:
                 some = ", ".join(repr(prompt[:40]) for prompt in several[:3])
                 raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -57,16 +56,61 @@ def serve(
             "--on-failure", help='Where the judge breaks: "nan" fails the image, "raise" the request; or "group-mean".'
         ),
     ] = "nan",
-    host: Annotated[str, typer.Option("--host", help="Address; mind that there is no authentication.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address; one that others can reach needs an API key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
     name: Annotated[str, typer.Option("--name", help="What clients call the reward.")] = "listener",
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="LISTENER_REWARD_API_KEY",
+            help="What clients have to send. Set the variable: other users of the machine see a command's options.",
+            show_default="none",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without an API key.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", metavar="NAME", help='A name of this server beside the machine\'s own; "*" for any.'
+        ),
+    ] = None,
+    max_body: Annotated[
+        int, typer.Option("--max-body", metavar="MIB", min=1, help="MiB of a request's body; more is refused.")
+    ] = 256,
+    max_images: Annotated[int, typer.Option("--max-images", metavar="N", min=1, help="Pictures of a request.")] = 512,
+    max_pixels: Annotated[
+        int,
+        typer.Option("--max-pixels", metavar="N", min=1, help="Pixels of a request's pictures; each takes 4 bytes."),
+    ] = 2**28,
+    max_prompt: Annotated[
+        int, typer.Option("--max-prompt", metavar="N", min=1, help="Characters of a prompt.")
+    ] = 20_000,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", metavar="N", min=1, help="Requests at once; others are told to come again.")
+    ] = 512,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Pairs of several requests that are judged together.")
+    ] = 64,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="MS", min=0, help="Milliseconds for more requests to come, for a batch.")
+    ] = 5.0,
+    drain: Annotated[
+        float, typer.Option("--drain", metavar="S", min=0, help="Seconds for what is under way, at SIGTERM or Ctrl-C.")
+    ] = 60.0,
     debug: Debug = False,
     **how: Unpack[JudgeOptions],
 ) -> None:
     """Serve a judge as a reward over HTTP, as JSON, for trainers that cannot share its environment.
 
     `POST /compute` is what Flow-Factory's remote rewards and `RemoteReward` ask, `POST /score` what UniRL asks,
-    `GET /health` what both ask first.
+    `GET /health` what both ask first. `POST /v1/compare` and `/v1/rank` ask the judge itself; `GET /openapi.json` has
+    their types, `GET /metrics` what Prometheus reads.
 
     A client may say which scheme it wants; a server that answers by another one refuses the request.
 
@@ -74,33 +118,52 @@ def serve(
     """
     with errors_in_one_line(debug):
         with working("loading the judge"):
+            from listener_reward.integrations.serving.server import make_server  # first: it names the extra
+
+            # isort: split
+            from listener_reward.batching import BatchingJudge
             from listener_reward.integrations.contract import as_reward
-            from listener_reward.integrations.serving.app import make_server
-            from listener_reward.integrations.serving.batching import Batching
+            from listener_reward.integrations.serving.auth import check_exposure
             from listener_reward.integrations.serving.collector import GroupCollector
+            from listener_reward.integrations.serving.limits import Limits
             from listener_reward.references import read_references
             from listener_reward.reward import ListenerReward
 
+            check_exposure(host, api_key, insecure)  # before the judge, which is slow
+            limits = Limits(
+                body=max_body * 2**20,
+                images=max_images,
+                pixels=max_pixels,
+                prompt=max_prompt,
+                waiting=max_waiting,
+                connections=max_waiting + 256,
+                drain_seconds=drain,
+            )
             chosen: Any = "group" if group_size else scheme
-            given = None if reference is None else read_references(reference)  # before the judge, which is slow
+            given = None if reference is None else read_references(reference)
             kept = "" if state is None and given is None and chosen != "group" else state
             loaded = load_judge(judge, **how)
             reward: Any = ListenerReward(
-                loaded, scheme=chosen, reference=given, state=kept, on_failure=cast(Any, on_failure)
+                BatchingJudge(loaded, limit=max_batch, wait=wait / 1000),
+                scheme=chosen,
+                reference=given,
+                state=kept,
+                on_failure=cast(Any, on_failure),
             )
             as_reward(reward, {}, scheme="reference")  # refuses the mean of a part of a group
             if group_size:
-                reward = GroupCollector(reward, group_size, timeout=group_timeout)
-            elif chosen == "reference":
-                reward = Batching(reward)
+                reward = GroupCollector(reward, group_size, timeout=group_timeout, workers=8)
             server = make_server(
                 reward,
                 host=host,
                 port=port,
                 name=name,
+                api_key=api_key,
+                insecure=insecure,
+                allow_hosts=allow_host or (),
+                limits=limits,
             )
         with server:
             shown = f"[{host}]" if ":" in host else host
             stderr().print(f"serving on http://{shown}:{server.server_address[1]}", soft_wrap=True, markup=False)
-            with suppress(KeyboardInterrupt):
-                server.serve_forever()
+            server.serve_forever()

@@ -140,6 +140,15 @@ def _decoded(image: Any, field: str) -> Image.Image:
         raise InputError(f"{field} is {_brief(image)}, which does not decode ({reason}); save it anew") from error
 
 
+def claimed_pixels(file: bytes) -> int:
+    """How many pixels the content of an image file says to have, with nothing decoded; 0 where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as picture:
+            return picture.width * picture.height
+    except Exception:  # PIL's readers raise nearly everything on broken files
+        return 0
+
+
 def to_pil_batch(images: Any, *, field: str = "images") -> list[Image.Image]:
     """A batch as RGB PIL images; see `entries_of` for what a batch is."""
     return [to_pil(image, field=name) for name, image in entries_of(images, field=field)]

@@ -102,6 +102,19 @@ def is_video(media: Any) -> bool:
     return getattr(media, "ndim", 0) == 4
 
 
+def claimed_video_pixels(file: bytes) -> int:
+    """How many pixels the `FRAMES` frames have that `read_clip` looks at, as the content of a video file says, with
+    nothing decoded; 0 where it cannot be read."""
+    try:
+        import av
+
+        with av.open(io.BytesIO(file), format=demuxer(head_of(file))) as reader:
+            codec = reader.streams.video[0].codec_context
+            return FRAMES * codec.width * codec.height
+    except Exception:  # without PyAV, too; whoever reads the frames says what is wrong
+        return 0
+
+
 def _open(video: Any, field: str) -> _Source:
     if isinstance(video, (str, os.PathLike, bytes)):
         return _open_file(cast("str | os.PathLike[str] | bytes", video), field)

@@ -1,0 +1,128 @@
+"""`POST /compute`: Flow-Factory's remote rewards, and `RemoteReward`. A request's body to its answer, without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.pairs import check_prompts
+
+from ..checks import check_no_source
+from ..contract import Reward, score
+from .collector import GroupCollector
+from .limits import Intake, TooMuch
+from .schemes import OtherScheme, check_scheme
+from .uploads import Upload, bare, readable, upload
+
+
+def compute(
+    reward: Reward,
+    body: Any,
+    *,
+    request: str | None = None,
+    scheme: str | None = None,
+    gone: Callable[[], bool] | None = None,
+    intake: Intake | None = None,
+) -> dict[str, Any]:
+    """The response to `POST /compute`: `{"prompt": [...], "image": [base64]}`, or `"video": [[base64 of a frame]]`.
+
+    `rewards` has one number for each prompt. Where one is missing (`null`, for the judge broke on it), or all are,
+    there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was. `request` names the
+    request for a collector, in which one that comes again takes no second place. `gone` says whether its client has
+    hung up. `intake` is the server's, whose requests share its memory.
+
+    Raises:
+        OtherScheme: the reward answers by another scheme than the client wants.
+        TooMuch: the request is past a limit.
+    """
+    intake = intake or Intake()
+    try:
+        if not isinstance(body, Mapping) or not isinstance(body.get("prompt"), list):
+            raise InputError("prompt is no list; send one prompt for each image")
+        images, videos = body.get("image"), body.get("video")
+        media = images if images is not None else videos
+        if not isinstance(media, list) or (images is not None and videos is not None):
+            raise InputError("image or video has to be a list, one of the two")
+        check_no_source(**{key: body.get(key) for key in ("condition_images", "condition_videos")})
+        check_scheme(reward, scheme, body["prompt"])
+        uploads = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
+        intake.check(body["prompt"], readable(uploads))
+        if isinstance(reward, GroupCollector):
+            scores, info = _collect(reward, uploads, body["prompt"], request, gone, intake)
+        else:
+            scores, info = _score(reward, uploads, body["prompt"], gone, intake)
+    except (OtherScheme, TooMuch):
+        raise
+    except (InputError, JudgeError) as error:
+        return {"rewards": None, "error": str(error), "kind": "input" if isinstance(error, InputError) else "judge"}
+    reply: dict[str, Any] = {
+        "rewards": finite(scores),
+        "info": {name: finite(values) for name, values in info.items()},
+    }
+    if missing := int(np.isnan(scores).sum()):
+        reply |= {"error": f"the judge broke on {missing} of {len(scores)} images", "kind": "judge"}
+    return reply
+
+
+def _score(
+    reward: Reward,
+    uploads: Sequence[Upload | InputError],
+    prompts: Sequence[Any],
+    gone: Callable[[], bool] | None,
+    intake: Intake,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    with intake.room(readable(uploads), gone):
+        pictures = []
+        for one in uploads:
+            if isinstance(one, InputError):
+                raise one
+            pictures.append(one.picture())
+        return score(reward, pictures, prompts, missing=True)
+
+
+def _collect(
+    collector: GroupCollector,
+    uploads: Sequence[Upload | InputError],
+    prompts: Sequence[Any],
+    request: str | None,
+    gone: Callable[[], bool] | None,
+    intake: Intake,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """All images take their places before the first is waited for, unreadable ones, too."""
+    check_prompts(prompts, len(uploads))
+    futures: list[Future[tuple[float, dict[str, float]]]] = []
+    for position, (one, prompt) in enumerate(zip(uploads, prompts, strict=True)):
+        name = None if request is None else f"{request}/{position}"
+        with intake.room(readable([one]), gone):
+            futures.append(collector.submit(kept(one), prompt, name=name))
+    for one in uploads:
+        if isinstance(one, InputError):
+            raise one
+    return collector.wait(futures, gone)
+
+
+def kept(one: Upload | InputError) -> Any:
+    """What a collector keeps of it, or the `InputError` that it cannot be read."""
+    if isinstance(one, InputError):
+        return one
+    try:
+        return one.kept()
+    except InputError as error:
+        return bare(error)
+
+
+def _read(item: Any, field: str) -> Upload | InputError:
+    """What was sent, or the `InputError` that it is nothing."""
+    try:
+        return upload(item, field)
+    except InputError as error:
+        return bare(error)
+
+
+def finite(values: np.ndarray) -> list[float | None]:
+    """JSON has no word for NaN."""
+    return [None if np.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,282 @@
+"""One request from its body to its answer: limits, a thread, whoever waits, and what each failure is to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from listener_reward import __version__
+from listener_reward.batching import BatchingJudge, while_wanted
+from listener_reward.errors import InputError, JudgeError, missing
+from listener_reward.reward import ListenerReward
+
+if fault := missing("serve", "a server"):
+    raise fault
+
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from .. import unirl
+from ..contract import Reward
+from .callers import Caller, ClientGone, DeadlineOver, Ending, Retries
+from .collector import GroupCollector
+from .computing import compute
+from .limits import Busy, Gate, Intake, Limits, TooMuch
+from .metrics import Metrics
+from .replies import Reply, refusal
+from .schemas import CompareRequest, RankRequest
+from .schemes import OtherScheme, scheme_of
+from .uploads import upload
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[bytes, Caller], Any]
+"""The body of a request to what is answered, as JSON."""
+
+
+class Service:
+    """A reward, and all that its requests share."""
+
+    def __init__(self, reward: Reward, *, name: str, limits: Limits, metrics: Metrics):
+        self.reward, self.name, self.limits, self.metrics = reward, name, limits, metrics
+        self.scorer = reward.reward if isinstance(reward, GroupCollector) else reward
+        self.version = version_of(self.scorer)
+        self.gate, self.intake, self.retries = Gate(limits), Intake(limits), Retries()
+        self._callers: set[Caller] = set()
+        self._pool = ThreadPoolExecutor(limits.waiting, thread_name_prefix="listener-reward-request")
+        metrics.gauge("requests_under_way", "Requests that came and were not answered yet.", lambda: len(self.gate))
+        judge = getattr(self.scorer, "judge", None)
+        if isinstance(judge, BatchingJudge):
+            judge.observe = metrics.judged
+            metrics.gauge("queue_pairs", "Pairs that wait for the judge.", lambda: judge.waiting)
+        if isinstance(reward, GroupCollector):
+            metrics.gauge("group_images", "Images that wait for the rest of their group.", lambda: reward.waiting)
+
+    def health(self, authorized: bool) -> dict[str, Any]:
+        if not authorized:
+            return {"status": "ok"}
+        return {
+            "status": "ok",
+            "rewards": {self.name: ["score"]},
+            "scorer_version": self.version,
+            "scheme": scheme_of(self.reward),
+        }
+
+    def compute(self, scheme: str | None) -> Work:
+        """`POST /compute`."""
+
+        def work(raw: bytes, caller: Caller) -> Any:
+            request = self._name(raw, caller)
+            body = read_json(raw)
+            del raw
+            try:
+                return compute(
+                    self.reward, body, request=request, scheme=scheme, gone=caller.checked, intake=self.intake
+                )
+            finally:
+                self._answered(request, caller)
+
+        return work
+
+    def score(self, scheme: str | None) -> Work:
+        """`POST /score`."""
+
+        def work(raw: bytes, caller: Caller) -> Any:
+            request = self._name(raw, caller)
+            body = read_json(raw)
+            del raw
+            try:
+                return unirl.answer(
+                    self.reward,
+                    body,
+                    name=self.name,
+                    version=self.version,
+                    request=request,
+                    scheme=scheme,
+                    gone=caller.checked,
+                    intake=self.intake,
+                )
+            finally:
+                self._answered(request, caller)
+
+        return work
+
+    def compare(self, raw: bytes, caller: Caller) -> Any:
+        """`POST /v1/compare`."""
+        asked = CompareRequest.model_validate_json(raw)
+        sides = [upload(asked.first, "first"), upload(asked.second, "second")]
+        self.intake.check([asked.prompt], sides)
+        with self.intake.room(sides, caller.checked):
+            verdict = self._judge().compare(asked.prompt, *(side.visual() for side in sides), think=asked.think)
+        return without_nan(verdict.to_dict())
+
+    def rank(self, raw: bytes, caller: Caller) -> Any:
+        """`POST /v1/rank`."""
+        asked = RankRequest.model_validate_json(raw)
+        images = [upload(image, f"images[{k}]") for k, image in enumerate(asked.images)]
+        self.intake.check([asked.prompt], images)
+        with self.intake.room(images, caller.checked):
+            ranking = self._judge().rank(asked.prompt, [image.visual() for image in images], budget=asked.budget)
+        return ranking.to_dict()
+
+    async def answer(self, request: Request, work: Work) -> Reply:
+        """What `work` makes of the request's body, in a thread, or why there is nothing."""
+        try:
+            caller = Caller(request.headers.get("x-request-timeout"))
+            with self.gate.entered() as arrived:
+                body = [await self._body(request, arrived)]  # in a list, which the thread empties
+                watching = asyncio.create_task(_watch(request, caller))
+                self._callers.add(caller)
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._pool, _reply, work, body, caller)
+                finally:
+                    self._callers.discard(caller)
+                    watching.cancel()
+        except Busy as busy:
+            return refusal(503, str(busy), {"Retry-After": str(busy.seconds)})
+        except TooMuch as error:
+            return refusal(413, str(error))
+        except InputError as error:
+            return refusal(400, str(error))
+        except ClientDisconnect:
+            logger.info("%s hung up in the middle of its request", request.client)
+            return refusal(400, "the body ends too soon")  # nobody reads it
+
+    async def drained(self) -> None:
+        """Refuses what comes from now on, and returns when the rest is answered.
+
+        Groups that are not full will not be: their clients are told to ask again. After `drain_seconds` so is whoever
+        waits for the judge; what is being judged is answered.
+        """
+        self.gate.closing = True
+        if isinstance(self.reward, GroupCollector):
+            self.reward.stop()
+        end = time.monotonic() + self.limits.drain_seconds
+        while len(self.gate):
+            if time.monotonic() > end:
+                for caller in self._callers:
+                    caller.give_up()
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _body(self, request: Request, arrived: Callable[[int], None]) -> bytes:
+        """Raises `TooMuch` or `Busy` as soon as it shows; the rest is not kept."""
+        most = self.limits.body
+        too_much = TooMuch(f"the body has more than {most:,} bytes; send fewer pictures at once, or smaller ones")
+        if int(request.headers.get("content-length", "0")) > most:
+            raise too_much
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most:
+                raise too_much
+            arrived(len(chunk))
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _judge(self) -> ListenerReward:
+        if not isinstance(self.scorer, ListenerReward):
+            raise NotOffered("this server scores by a function without a judge; ask /compute")
+        return self.scorer
+
+    def _name(self, raw: bytes, caller: Caller) -> str | None:
+        """Of the request, for a collector."""
+        return self.retries.name(raw, caller) if isinstance(self.reward, GroupCollector) else None
+
+    def _answered(self, request: str | None, caller: Caller) -> None:
+        if request is not None:
+            self.retries.answered(request, caller)
+
+
+class NotOffered(Exception):
+    """A route that this server's reward has no answer to."""
+
+
+def version_of(scorer: Any) -> str:
+    """What UniRL may pin as `expected_scorer_version`: the version of this package, and the judge's name."""
+    judge = getattr(scorer, "judge", scorer)
+    name = judge if isinstance(judge, str) else getattr(judge, "name", type(judge).__name__)
+    return f"listener-reward {__version__} {name}"
+
+
+def read_json(raw: bytes) -> Any:
+    """
+    Raises:
+        InputError: it is no JSON, or has numbers that JSON has no word for.
+    """
+    try:
+        return json.loads(raw, parse_constant=_number, parse_float=_number)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _NoNumber) else "the body is not JSON"
+        raise InputError(reason) from None
+
+
+class _NoNumber(ValueError):
+    pass
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise _NoNumber(f"the body has the number {text[:40]}; JSON has finite numbers only")
+    return number
+
+
+def without_nan(value: Any) -> Any:
+    """NaN as null."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _reply(work: Work, body: list[bytes], caller: Caller) -> Reply:
+    """What `work` gives; in a thread of its own, and no exception leaves it."""
+    try:
+        caller.check()
+        with while_wanted(caller.check):
+            return Reply(200, work(body.pop(), caller))
+    except OtherScheme as error:
+        logger.warning("refused a request: %s", error)
+        return refusal(409, str(error))
+    except TooMuch as error:
+        return refusal(413, str(error))
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        said = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in faults[:8])
+        return refusal(422, said)
+    except InputError as error:
+        return refusal(400, str(error))
+    except RecursionError:
+        return refusal(400, "the body is nested too deeply")
+    except NotOffered as error:
+        return refusal(501, str(error))
+    except DeadlineOver as error:
+        return refusal(504, str(error))
+    except Ending as error:
+        return refusal(503, str(error), {"Retry-After": "5"})
+    except ClientGone as error:
+        logger.info("%s", error)
+        return refusal(408, str(error))  # nobody reads it
+    except JudgeError as error:
+        logger.warning("the judge broke: %s", error)
+        return refusal(500, f"the judge broke: {error}")
+    except Exception as error:  # a fault of ours: the client hears of it, and the service goes on
+        logger.exception("a request failed")
+        return refusal(500, f"{type(error).__name__}: {error}")
+
+
+async def _watch(request: Request, caller: Caller) -> None:
+    """Says to `caller` when its client hangs up; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    caller.leave()
