@@ -24,6 +24,9 @@ from listener_reward.pairs import check_questions
 from listener_reward.ranking import Ranking, RankingJudge, rank_by
 from listener_reward.verdict import PairJudge, Verdict
 
+LONGEST_WAIT = 20
+"""A batch is gathered for at most so many times `wait`, while callers come."""
+
 Observer = Callable[[int, float, "Sequence[Verdict] | None"], None]
 """Told of each call of the judge: how many pairs, how many seconds, and the verdicts; None where the judge broke."""
 
@@ -88,13 +91,14 @@ class BatchingJudge:
     them: `judge = BatchingJudge(Judge.from_pretrained("tiny"))`.
     """
 
-    def __init__(self, judge: PairJudge, *, limit: int = 64, wait: float = 0.005, observe: Observer | None = None):
+    def __init__(self, judge: PairJudge, *, limit: int = 64, wait: float = 0.01, observe: Observer | None = None):
         """
         Args:
             judge: who judges.
             limit: pairs of one call of the judge, unless a caller has more. It bounds how long the first of them waits.
-            wait: seconds for more callers to come, from the arrival of the one who has waited longest. A lone caller
-                loses no more than this; 0 gathers only those who come while the judge is busy.
+            wait: a batch begins when nobody has come for so many seconds, or when the one who has waited longest has
+                waited `LONGEST_WAIT` times as many. A lone caller loses no more than this. 0 gathers only those who
+                come while the judge is busy.
             observe: told of each call of the judge.
 
         Raises:
@@ -151,8 +155,7 @@ class BatchingJudge:
         with self._lock:
             self._queue.append(call)
             call.leads, self._led = not self._led, True
-            if sum(map(len, self._queue)) >= self.limit:
-                self._more.notify()
+            self._more.notify()
         try:
             if not call.leads:
                 call.turn.wait()
@@ -196,8 +199,11 @@ class BatchingJudge:
     def _work(self) -> None:
         """One batch of those who have waited longest."""
         with self._lock:
-            end = self._queue[0].came + self.wait
-            while sum(map(len, self._queue)) < self.limit and (left := end - time.monotonic()) > 0:
+            end = self._queue[0].came + LONGEST_WAIT * self.wait
+            while sum(map(len, self._queue)) < self.limit:
+                left = min(self._queue[-1].came + self.wait, end) - time.monotonic()
+                if left <= 0:
+                    break
                 self._more.wait(left)
             calls = self._take()
         try:

@@ -11,11 +11,14 @@ import asyncio
 import base64
 import io
 import json
+import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
 from urllib import request
@@ -229,3 +232,47 @@ def flow_factory_client(url: str, prompt, image=None, video=None) -> list[float]
     if data.get("error"):
         raise RuntimeError(f"Server error: {data['error']}")
     return torch.tensor(data["rewards"], dtype=torch.float32).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A server that answers as it is told
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers each request by the next entry of `script`: a status with headers and body, or None to hang up."""
+
+    script: list[tuple[int, dict[str, str], Any] | None]
+    paths: list[str]
+    headers_seen: list[dict[str, str]]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.paths.append(self.path)
+        self.headers_seen.append(dict(self.headers))
+        answer = self.script.pop(0)
+        if answer is None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            return self.connection.close()
+        status, headers, body = answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def scripted(*script: tuple[int, dict[str, str], Any] | None) -> Iterator[tuple[str, Any]]:
+    handler = type("Handler", (Scripted,), {"script": [*script], "paths": [], "headers_seen": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -6,15 +6,10 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +24,7 @@ from adapter_hosts import (
     http,
     pixels,
     png,
+    scripted,
     serving,
     trl_host,
 )
@@ -66,44 +62,6 @@ def test_remote_reward_gives_nan_for_what_the_judge_broke_on_and_raises_where_it
             trl_host(ddpo_reward(url, scheme="group"), [[pixels(), PROMPTS, ({},) * 4]], False)
     with serving(ListenerReward(broken(FakeJudge), scheme="group")) as url, pytest.raises(JudgeError, match="broke"):
         RemoteReward(url)(pixels(), PROMPTS)
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """Answers each request by the next entry of `script`: a status with headers and body, or None to hang up."""
-
-    script: list[tuple[int, dict[str, str], Any] | None]
-    paths: list[str]
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.paths.append(self.path)
-        answer = self.script.pop(0)
-        if answer is None:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
-            return self.connection.close()
-        status, headers, body = answer
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def scripted(*script: tuple[int, dict[str, str], Any] | None):
-    handler = type("Handler", (Scripted,), {"script": [*script], "paths": []})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture
@@ -410,4 +368,5 @@ def test_serve_command(random_judge):
             scores, info = RemoteReward(url)(pixels(), PROMPTS)
         finally:
             process.terminate()
+    assert process.returncode == 0, "SIGTERM is how a server ends"
     assert scores[0] == 0 and np.isfinite(scores).all() and info["comparisons"].tolist() == [0, 1, 1, 1]

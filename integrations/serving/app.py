@@ -27,6 +27,7 @@ if fault := missing("serve", "a server"):
     raise fault
 
 from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
@@ -94,7 +95,7 @@ def create_app(service: Service, *, host: str, token: str | None = None, names: 
             path,
             name=path,
             summary=(body.__doc__ or "").strip().splitlines()[0],
-            response_class=Reply,
+            response_class=JSONResponse,
             responses={200: {"model": answer}, **REFUSALS, **(extra or {})},
             include_in_schema=shown,
             openapi_extra={

@@ -246,7 +246,7 @@ def _reply(work: Work, body: list[bytes], caller: Caller) -> Reply:
         with while_wanted(caller.check):
             return Reply(200, work(body.pop(), caller))
     except OtherScheme as error:
-        logger.warning("refused a request: %s", error)
+        logger.warning("refused a request: %s", str(error))
         return refusal(409, str(error))
     except TooMuch as error:
         return refusal(413, str(error))
@@ -265,10 +265,10 @@ def _reply(work: Work, body: list[bytes], caller: Caller) -> Reply:
     except Ending as error:
         return refusal(503, str(error), {"Retry-After": "5"})
     except ClientGone as error:
-        logger.info("%s", error)
+        logger.info("%s", str(error))
         return refusal(408, str(error))  # nobody reads it
     except JudgeError as error:
-        logger.warning("the judge broke: %s", error)
+        logger.warning("the judge broke: %s", str(error))  # a log may keep the error, and its traceback the pictures
         return refusal(500, f"the judge broke: {error}")
     except Exception as error:  # a fault of ours: the client hears of it, and the service goes on
         logger.exception("a request failed")

@@ -99,7 +99,7 @@ def serve(
     ] = 64,
     wait: Annotated[
         float, typer.Option("--wait", metavar="MS", min=0, help="Milliseconds for more requests to come, for a batch.")
-    ] = 5.0,
+    ] = 10.0,
     drain: Annotated[
         float, typer.Option("--drain", metavar="S", min=0, help="Seconds for what is under way, at SIGTERM or Ctrl-C.")
     ] = 60.0,
