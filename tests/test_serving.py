@@ -49,7 +49,7 @@ KEY = "a-long-secret"
 BODY = {"prompt": ["a", "a"], "image": [b64(png(11)), b64(png(200))]}
 
 
-def ask(url: str, body: Any = None, *, raw: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
+def ask(url: str, body: Any = None, *, raw: Any = None, **headers: str) -> tuple[int, Any, Any]:
     """Status, JSON and headers; names of headers have _ for -."""
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -218,7 +218,7 @@ def test_a_web_page_cannot_ask(FakeJudge):
         ):
             assert ask(f"{url}/compute", BODY, **headers)[0] == 200, headers
         got = ask(f"{url}/compute", BODY)[2]
-        assert not any(name.lower().startswith("access-control") for name in got.keys())
+        assert not any(name.lower().startswith("access-control") for name in got)
     with serving(ListenerReward(judge), allow_hosts=["*"]) as url:
         assert ask(f"{url}/compute", BODY, Host="any.example")[0] == 200
 
@@ -279,7 +279,8 @@ def test_a_body_past_the_limit_is_refused_while_it_comes(FakeJudge):
             connection.sendall(b"".join(parts[2:]) + b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
             got = b""
             while b" 200 " not in got:  # the connection can be used again
-                assert (part := connection.recv(999))
+                part = connection.recv(999)
+                assert part
                 got += part
         with connect(url) as connection:
             whole = json.dumps(BODY).encode()
