@@ -12,11 +12,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.storyboards import to_visuals
@@ -26,6 +27,9 @@ from listener_reward.verdict import PairJudge, Verdict
 
 LONGEST_WAIT = 20
 """A batch is gathered for at most so many times `wait`, while callers come."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Observer = Callable[[int, float, "Sequence[Verdict] | None"], None]
 """Told of each call of the judge: how many pairs, how many seconds, and the verdicts; None where the judge broke."""
@@ -84,14 +88,22 @@ class BatchingJudge:
     """A judge for many callers at once, made of one that takes one caller at a time.
 
     Pairs are judged in the order in which they came. Where a batch fails, it is halved until the caller whose pair
-    failed stands alone. There is no thread of its own: the caller who has waited longest works for all. Memory is what
-    the callers hold while they wait.
+    failed stands alone. Memory is what the callers hold while they wait.
 
     A `ListenerReward` puts one around its judge by itself. Several rewards that share a judge need one of these between
     them: `judge = BatchingJudge(Judge.from_pretrained("tiny"))`.
     """
 
-    def __init__(self, judge: PairJudge, *, limit: int = 64, wait: float = 0.01, observe: Observer | None = None):
+    def __init__(
+        self,
+        judge: PairJudge,
+        *,
+        limit: int = 64,
+        wait: float = 0.01,
+        at_once: int = 1,
+        own_thread: bool = True,
+        observe: Observer | None = None,
+    ):
         """
         Args:
             judge: who judges.
@@ -99,16 +111,24 @@ class BatchingJudge:
             wait: a batch begins when nobody has come for so many seconds, or when the one who has waited longest has
                 waited `LONGEST_WAIT` times as many. A lone caller loses no more than this. 0 gathers only those who
                 come while the judge is busy.
+            at_once: how many batches the judge takes at once: 1 for models on one device, and as many as there are
+                replicas for a judge that hands its pairs to some. Who waits is shared out among the free ones.
+            own_thread: whether the judge is called from a thread of its own, or from whichever caller works for all.
+                With hundreds of callers, each would get what torch and the allocator keep for a thread that computes.
             observe: told of each call of the judge.
 
         Raises:
-            InputError: a limit below 1, a negative wait, or a judge that batches already.
+            InputError: a limit or `at_once` below 1, a negative wait, or a judge that batches already.
         """
         if isinstance(judge, BatchingJudge):
             raise InputError("judge is a BatchingJudge already; give it as it is")
-        if limit < 1 or wait < 0:
-            raise InputError(f"limit is {limit} and wait {wait}; give 1 pair or more, and 0 seconds or more")
-        self.judge, self.name, self.limit, self.wait, self.observe = judge, judge.name, limit, wait, observe
+        if limit < 1 or wait < 0 or at_once < 1:
+            raise InputError(
+                f"limit is {limit}, wait {wait} and at_once {at_once}; give 1 pair or more, 0 seconds or more, and 1 "
+                "batch or more"
+            )
+        self.judge, self.name = judge, judge.name
+        self.limit, self.wait, self.at_once, self.own_thread, self.observe = limit, wait, at_once, own_thread, observe
         self._stopped = False
         self._begin()
         _MADE.add(self)
@@ -117,16 +137,20 @@ class BatchingJudge:
         self._queue: deque[_Call] = deque()
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
-        self._led = False
-        self._judging = threading.Lock()
+        self._leaders = 0
+        self._free = threading.Semaphore(self.at_once)
+        self._busy = 0
+        # Its threads end with it: they hold no reference to the judge while there is nothing to do.
+        self._threads = ThreadPoolExecutor(self.at_once, "listener-reward-judge") if self.own_thread else None
 
     def after_fork(self) -> None:
         """For the child of a fork: the threads that wait and judge were not copied."""
-        self._stopped |= self._judging.locked()
+        self._stopped |= self._busy > 0
         self._begin()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), self.judge, limit=self.limit, wait=self.wait), ()
+        options = {"limit": self.limit, "wait": self.wait, "at_once": self.at_once, "own_thread": self.own_thread}
+        return partial(type(self), self.judge, **options), ()
 
     @property
     def waiting(self) -> int:
@@ -154,20 +178,25 @@ class BatchingJudge:
         call = _Call(prompts, firsts, seconds, think, _CHECK.get())
         with self._lock:
             self._queue.append(call)
-            call.leads, self._led = not self._led, True
-            self._more.notify()
+            if self._leaders < self.at_once:
+                self._leaders, call.leads = self._leaders + 1, True
+            self._more.notify_all()
         try:
-            if not call.leads:
-                call.turn.wait()
             while not call.done:
-                self._work()
+                if call.leads:
+                    self._work(call)
+                else:
+                    call.turn.wait()
             if call.verdicts is None:
                 raise call.error or AssertionError("it is done")
             return call.verdicts
         finally:
             # An error must not be found in what its own traceback holds: that would keep the pictures alive.
             call.error = None
-            self._leave(call)
+            with self._lock:
+                if call in self._queue:  # an interrupt
+                    self._queue.remove(call)
+                self._resign(call)
 
     def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
         """Orders images or clips of one prompt, as the judge does.
@@ -177,34 +206,54 @@ class BatchingJudge:
         """
         if not isinstance(self.judge, RankingJudge) or getattr(self.judge, "think", None) is True:
             return rank_by(self, prompt, to_visuals(images), budget=budget)
-        with self._judging:
+        with self._turn():
             start = time.monotonic()
-            ranking = self.judge.rank(prompt, images, budget=budget)
+            ranking = self._run(self.judge.rank, prompt, images, budget=budget)
         if self.observe is not None:
             self.observe(ranking.comparisons, time.monotonic() - start, [])
         return ranking
 
-    def _leave(self, call: _Call) -> None:
-        """The longest-waiting of the others leads from now on, where `call` did."""
-        with self._lock:
-            if call in self._queue:  # an interrupt
-                self._queue.remove(call)
-            if not call.leads:
-                return
-            self._led = bool(self._queue)
-            if self._queue:
-                self._queue[0].leads = True
-                self._queue[0].turn.set()
+    @contextmanager
+    def _turn(self) -> Generator[None]:
+        """One of the `at_once` places in the judge."""
+        with self._free:
+            with self._lock:
+                self._busy += 1
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._busy -= 1
 
-    def _work(self) -> None:
+    def _run(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        if self._threads is None:
+            return function(*arguments, **options)
+        return self._threads.submit(function, *arguments, **options).result()
+
+    def _resign(self, call: _Call) -> None:
+        """The longest-waiting of those who do not lead yet leads in the place of `call`; with the lock held."""
+        if not call.leads:
+            return
+        call.leads = False
+        successor = next((one for one in self._queue if not one.leads), None)
+        if successor is None:
+            self._leaders -= 1
+        else:
+            successor.leads = True
+            successor.turn.set()
+
+    def _work(self, leader: _Call) -> None:
         """One batch of those who have waited longest."""
         with self._lock:
-            end = self._queue[0].came + LONGEST_WAIT * self.wait
-            while sum(map(len, self._queue)) < self.limit:
+            end = leader.came + LONGEST_WAIT * self.wait
+            while leader in self._queue and sum(map(len, self._queue)) < self.limit:
                 left = min(self._queue[-1].came + self.wait, end) - time.monotonic()
                 if left <= 0:
                     break
                 self._more.wait(left)
+            if leader not in self._queue:  # another leader took it along
+                leader.turn.clear()
+                return self._resign(leader)
             calls = self._take()
         try:
             self._judge(calls)
@@ -216,7 +265,7 @@ class BatchingJudge:
     def _take(self) -> list[_Call]:
         """Who is due, without those who no longer want it; with the lock held."""
         calls: list[_Call] = []
-        room = self.limit
+        room = min(self.limit, -(-sum(map(len, self._queue)) // max(self.at_once - self._busy, 1)))
         while self._queue:
             call = self._queue[0]
             if calls and (len(call) > room or call.think != calls[0].think):
@@ -239,10 +288,10 @@ class BatchingJudge:
         prompts = [prompt for call in calls for prompt in call.prompts]
         firsts = [first for call in calls for first in call.firsts]
         seconds = [second for call in calls for second in call.seconds]
-        with self._judging:
+        with self._turn():
             start, verdicts = time.monotonic(), None
             try:
-                verdicts = self.judge.compare_many(prompts, firsts, seconds, think=calls[0].think)
+                verdicts = self._run(self.judge.compare_many, prompts, firsts, seconds, think=calls[0].think)
                 if (count := len(verdicts)) != len(prompts):
                     verdicts = None
                     raise JudgeError(f"the judge gave {count} verdicts on {len(prompts)} pairs")

@@ -263,7 +263,9 @@ class ListenerReward:
                 self._forked = False
             if self._loaded is None:
                 judge = self._load() if isinstance(self.judge, str) else self.judge
-                self._loaded = judge if isinstance(judge, BatchingJudge) else BatchingJudge(judge, wait=0)
+                self._loaded = (
+                    judge if isinstance(judge, BatchingJudge) else BatchingJudge(judge, wait=0, own_thread=False)
+                )
             return self._loaded
 
     def _load(self) -> PairJudge:

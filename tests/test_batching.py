@@ -24,6 +24,14 @@ from listener_reward.ranking import rank_by
 from listener_reward.reward import ListenerReward
 
 
+@pytest.fixture(params=[False, True], ids=["in a caller's thread", "in its own thread"], autouse=True)
+def own_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test runs in both ways."""
+    keywords: dict[str, Any] = {**(BatchingJudge.__init__.__kwdefaults__ or {}), "own_thread": request.param}
+    monkeypatch.setattr(BatchingJudge.__init__, "__kwdefaults__", keywords)
+    return request.param
+
+
 class Held:
     """Holds a judge's first call until `go`, so that others queue behind it in a known order."""
 
@@ -131,6 +139,28 @@ def test_thinking_and_not_thinking_are_not_mixed(FakeJudge, shade):
     assert judge.think == [None, True, False, True] and [*map(len, judge.calls)] == [1, 2, 1, 1]
 
 
+def test_a_judge_of_several_replicas_gets_several_batches_at_once(FakeJudge, shade):
+    """Three places, which wait for one another: nobody could pass if batches came one by one."""
+    together = threading.Barrier(3, timeout=20)
+    sizes: list[int] = []
+
+    class Replicas:
+        name = "replicas"
+
+        def compare_many(self, prompts, firsts, seconds, *, think=None):
+            sizes.append(len(prompts))
+            if len(sizes) <= 3:
+                together.wait()
+            return FakeJudge().compare_many(prompts, firsts, seconds, think=think)
+
+    batching = BatchingJudge(Replicas(), wait=0.05, at_once=3)
+    with ThreadPoolExecutor(60) as pool:
+        verdicts = [*pool.map(lambda red: batching.compare_many(*pair(shade, red))[0].p_first, range(60))]
+    assert verdicts == sorted(verdicts) and sum(sizes) == 60
+    assert len(sizes) < 30
+    assert (batching._leaders, batching._busy, batching.waiting) == (0, 0, 0)
+
+
 def test_what_is_no_longer_wanted_is_not_begun(FakeJudge, shade):
     judge = FakeJudge()
     held = Held(judge)
@@ -160,7 +190,6 @@ def test_what_is_no_longer_wanted_is_not_begun(FakeJudge, shade):
 
 def test_an_interrupt_of_one_caller_costs_the_others_nothing(FakeJudge, shade):
     """Ctrl-C reaches the thread that works for all."""
-    judge = FakeJudge()
     interrupted: list[int] = []
 
     class Interrupted(FakeJudge):
@@ -248,6 +277,29 @@ def test_ranks_as_a_real_judge_does(random_judge, shade, think):
     assert BatchingJudge(judge).rank("a", images) == judge.rank("a", images)
 
 
+def test_the_judge_is_called_from_one_thread_which_ends_with_it(FakeJudge, shade):
+    seen: set[str] = set()
+
+    class Watched(FakeJudge):
+        def compare_many(self, *args, **options):
+            seen.add(threading.current_thread().name)
+            return super().compare_many(*args, **options)
+
+    def judges() -> tuple[Any, Any]:
+        batching = BatchingJudge(Watched(), wait=0, own_thread=True)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda red: batching.compare_many(*pair(shade, red)), range(16)))
+        return weakref.ref(batching), weakref.ref(batching.judge)
+
+    refs = judges()
+    (name,) = seen
+    end = time.monotonic() + 20
+    while any(thread.name == name for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert [ref() for ref in refs] == [None, None]
+
+
 def test_observes_each_call_of_the_judge(FakeJudge, shade):
     seen: list[Any] = []
     judge = FakeJudge(breaks_on=lambda prompt, *_: prompt == "b")
@@ -262,9 +314,9 @@ def test_observes_each_call_of_the_judge(FakeJudge, shade):
     assert all(0 <= seconds < 5 for _, seconds, _ in seen)
 
 
-@pytest.mark.parametrize("options", [{"limit": 0}, {"wait": -1}])
+@pytest.mark.parametrize("options", [{"limit": 0}, {"wait": -1}, {"at_once": 0}])
 def test_options_that_make_no_sense(FakeJudge, options):
-    with pytest.raises(InputError, match=r"limit is .* and wait"):
+    with pytest.raises(InputError, match=r"limit is .*, wait .* and at_once"):
         BatchingJudge(FakeJudge(), **options)
     with pytest.raises(InputError, match="BatchingJudge already"):
         BatchingJudge(BatchingJudge(FakeJudge()))
