@@ -76,6 +76,10 @@ class RemoteReward:
         """
         if not isinstance(url, str) or not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
             raise InputError(f"url is {url!r}; it begins with http:// or https://, and a host follows")
+        if urlsplit(url).username is not None:
+            raise InputError(
+                f"url has a name or a key before its host; give the key as api_key, or by {API_KEY_VARIABLE}"
+            )
         if scheme is not None and scheme not in get_args(Scheme):
             raise InputError(f"scheme is {scheme!r}; choose one of {', '.join(map(repr, get_args(Scheme)))}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):

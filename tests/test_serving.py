@@ -132,6 +132,12 @@ def test_without_the_key_nothing_is_answered_but_that_the_server_is_there(FakeJu
         assert as_reward(url, {"api_key": KEY}, scheme="group")(pixels(), PROMPTS, None)[0].shape == (4,)
 
 
+def test_a_key_in_a_url_is_refused_and_not_repeated():
+    with pytest.raises(InputError, match="give the key as api_key") as refused:
+        RemoteReward(f"http://any:{KEY}@127.0.0.1:1")
+    assert KEY not in str(refused.value)
+
+
 def test_a_key_that_no_header_can_carry_is_refused():
     with pytest.raises(InputError, match="api_key has characters"):
         RemoteReward("http://127.0.0.1:1", api_key="a\nb")
@@ -254,6 +260,23 @@ def test_each_limit_is_a_clear_refusal(FakeJudge):
         with pytest.raises(InputError, match="413 the request has 5 pictures"):
             RemoteReward(url)(pixels([9, 20, 30, 40, 50]), ["a"] * 5)
         assert ask(f"{url}/compute", BODY)[0] == 200
+
+
+def test_a_body_of_many_small_values_is_refused_before_it_is_read(FakeJudge):
+    with serving(ListenerReward(FakeJudge())) as url:
+        for raw in (b"[" + b"[]," * 2**20 + b"[]]", b'{"images": [' + b'"",' * 2**20 + b'""]}', b"[" * 2**21):
+            for path in ("/compute", "/v1/rank"):
+                status, reply, _ = ask(url + path, raw=raw)
+                assert status == 413 and "more than 1,048,576 values" in reply["detail"]
+
+
+def test_whatever_a_refusal_says_fits_into_a_status_line(FakeJudge):
+    with serving(ListenerReward(FakeJudge())) as url:
+        for text in ("\x01\x7f\r\nSet-Cookie: a", "\u2028\ud83d", "\U0001f600" * 400):
+            item = {"history": [{"text": "a", "image_b64": b64(png(9))}], "required_rewards": [text]}
+            status, reply, headers = ask(f"{url}/score", {"requests": [item]})
+            assert status == 400 and "required_rewards" in reply["detail"] and "Set-Cookie" not in headers
+            assert ask(f"{url}/score", {"requests": [], "protocol_version": text})[0] == 400
 
 
 def chunked(parts: Iterator[bytes]) -> Iterator[bytes]:

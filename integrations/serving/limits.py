@@ -48,8 +48,22 @@ class Limits:
     """From the signal to end until what waits is given up. What is being judged is answered all the same."""
 
 
+VALUES = 2**20
+"""Values in the JSON of a body, about. Three bytes of JSON can be fifty of memory; pictures are long texts, and few."""
+
+
 class TooMuch(InputError):
     """A request past a limit; the server answers 413."""
+
+
+def check_values(body: bytes) -> None:
+    """Before a body is read as JSON.
+
+    Raises:
+        TooMuch: it would become far more objects than pictures and prompts are.
+    """
+    if sum(body.count(sign) for sign in b"[{,") > VALUES:
+        raise TooMuch(f"the body has more than {VALUES:,} values; send pictures as one text of base64 each")
 
 
 class Busy(Exception):
@@ -134,16 +148,16 @@ class Intake:
                         "shorten it, or start the server with a larger --max-prompt"
                     )
                 check_text(prompt, field=f"prompts[{position}]")
-        count, pixels = sum(one.count for one in uploads), sum(one.pixels for one in uploads)
-        for what, option, number, most in (
-            ("pictures", "--max-images", count, self.limits.images),
-            ("pixels", "--max-pixels", pixels, self.limits.pixels),
-        ):
-            if number > most:
-                raise TooMuch(
-                    f"the request has {number:,} {what}, more than {most:,}; send fewer at once, or start the server "
-                    f"with a larger {option}"
-                )
+        self._at_most(self.limits.images, sum(one.count for one in uploads), "pictures", "--max-images")
+        self._at_most(self.limits.pixels, sum(one.pixels for one in uploads), "pixels", "--max-pixels")
+
+    @staticmethod
+    def _at_most(most: int, number: int, what: str, option: str) -> None:
+        if number > most:
+            raise TooMuch(
+                f"the request has {number:,} {what}, more than {most:,}; send fewer at once, or start the server with "
+                f"a larger {option}"
+            )
 
     @contextmanager
     def room(self, uploads: Sequence[Upload], gone: Callable[[], bool] | None = None) -> Generator[None]:

@@ -33,5 +33,6 @@ class Reply(Response):
 def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Reply:
     """`{"detail": ...}`."""
     reply = Reply(status, {"detail": detail}, headers)
-    reply.raw_headers.append((REASON, " ".join(detail.split())[:300].encode("ascii", "replace")))
+    reason = "".join(sign if " " <= sign <= "~" else "?" for sign in " ".join(detail.split())[:300])
+    reply.raw_headers.append((REASON, reason.encode()))
     return reply

@@ -27,7 +27,7 @@ from ..contract import Reward
 from .callers import Caller, ClientGone, DeadlineOver, Ending, Retries
 from .collector import GroupCollector
 from .computing import compute
-from .limits import Busy, Gate, Intake, Limits, TooMuch
+from .limits import Busy, Gate, Intake, Limits, TooMuch, check_values
 from .metrics import Metrics
 from .replies import Reply, refusal
 from .schemas import CompareRequest, RankRequest
@@ -244,6 +244,7 @@ def _reply(work: Work, body: list[bytes], caller: Caller) -> Reply:
     try:
         caller.check()
         with while_wanted(caller.check):
+            check_values(body[0])
             return Reply(200, work(body.pop(), caller))
     except OtherScheme as error:
         logger.warning("refused a request: %s", str(error))
