@@ -114,7 +114,7 @@ def test_without_the_key_nothing_is_answered_but_that_the_server_is_there(FakeJu
             for path in ("/compute", "/group/compute", "/score", "/v1/compare", "/v1/rank"):
                 status, reply, headers = ask(url + path, BODY, **sent)
                 assert status == 401 and "API key" in reply["detail"] and headers["WWW-Authenticate"] == "Bearer"
-            assert ask(f"{url}/metrics", **sent)[0] == ask(f"{url}/openapi.json", **sent)[0] == 401
+            assert ask(f"{url}/metrics", **sent)[0] == ask(f"{url}/nothing", **sent)[0] == 401
             assert ask(f"{url}/health", **sent)[:2] == (200, {"status": "ok"}) and ask(f"{url}/ready", **sent)[0] == 200
         assert judge.calls == []
         basic = base64.b64encode(f"any:{KEY}".encode()).decode()  # what clients make of http://any:KEY@host
@@ -612,6 +612,17 @@ def test_the_types_are_in_the_openapi_page_with_examples_that_work(FakeJudge):
                 page["components"]["schemas"][post["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]["properties"]
             )  # fmt: skip
             assert {"400", "401", "413", "503", "504"} <= post["responses"].keys()
+
+
+def test_the_page_for_people_has_every_route_and_fetches_nothing(FakeJudge):
+    with serving(ListenerReward(FakeJudge()), api_key=KEY) as url:
+        status, page, headers = ask(f"{url}/docs")
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    for route in ("POST /compute", "POST /score", "POST /v1/compare", "POST /v1/rank", "GET /health", "GET /metrics"):
+        assert f"<code>{route}</code>" in page
+    assert "array of string" in page and "boolean or null" in page and "two red circles" in page
+    assert not re.search(r"<script|<link|src=|https?://", page)
 
 
 # --- what is freed

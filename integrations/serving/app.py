@@ -8,7 +8,7 @@
   server that answers by another replies 409, and `detail` says what to change. Clients that append their paths to a
   base URL, as both hosts' do, need no more than that URL.
 - `POST /v1/compare` and `POST /v1/rank`: the judge itself, typed.
-- `GET /ready`, `GET /metrics`, `GET /openapi.json`.
+- `GET /ready`, `GET /metrics`, `GET /openapi.json`, and `GET /docs`, which shows the latter.
 
 JSON both ways, pictures as base64 of PNG, JPEG or WebP: unlike the pickles that reward servers of this field exchange,
 nothing that arrives here can run. Paths and URLs are not read.
@@ -27,12 +27,13 @@ if fault := missing("serve", "a server"):
     raise fault
 
 from fastapi import FastAPI, Request, Response, Security
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from .auth import App, Guard
 from .computing import compute as compute
+from .page import docs_page
 from .replies import Reply, refusal
 from .schemas import (
     CompareRequest,
@@ -51,7 +52,7 @@ from .service import Service, Work
 
 ROUTES = (
     "there are GET /health, POST /compute and POST /score, each also after /reference, /group or /auto, POST "
-    "/v1/compare and /v1/rank, and GET /ready, /metrics and /openapi.json"
+    "/v1/compare and /v1/rank, and GET /ready, /metrics, /openapi.json and /docs"
 )
 
 SCHEMES: tuple[str | None, ...] = (None, *get_args(Scheme))
@@ -107,15 +108,22 @@ def create_app(service: Service, *, host: str, token: str | None = None, names: 
         )(endpoint)
 
     async def health(request: Request) -> Response:
+        """What answers here, and by which scheme; hosts ask this first."""
         return Reply(200, service.health(request.scope["authorized"]))
 
     async def ready() -> Response:
+        """Whether a request would be taken now."""
         under_way = len(service.gate)
         fine = not service.gate.closing and under_way < service.limits.waiting
         return Reply(200 if fine else 503, {"ready": fine, "under_way": under_way})
 
     async def metrics() -> Response:
+        """What Prometheus reads."""
         return Response(service.metrics.page(), media_type=service.metrics.content_type)
+
+    async def docs() -> Response:
+        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return HTMLResponse(docs_page(api.openapi()), headers=headers)
 
     other = {409: {"model": Refusal, "description": "The server answers by another scheme."}}
     invalid = {422: {"model": Refusal, "description": "A field is missing, unknown or of another type."}}
@@ -128,6 +136,7 @@ def create_app(service: Service, *, host: str, token: str | None = None, names: 
     post("/v1/rank", service.rank, RankRequest, RankingReply, True, invalid)
     api.get("/ready", responses={200: {"model": ReadyReply}, 503: {"model": ReadyReply}})(ready)
     api.get("/metrics", response_class=Response)(metrics)
+    api.get("/docs", include_in_schema=False)(docs)
     return Counted(Guard(api, host=host, token=token, names=names), service)
 
 
@@ -142,7 +151,9 @@ class Counted:
         self.app, self.metrics = app, service.metrics
         paths = ("/health", "/compute", "/score")
         self._known = {f"/{scheme}{path}" if scheme else path: path for scheme in SCHEMES for path in paths}
-        self._known |= {path: path for path in ("/v1/compare", "/v1/rank", "/ready", "/metrics", "/openapi.json")}
+        self._known |= {
+            path: path for path in ("/v1/compare", "/v1/rank", "/ready", "/metrics", "/openapi.json", "/docs")
+        }
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         route = self._known.get(scope.get("path", ""), "other")

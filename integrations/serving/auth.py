@@ -20,8 +20,8 @@ from listener_reward.remote import API_KEY_VARIABLE
 
 from .replies import Reply, refusal
 
-OPEN = ("/health", "/ready")
-"""Routes that probes may ask without a token."""
+OPEN = ("/health", "/ready", "/openapi.json", "/docs")
+"""What may be asked without a token: by probes, and by people who look for how to ask."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
