@@ -278,11 +278,11 @@ def test_ranks_as_a_real_judge_does(random_judge, shade, think):
 
 
 def test_the_judge_is_called_from_one_thread_which_ends_with_it(FakeJudge, shade):
-    seen: set[str] = set()
+    seen: set[threading.Thread] = set()
 
     class Watched(FakeJudge):
         def compare_many(self, *args, **options):
-            seen.add(threading.current_thread().name)
+            seen.add(threading.current_thread())
             return super().compare_many(*args, **options)
 
     def judges() -> tuple[Any, Any]:
@@ -292,9 +292,9 @@ def test_the_judge_is_called_from_one_thread_which_ends_with_it(FakeJudge, shade
         return weakref.ref(batching), weakref.ref(batching.judge)
 
     refs = judges()
-    (name,) = seen
+    (thread,) = seen
     end = time.monotonic() + 20
-    while any(thread.name == name for thread in threading.enumerate()):
+    while thread.is_alive():
         assert time.monotonic() < end
         time.sleep(0.01)
     assert [ref() for ref in refs] == [None, None]
