@@ -470,10 +470,11 @@ def test_the_deadline_of_a_client_is_kept(FakeJudge):
     with serving(ListenerReward(slow, scheme="group")) as url, ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, f"{url}/compute", BODY)
         assert slow.began.wait(20)
-        late = pool.submit(ask, f"{url}/compute", BODY, X_Request_Timeout="0.2")
         patient = pool.submit(ask, f"{url}/compute", BODY, X_Request_Timeout="600")
-        until(lambda: ask(f"{url}/ready")[1]["under_way"] == 3)
-        time.sleep(0.4)
+        until(lambda: ask(f"{url}/ready")[1]["under_way"] == 2)
+        late = pool.submit(ask, f"{url}/compute", BODY, X_Request_Timeout="0.5")
+        until(lambda: late.done() or ask(f"{url}/ready")[1]["under_way"] == 3)
+        time.sleep(0.6)
         slow.go.set()
         assert first.result(20)[0] == patient.result(20)[0] == 200
         status, reply, _ = late.result(20)
