@@ -30,8 +30,8 @@ from adapter_hosts import (
 from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
-from listener_reward.integrations.serving.app import compute
 from listener_reward.integrations.serving.collector import GroupCollector
+from listener_reward.integrations.serving.computing import compute
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from .auth import App, Guard
-from .computing import compute as compute
 from .page import docs_page
 from .replies import Reply, refusal
 from .schemas import (
