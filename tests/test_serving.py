@@ -240,7 +240,7 @@ def test_each_limit_is_a_clear_refusal(FakeJudge):
     refused = [
         ({"prompt": ["a"] * 5, "image": [b64(png(1))] * 5}, 413, "5 pictures, more than 4.*--max-images"),
         ({"prompt": ["a"], "video": [[b64(png(1))] * 5]}, 413, "5 pictures"),
-        ({"prompt": ["a"], "image": [b64(large.getvalue())]}, 413, "10,000 pixels, more than 5,000.*--max-pixels"),
+        ({"prompt": ["a"], "image": [b64(large.getvalue())]}, 413, "10,000 pixels, more than 5,000.*--request-pixels"),
         ({"prompt": ["a" * 101], "image": [b64(png(1))]}, 413, "101 characters, more than 100.*--max-prompt"),
         ({"prompt": ["a"], "image": ["A" * 100_000]}, 413, "more than 100,000 bytes"),
     ]
@@ -834,7 +834,7 @@ def test_serve_hands_its_limits_on(monkeypatch, FakeJudge):
 
     monkeypatch.setattr("listener_reward.integrations.serving.server.make_server", make_server)
     options = (
-        "--max-body 2 --max-images 3 --max-pixels 4 --max-prompt 5 --max-waiting 6 --drain 7 --max-batch 8 --wait 9"
+        "--max-body 2 --max-images 3 --request-pixels 4 --max-prompt 5 --max-waiting 6 --drain 7 --max-batch 8 --wait 9"
     )
     hosts = "--allow-host a.example --allow-host b.example --host 0.0.0.0 --insecure"
     done = CliRunner().invoke(app, ["serve", "--judge", "tiny", *options.split(), *hosts.split()])

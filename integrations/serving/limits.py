@@ -149,7 +149,7 @@ class Intake:
                     )
                 check_text(prompt, field=f"prompts[{position}]")
         self._at_most(self.limits.images, sum(one.count for one in uploads), "pictures", "--max-images")
-        self._at_most(self.limits.pixels, sum(one.pixels for one in uploads), "pixels", "--max-pixels")
+        self._at_most(self.limits.pixels, sum(one.pixels for one in uploads), "pixels", "--request-pixels")
 
     @staticmethod
     def _at_most(most: int, number: int, what: str, option: str) -> None:

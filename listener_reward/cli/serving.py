@@ -84,9 +84,11 @@ def serve(
         int, typer.Option("--max-body", metavar="MIB", min=1, help="MiB of a request's body; more is refused.")
     ] = 256,
     max_images: Annotated[int, typer.Option("--max-images", metavar="N", min=1, help="Pictures of a request.")] = 512,
-    max_pixels: Annotated[
+    request_pixels: Annotated[
         int,
-        typer.Option("--max-pixels", metavar="N", min=1, help="Pixels of a request's pictures; each takes 4 bytes."),
+        typer.Option(
+            "--request-pixels", metavar="N", min=1, help="Pixels of a request's pictures; each takes 4 bytes."
+        ),
     ] = 2**28,
     max_prompt: Annotated[
         int, typer.Option("--max-prompt", metavar="N", min=1, help="Characters of a prompt.")
@@ -133,7 +135,7 @@ def serve(
             limits = Limits(
                 body=max_body * 2**20,
                 images=max_images,
-                pixels=max_pixels,
+                pixels=request_pixels,
                 prompt=max_prompt,
                 waiting=max_waiting,
                 connections=max_waiting + 256,
