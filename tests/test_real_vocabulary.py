@@ -28,7 +28,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import FormatWarning
 from listener_reward.evaluate import evaluate
 from listener_reward.formats import best_of, try_formats
-from listener_reward.integrations.serving.app import make_server
+from listener_reward.integrations.serving.server import make_server
 from listener_reward.judge import Judge
 from listener_reward.models import transformers_vlm
 from listener_reward.models.processing import load_processor
