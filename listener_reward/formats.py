@@ -215,10 +215,11 @@ def _chats(chat_format: ChatFormat, vlm: VLM, pairs: Sequence[PreferencePair]) -
 
 def _opening(vlm: VLM, tag: str | None) -> VLM:
     """The same model, which takes `tag` for what opens a thought."""
-    if not hasattr(vlm, "think_tag"):
+    if not hasattr(vlm, "turns"):
         return vlm
     other: Any = copy.copy(vlm)
-    other.think_tag = tag
+    other.turns = copy.copy(other.turns)
+    other.turns.think_tag = tag
     return other
 
 

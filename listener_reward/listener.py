@@ -174,7 +174,7 @@ def load_listener(
     if reasoner is not None and shared:
         if base is not None and same_checkpoint(folder, base):
             return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)
-        whole = reasoner.checkpoint if reasoner.think_tag == opens else None
+        whole = reasoner.checkpoint if reasoner.turns.think_tag == opens else None
         if whole is not None and same_checkpoint(folder, whole):
             return make_listener(reasoner, chat_format, card)
     vlm = TransformersVLM.from_pretrained(folder, think_tag=opens, **options)

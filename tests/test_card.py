@@ -96,7 +96,7 @@ def test_a_given_card_wins_over_the_checkpoints_own(random_judge, plain, tmp_pat
         for given in (card, tmp_path / "card.json", json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))):
             judge = Judge.from_pretrained(name, device="cpu", card=given)
             assert judge.card == card and judge.listener is None
-            assert judge.reasoner.think_tag == "<answer>"  # pyright: ignore[reportAttributeAccessIssue]
+            assert judge.reasoner.turns.think_tag == "<answer>"  # pyright: ignore[reportAttributeAccessIssue]
     assert Judge.from_pretrained(plain, device="cpu", card=card, thoughts=5).card == replace(card, thoughts=5)
     assert Judge.from_pretrained(random_judge, device="cpu").card == Card.load(random_judge)
 
@@ -275,7 +275,7 @@ def test_what_a_chat_template_opens_is_part_of_the_format(random_judge, tmp_path
     found = {fit.form: fit for fit in try_formats(vlm, pairs, own=ChatFormat(question=QUESTION), max_new_tokens=99)}
     assert found["tags"].malformed == 0 and found["tags"].example == f"<think>\n{said}"
     assert found["an answer tag alone"].example == said
-    assert vlm.think_tag == "<think>", "as it was"
+    assert vlm.turns.think_tag == "<think>", "as it was"
     cut = try_formats(vlm, pairs, own=ChatFormat(question=QUESTION), max_new_tokens=len(ids))
     assert {fit.cut for fit in found.values()} == {0.0} and {fit.cut for fit in cut} == {1.0}
 

@@ -103,7 +103,7 @@ NEEDS = {
     "data": "datasets scoring",
     "judge": "bench formats judge listener models.auto_processing models.families models.head models.memory "
     "models.older_transformers models.placement models.plain models.processing models.transformers_vlm "
-    "models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
+    "models.turns models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "serve": "integrations.serving.app integrations.serving.auth integrations.serving.metrics "

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import string
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from listener_reward.errors import missing
 
@@ -20,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
-from listener_reward.chat import Chat, reserved_tokens
-from listener_reward.errors import InputError, JudgeError, UnknownWordsWarning
+from listener_reward.chat import Chat
+from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip
 from listener_reward.models.adapters import base_of, options_of_base, put_on
 from listener_reward.models.families import family_of
@@ -32,7 +30,8 @@ from listener_reward.models.older_transformers import video_texts
 from listener_reward.models.options import MEMORY, Quantization, as_bytes
 from listener_reward.models.placement import limit_pixels, placement
 from listener_reward.models.plain import PlainBatches
-from listener_reward.models.processing import decoded, load_processor, opened_thought
+from listener_reward.models.processing import decoded, load_processor
+from listener_reward.models.turns import Turns
 from listener_reward.models.video_processing import metadata, seconds_per_patch
 from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_output
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
@@ -42,8 +41,6 @@ from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_
 from listener_reward.prefix.sampling import prefill, sample
 
 logger = logging.getLogger(__name__)
-
-_PUNCTUATION = frozenset(string.punctuation)
 
 _SMALLER = (
     "load it in fewer bits (quantization: 4bit or 8bit, or dtype: bfloat16), or on several GPUs (device_map: auto)"
@@ -106,21 +103,18 @@ class TransformersVLM:
         self.footprint = Footprint.of(model)
         self.token_budget = min(token_budget, self.footprint.tokens(self.memory // 2))
         self.attention = attention
-        self.think_tag = think_tag
         self.tokenizer = processor.tokenizer
         if self.tokenizer.padding_side != "left":
             raise InputError(
                 f"padding_side is {self.tokenizer.padding_side!r}; batches of a decoder are read from their last "
                 "token: set processor.tokenizer.padding_side = 'left'"
             )
-        if processor.chat_template is None:
-            raise InputError("the checkpoint has no chat template; add its chat_template.jinja to the folder")
-        self.reserved = reserved_tokens(self.tokenizer)
+        self.turns = Turns(processor, think_tag=think_tag)
+        self.reserved = self.turns.reserved
         self.checkpoint: str | None = None
         """Where the weights were loaded from; None for a model that was given."""
         self.base: str | None = None
         """The checkpoint under the adapter, where `checkpoint` is one."""
-        self._told_of_unknown_words = False
         self.family = family_of(base_model(model).config.model_type)
         self._plain = PlainBatches(model, processor)
         self.shared_prefix = shared_prefix
@@ -265,7 +259,7 @@ class TransformersVLM:
                     rows = [batch[place] for place in places]
                     new = sampler(places, options(rows))
                     for row, text in zip(rows, decoded(self.tokenizer, new), strict=True):
-                        completions[row] = opened_thought(texts[row], self.think_tag) + text
+                        completions[row] = self.turns.opened(texts[row]) + text
         return completions
 
     def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> Tensor:
@@ -280,9 +274,9 @@ class TransformersVLM:
         self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str], *, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities of the labels (B, labels), and of the prefixes (B,) if `likelihood`, else zeros."""
-        turns = [self._continued(*turn) for turn in zip(self._texts(chats), prefixes, strict=True)]
+        turns = [self.turns.continued(*turn) for turn in zip(self._texts(chats), prefixes, strict=True)]
         texts, prefixes = [text for text, _ in turns], [prefix for _, prefix in turns]
-        slots, ids = self._at_slots(prefixes, labels)
+        slots, ids = self.turns.at_slots(prefixes, labels)
         last, means = torch.empty(len(chats), len(labels)), torch.zeros(len(chats))
         read = self._read_groups if self.shared_prefix else self._read_copies
         for rows in self._batches(chats, texts):
@@ -343,7 +337,7 @@ class TransformersVLM:
         for row, (chat, text, some) in enumerate(zip(chats, texts, found, strict=True)):
             groups.setdefault((text, *map(id, some), *(clip.times for clip in chat.videos)), []).append(row)
         firsts = [rows[0] for rows in groups.values()]
-        self._warn_of_unknown_words(chats[row].prompt for row in firsts)
+        self.turns.warn_of_unknown_words(chats[row].prompt for row in firsts)
         return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
 
     def _prompt(self, text: str, media: list[Encoded], clips: Sequence[Clip]) -> Prompt:
@@ -360,34 +354,12 @@ class TransformersVLM:
         return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), media)
 
     def _texts(self, chats: Sequence[Chat]) -> list[str]:
-        template = self.processor.apply_chat_template
-        texts = [template(chat.messages, tokenize=False, add_generation_prompt=True) for chat in chats]
         if not self.family.clips and any(chat.videos for chat in chats):
             raise InputError(
                 f"a {self.family.name!r} checkpoint is not shown clips as videos here; show their frames as images, "
                 "with clips='storyboard', 'frames' or 'clip'"
             )
-        for chat, text in zip(chats, texts, strict=True):
-            if chat.videos and text.count(self.processor.video_token) != len(chat.videos):
-                raise InputError(
-                    f"the checkpoint's chat template leaves {{'type': 'video'}} blocks out, of which a chat has "
-                    f"{len(chat.videos)}; add them to its chat_template.jinja, or show the frames as images"
-                )
-        return texts
-
-    def _continued(self, text: str, prefix: str) -> tuple[str, str]:
-        """A rendered chat and a beginning of the assistant's turn, without a thought's tag that both would open.
-
-        A turn that begins otherwise is written as it is given, in place of the thought that the template opens.
-        """
-        opened = opened_thought(text, self.think_tag)
-        if not opened:
-            return text, prefix
-        tag = opened.rstrip()
-        if not prefix.startswith(tag):
-            return text.removesuffix(opened), prefix
-        after = prefix.removeprefix(tag)
-        return text, after.removeprefix(opened.removeprefix(tag))
+        return self.turns.texts(chats)
 
     def _batches(self, chats: Sequence[Chat], texts: Sequence[str], new: int = 0) -> Iterator[list[int]]:
         """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
@@ -422,7 +394,7 @@ class TransformersVLM:
     def _plain_sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
         def draw(places: Sequence[int], options: dict[str, Any]) -> Tensor:
             some = [chats[place] for place in places]
-            self._warn_of_unknown_words(chat.prompt for chat in some)
+            self.turns.warn_of_unknown_words(chat.prompt for chat in some)
             return self._plain.sample(some, [texts[place] for place in places], options)
 
         return draw
@@ -430,86 +402,12 @@ class TransformersVLM:
     def _read_copies(
         self, chats: list[Chat], texts: list[str], slots: list[list[int]], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        self._warn_of_unknown_words(chat.prompt for chat in chats)
+        self.turns.warn_of_unknown_words(chat.prompt for chat in chats)
         return self._plain.read(chats, texts, slots, ids, likelihood=likelihood)
 
     def vision_tokens(self) -> list[int]:
         """Tokens that must not be sampled: without an image behind them they crash the next forward pass."""
-        if self.family.processor is None:
-            return self._plain.placeholders()
-        ids = map(self.tokenizer.get_added_vocab().get, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>"))
-        return [token for token in ids if token is not None]
-
-    def _at_slots(self, prefixes: Sequence[str], labels: Sequence[str]) -> tuple[list[list[int]], Tensor]:
-        """The tokens that each prefix begins an answer with, and the answers' ids (B, A) after them.
-
-        They are the tokens of prefix and answer together: a prefix's end may merge with a label, as `<answer>A` ends in
-        one token `>A`, and then the model stands one token before the prefix's end when it chooses.
-
-        Raises:
-            InputError: an answer that is not one token there, or two that are the same.
-        """
-        slots: list[list[int]] = []
-        chosen = torch.empty(len(prefixes), len(labels), dtype=torch.long)
-        if not prefixes:
-            return slots, chosen
-        whole = [
-            self.tokenizer([prefix + label for prefix in prefixes], add_special_tokens=False)["input_ids"]
-            for label in labels
-        ]
-        for row, written in enumerate(zip(*whole, strict=True)):
-            slot = written[0][:-1]
-            ids = [tokens[-1] for tokens in written if tokens[:-1] == slot]
-            if len(ids) < len(labels):
-                self._refuse_labels(prefixes[row], labels)
-            if len(set(ids)) < len(ids):
-                raise InputError(
-                    f"labels {tuple(labels)} are one token to this tokenizer; choose labels that it can tell"
-                )
-            slots.append(slot)
-            chosen[row] = torch.tensor(ids)
-        return slots, chosen
-
-    def _refuse_labels(self, prefix: str, labels: Sequence[str]) -> NoReturn:
-        """Names the label of several tokens where there is one, and what the tokenizer makes of each."""
-        before = self.tokenizer.encode(prefix, add_special_tokens=False)
-        told: list[str] = []
-        where = f"after {prefix[-20:]!r}"
-        for label in labels:
-            tokens = self.tokenizer.encode(prefix + label, add_special_tokens=False)
-            pieces: list[str] = self.tokenizer.convert_ids_to_tokens(tokens[_shared(before, tokens) :])
-            if len(pieces) != 1:
-                raise InputError(
-                    f"label {label!r} is {len(pieces)} tokens of this tokenizer {where}, {pieces}; choose labels of one"
-                )
-            told.append(f"{label!r} ends in {pieces[0]!r}")
-        raise InputError(
-            f"labels {tuple(labels)} do not follow the same tokens {where}: {', '.join(told)}; choose labels that the "
-            "tokenizer treats alike there"
-        )
-
-    def _warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
-        """Warns at the first batch that has such words. A listener with the reasoner's words says the same of it, which
-        Python's default filter shows once."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None or self._told_of_unknown_words or not self.tokenizer.is_fast:
-            return
-        found: dict[str, None] = {}
-        for prompt in prompts:
-            encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                word = prompt[start:end]
-                if token == unknown and not (word.isascii() and set(word) <= _PUNCTUATION):
-                    found.setdefault(word)
-        if found:
-            self._told_of_unknown_words = True
-            words = ", ".join(repr(word[:40]) for word in list(found)[:5]) + (", ..." if len(found) > 5 else "")
-            warnings.warn(
-                f"the judge's tokenizer does not know {words} and reads {self.tokenizer.unk_token} instead. The tiny "
-                "judge knows only its world of coloured shapes; load a large judge for other prompts. Said once",
-                UnknownWordsWarning,
-                stacklevel=2,
-            )
+        return self._plain.placeholders() if self.family.processor is None else self.turns.vision_tokens()
 
     def _adapters(self) -> contextlib.AbstractContextManager[Any]:
         return self.model.disable_adapter() if self.adapters_off else contextlib.nullcontext()
@@ -554,12 +452,6 @@ def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
 
 def _grids(media: Sequence[Encoded]) -> Tensor | None:
     return torch.stack([each.grid for each in media]) if media else None
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (mine, yours) in pairs if mine != yours), min(len(one), len(other)))
 
 
 def default_device() -> torch.device:
