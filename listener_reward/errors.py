@@ -8,6 +8,7 @@ from importlib.util import find_spec
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "judge": ("torch", "transformers", "tokenizers", "safetensors"),
+    "openai": ("httpx",),
     "train": ("torch", "transformers", "datasets", "trl", "peft", "accelerate"),
     "ray": ("ray",),
     "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),

@@ -104,6 +104,7 @@ NEEDS = {
     "judge": "bench formats judge listener models.auto_processing models.families models.head models.memory "
     "models.older_transformers models.placement models.plain models.processing models.transformers_vlm "
     "models.turns models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
+    "openai": "models.openai_client peers.endpoint",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "serve": "integrations.serving.app integrations.serving.auth integrations.serving.metrics "
