@@ -31,9 +31,9 @@ from listener_reward.media.clips import Clip, ClipView, frame_by_frame
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
 from listener_reward.misfits import Misfits
+from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve, same_checkpoint
-from listener_reward.models.options import ModelOptions, check_options, listed
-from listener_reward.models.transformers_vlm import TransformersVLM
+from listener_reward.models.options import ModelOptions, check_options, is_address, listed
 from listener_reward.models.vlm import VLM, check_finite
 from listener_reward.pairs import check_questions
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
@@ -145,7 +145,8 @@ class Judge:
                 writes, a `Card`, or its fields.
             listener: another listener than the checkpoint's own; "base" for the base under the reasoner's adapter;
                 "none" for no listener, and for a verdict by the mean of the thoughts where the checkpoint would have it
-                from its listener. A listener of the reasoner's own checkpoint or base shares its weights.
+                from its listener. A listener of the reasoner's own checkpoint or base shares its weights. An address
+                is the checkpoint's own listener behind a server, and the judge's checkpoint where there is none.
             listener_options: `ModelOptions` in which the listener differs from the reasoner, such as
                 `{"quantization": "4bit"}` or `{"device": "cuda:1"}`. With any, it has weights of its own.
             thoughts: thoughts sampled in each order; None takes the checkpoint's own number, here and below.
@@ -178,6 +179,10 @@ class Judge:
         folder = resolve(name)
         given_card = None if card is None else Card.read(card)
         card = Card.load(folder, given_card, revision=options.get("revision"))
+        asked = {"card": given_card, "listener": listener, "listener_options": listener_options}
+        if is_address(listener):
+            listener_options = ModelOptions(**(listener_options or {}) | {"backend": str(listener)})
+            listener = card.listener or str(name)
         chosen = choose_listener(listener, card.listener)
         refused = chosen is None and listener is not None
         if refused and aggregate is None and card.aggregate in LISTENING:
@@ -193,7 +198,7 @@ class Judge:
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
         check_listens(card.mode(think), chosen is not None)
-        reasoner = TransformersVLM.from_pretrained(folder, think_tag=card.format.think[0], **chosen_options)
+        reasoner = load_vlm(folder, card.format, **chosen_options)
         if isinstance(chosen, str | Path):
             own = given_card if same_checkpoint(chosen, folder) else None
             loaded = load_listener(
@@ -210,9 +215,17 @@ class Judge:
             reasoner, loaded, card, name=str(name), think=think, seed=seed, clips=clips, strict=strict, lenient=lenient
         )
         if not isinstance(listener, Listener):
-            asked = {"card": given_card, "listener": listener, "listener_options": listener_options}
             judge._origin = {"name": name, **asked, **options, **given}
+        for limit in judge.limits:
+            warnings.warn(limit, stacklevel=2)
         return judge
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What the judge's models cannot give, a sentence each, where that was accepted; see `ModelOptions`."""
+        vlms = [self.reasoner, *([] if self.listener is None else [self.listener.vlm])]
+        said: list[str] = [limit for vlm in vlms for limit in getattr(vlm, "limits", ())]
+        return tuple(dict.fromkeys(said))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles by configuration: the copy loads its weights from where this judge got them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, ChatFormat, neutralise
 from listener_reward.misfits import Misfits
+from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve, same_checkpoint
-from listener_reward.models.transformers_vlm import TransformersVLM
-from listener_reward.models.vlm import VLM, check_finite
+from listener_reward.models.options import is_address
+from listener_reward.models.vlm import VLM, LoadedVLM, check_finite
 from listener_reward.trace import Masking, Trace
 
 NO_LISTENER = "none"
@@ -141,7 +143,7 @@ def load_listener(
     card: Card,
     *,
     own: CardLike | None = None,
-    reasoner: TransformersVLM | None = None,
+    reasoner: LoadedVLM | None = None,
     shared: bool = True,
     **options: Any,
 ) -> Listener:
@@ -154,10 +156,11 @@ def load_listener(
         reasoner: the judge's model. A listener that is the same checkpoint, or the base under its adapters, runs on its
             weights.
         shared: False gives the listener weights of its own, for other options than the reasoner's.
-        options: those of `TransformersVLM.from_pretrained`.
+        options: those of `load_vlm`.
 
     Raises:
-        InputError: a checkpoint that cannot be had, or "base" for a reasoner without adapters.
+        InputError: a checkpoint that cannot be had, "base" for a reasoner without adapters, or a server that cannot
+            give what a listener needs.
     """
     base = None if reasoner is None else reasoner.base
     if name == OWN_BASE:
@@ -170,25 +173,31 @@ def load_listener(
     folder = resolve(name)
     asked = Card.load(folder, own)
     chat_format: ChatFormat = card.format if asked == Card() else asked.format
-    opens = chat_format.think[0]
-    if reasoner is not None and shared:
-        if base is not None and same_checkpoint(folder, base):
-            return make_listener(reasoner.without_adapters(think_tag=opens), chat_format, card)
-        whole = reasoner.checkpoint if reasoner.turns.think_tag == opens else None
-        if whole is not None and same_checkpoint(folder, whole):
-            return make_listener(reasoner, chat_format, card)
-    vlm = TransformersVLM.from_pretrained(folder, think_tag=opens, **options)
-    return make_listener(vlm, chat_format, card)
+    vlm = _of_reasoner(reasoner, folder, chat_format) if reasoner is not None and shared else None
+    if vlm is None:
+        vlm = load_vlm(folder, chat_format, **options)
+    grounding = vlm.can_ground(card.listener_grounding)
+    return make_listener(vlm, chat_format, replace(card, listener_grounding=grounding))
+
+
+def _of_reasoner(reasoner: LoadedVLM, folder: str, chat_format: ChatFormat) -> LoadedVLM | None:
+    """The reasoner's weights as those of the listener in `folder`; None where they are others."""
+    if reasoner.base is not None and same_checkpoint(folder, reasoner.base):
+        return reasoner.without_adapters(chat_format)
+    same = reasoner.checkpoint is not None and same_checkpoint(folder, reasoner.checkpoint)
+    return reasoner if same and reasoner.turns.think_tag == chat_format.think[0] else None
 
 
 def options_of_listener(options: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
     """The `ModelOptions` of a listener: its `own`, and else the reasoner's, but for what belongs to one of the two.
 
-    A revision is of the reasoner's checkpoint, and a place of either kind replaces the other kind.
+    A revision and an address are of the reasoner's checkpoint, and a place of either kind replaces the other kind.
     """
     own = {name: value for name, value in (own or {}).items() if value is not None}
     places = {"device", "device_map"}
     left_out = {"revision", *(places if places & own.keys() else ())}
+    if is_address(options.get("backend")):
+        left_out.add("backend")
     return {name: value for name, value in options.items() if name not in left_out} | own
 
 

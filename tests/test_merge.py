@@ -165,7 +165,7 @@ def test_an_unmerged_adapter_loses_nothing_but_what_bfloat16_rounds_in_any_pass(
 
     def with_and_without(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
         vlm = TransformersVLM.from_pretrained(tmp_path / "adapter", device="cpu", dtype=dtype)
-        return odds(vlm), odds(vlm.without_adapters(think_tag="<think>"))
+        return odds(vlm), odds(vlm.without_adapters(ChatFormat()))
 
     exact, base = with_and_without("float32")
     rounded, rounded_base = with_and_without("bfloat16")

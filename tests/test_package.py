@@ -101,9 +101,10 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets scoring",
-    "judge": "bench formats judge listener models.auto_processing models.families models.head models.memory "
-    "models.older_transformers models.placement models.plain models.processing models.transformers_vlm "
-    "models.turns models.video_processing models.vision models.vlm peers.scorers plan prefix tiny.models",
+    "judge": "bench formats judge listener models.auto_processing models.backends models.endpoint_vlm "
+    "models.families models.head models.memory models.older_transformers models.placement models.plain "
+    "models.processing models.transformers_vlm models.turns models.video_processing models.vision "
+    "models.vlm peers.scorers plan prefix tiny.models",
     "openai": "models.openai_client peers.endpoint",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",

@@ -15,6 +15,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ if fault := missing("openai", "a model behind an address"):
     raise fault
 
 import httpx
+from PIL.Image import Image
 
 from listener_reward.media.images import Picture
 
@@ -67,7 +69,7 @@ class OpenAIClient:
         timeout: float = 120.0,
         deadline: float = 900.0,
         pause: float = 1.0,
-        max_side: int | None = None,
+        prepare: Callable[[Image], Image] | None = None,
     ):
         """
         Args:
@@ -79,22 +81,22 @@ class OpenAIClient:
             timeout: seconds that one try may take, from connecting to the last byte.
             deadline: seconds that a request may take with all its tries and pauses.
             pause: seconds before the second try; doubled before every other. A server's Retry-After is kept, up to 60.
-            max_side: larger pictures are sent reduced to this; None sends every picture whole.
+            prepare: what is done to a picture before it is encoded; None sends it as it is.
 
         Raises:
             InputError: the address is none of the web's, or a number is out of range.
         """
         if not re.match(r"https?://[^/\s]+", base_url):
             raise InputError(f"base_url is {base_url!r}; give an address such as http://localhost:8000/v1")
-        if workers < 1 or tries < 1 or (max_side is not None and max_side < 1):
-            raise InputError(f"workers, tries and max_side are {workers}, {tries}, {max_side}; each is at least 1")
+        if workers < 1 or tries < 1:
+            raise InputError(f"workers and tries are {workers} and {tries}; each is at least 1")
         if timeout <= 0 or deadline <= 0:
             raise InputError(f"timeout and deadline are {timeout} and {deadline}; each is above 0")
         self.base_url = base_url.rstrip("/")
         self.name = name or self.base_url
         self.workers = workers
         self._tries, self._timeout, self._deadline, self._pause = tries, timeout, deadline, pause
-        self._max_side = max_side
+        self._prepare = prepare
         key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -102,6 +104,7 @@ class OpenAIClient:
             timeout=timeout,
             trust_env=not is_loopback(self.base_url),  # a proxy cannot reach this machine
         )
+        weakref.finalize(self, self._http.close)
         self._turn = threading.BoundedSemaphore(workers)
         self._pictures: OrderedDict[bytes, str] = OrderedDict()
         self._kept = 0
@@ -149,7 +152,7 @@ class OpenAIClient:
             if url := self._pictures.get(picture.digest):
                 self._pictures.move_to_end(picture.digest)
                 return url
-        url = _data_url(picture, self._max_side)
+        url = _data_url(picture.image if self._prepare is None else self._prepare(picture.image))
         with self._lock:
             if picture.digest not in self._pictures:
                 self._pictures[picture.digest] = url
@@ -246,11 +249,7 @@ def is_loopback(url: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _data_url(picture: Picture, max_side: int | None) -> str:
-    image = picture.image
-    if max_side is not None and max(image.size) > max_side:
-        image = image.copy()
-        image.thumbnail((max_side, max_side))
+def _data_url(image: Image) -> str:
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -23,12 +23,24 @@ MEMORY = 2**32
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+TRANSFORMERS = "transformers"
+BACKENDS = (TRANSFORMERS,)
+"""Names of what runs weights, beside the addresses of servers."""
+
 Quantization = Literal["4bit", "8bit"]
 
 
 class ModelOptions(TypedDict, total=False):
     """Where and how a model runs. What is left out, or None, has the default."""
 
+    backend: str | None
+    """Who runs the weights: "transformers", or the address of an OpenAI-compatible server of them, such as
+    "http://localhost:8000/v1", or "MODEL@http://localhost:8000/v1" where the server has several models. A server has
+    its own device, dtype and memory, and none of the options for them. A listener with weights of its own is not looked
+    for behind the reasoner's address. Default: "transformers"."""
+    accept_less: bool
+    """Take a server that gives no log-probabilities, or none of a prompt. `Judge.limits` says what that costs, and so
+    does a warning. Default: False."""
     device: str | torch.device | None
     """Where the model runs: "cuda:1", "cpu". Default: this process's own GPU, or the CPU where there is none."""
     device_map: str | Mapping[str, Any] | None
@@ -67,8 +79,19 @@ class ModelOptions(TypedDict, total=False):
 
 MODEL_OPTIONS: tuple[str, ...] = tuple(ModelOptions.__annotations__)
 
-_DEFAULTS = {"batch_size": 32, "shared_prefix": True, "token_budget": 16384, "vision_bytes": 2**29}
+_DEFAULTS = {
+    "accept_less": False,
+    "batch_size": 32,
+    "shared_prefix": True,
+    "token_budget": 16384,
+    "vision_bytes": 2**29,
+}
 """Those that are not None. `TransformersVLM` has the same."""
+
+
+def is_address(name: object) -> bool:
+    """Whether `name` is `http://...` or `MODEL@http://...`."""
+    return isinstance(name, str) and re.match(r"(?:.+@)?https?://", name) is not None
 
 
 def listed(function: _F) -> _F:
@@ -92,6 +115,12 @@ def check_options(options: Mapping[str, Any], field: str = "") -> None:
     if unknown := [str(name) for name in options if name not in MODEL_OPTIONS]:
         raise InputError(f"{before}{', '.join(unknown)}: no option of a model, which has {', '.join(MODEL_OPTIONS)}")
     given = {name: value for name, value in options.items() if value is not None}
+    if "backend" in given and given["backend"] not in BACKENDS and not is_address(given["backend"]):
+        choices = ", ".join(map(repr, BACKENDS))
+        raise InputError(
+            f"{before}backend is {given['backend']!r}; choose {choices}, or an address such as "
+            "'http://localhost:8000/v1'"
+        )
     if "quantization" in given and given["quantization"] not in get_args(Quantization):
         raise InputError(f"{before}quantization is {given['quantization']!r}; choose '4bit' or '8bit', or leave it out")
     if "device" in given and "device_map" in given:

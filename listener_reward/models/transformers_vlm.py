@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
-from listener_reward.chat import Chat
+from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip
 from listener_reward.models.adapters import base_of, options_of_base, put_on
@@ -60,6 +60,9 @@ class TransformersVLM:
     `vision`. For that the model takes layouts from now on (`take_layouts`). Without one it gives what it gave, and
     other models are not touched. Elsewhere every chat is run for itself: see `plain`.
     """
+
+    backend = "transformers"
+    limits: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -213,8 +216,7 @@ class TransformersVLM:
         vlm.checkpoint, vlm.base = str(name), base
         return vlm
 
-    def without_adapters(self, *, think_tag: str | None) -> TransformersVLM:
-        """The base of an adapter as a model of its own, on the same weights; `think_tag` as of the class."""
+    def without_adapters(self, chat_format: ChatFormat) -> TransformersVLM:
         base = TransformersVLM(
             self.model,
             self.processor,
@@ -226,10 +228,13 @@ class TransformersVLM:
             vision_bytes=self.features.max_bytes,
             memory=self.memory,
             keep_memory=False,  # if it is to be kept, glibc has been asked
-            think_tag=think_tag,
+            think_tag=chat_format.think[0],
         )
         base.checkpoint = self.base
         return base
+
+    def can_ground(self, grounding: float) -> float:
+        return grounding
 
     @out_of_memory("thoughts were sampled", "lower memory, batch_size, max_new_tokens or max_pixels")
     @torch.inference_mode()

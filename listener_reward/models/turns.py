@@ -111,6 +111,25 @@ class Turns:
             chosen[row] = torch.tensor(ids)
         return slots, chosen
 
+    def before(self, slot: Sequence[int], answered: str) -> str:
+        """The text whose tokens are those of a slot, for whoever is asked by text and not by tokens.
+
+        Args:
+            slot: the tokens, as `at_slots` gives them.
+            answered: a prefix of which the slot is, with one of the labels behind it.
+
+        Raises:
+            InputError: the tokenizer makes other tokens of it.
+        """
+        encoded = self.tokenizer(answered, add_special_tokens=False, return_offsets_mapping=True)
+        text = answered[: encoded["offset_mapping"][-1][0]]
+        for written in (text, text.rstrip(" ")):
+            if self.tokenizer(written, add_special_tokens=False)["input_ids"] == slot:
+                return written
+        raise InputError(
+            f"no text has the tokens that stand before an answer in {answered[-20:]!r}; choose other labels or tags"
+        )
+
     def _refuse_labels(self, prefix: str, labels: Sequence[str]) -> NoReturn:
         """Names the label of several tokens where there is one, and what the tokenizer makes of each."""
         before = self.tokenizer.encode(prefix, add_special_tokens=False)

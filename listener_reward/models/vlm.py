@@ -17,8 +17,9 @@ if fault := missing("judge", "a model in this process"):
 import torch
 from torch import Tensor
 
-from listener_reward.chat import Chat
+from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import JudgeError
+from listener_reward.models.turns import Turns
 
 
 class VLM(Protocol):
@@ -45,6 +46,32 @@ class VLM(Protocol):
         """`label_logprobs`, and how likely the model finds each prefix, from one pass.
 
         The second is the mean log-probability (B,) float32 of each prefix's tokens, none counted below `LEAST_LOGPROB`.
+        """
+        ...
+
+
+class LoadedVLM(VLM, Protocol):
+    """A checkpoint in one of the backends."""
+
+    turns: Turns
+    checkpoint: str | None
+    """Where it was loaded from; None for a model that was given."""
+    base: str | None
+    """The checkpoint under the adapter, where `checkpoint` is one."""
+    backend: str
+    """Who runs it, as `backends.load_vlm` takes it."""
+    limits: tuple[str, ...]
+    """What it cannot give of what a judge needs, a sentence each, where that was accepted."""
+
+    def without_adapters(self, chat_format: ChatFormat) -> LoadedVLM:
+        """The base of an adapter as a model of its own, on the same weights."""
+        ...
+
+    def can_ground(self, grounding: float) -> float:
+        """`grounding`, or 0 where `read` cannot be had and that was accepted.
+
+        Raises:
+            InputError: it cannot read answers, or not thoughts, and that was not accepted.
         """
         ...
 

@@ -5,7 +5,7 @@
 | `pickscore`, `pickscore:FOLDER` | PickScore v1, or a checkpoint of that kind | nothing more |
 | `clip`, `clip:FOLDER_OR_HUB_NAME` | CLIP ViT-H/14, or another CLIP | nothing more |
 | `imscore:MODEL` | a model of the imscore package: ImageReward, HPSv2, HPSv3, MPS, ... | `pip install imscore` |
-| `openai:MODEL@BASE_URL` | a vision-language model behind any OpenAI-compatible endpoint | its address, and `pip install "listener-reward[openai]"` |
+| `openai:MODEL@BASE_URL` | a vision-language model behind an OpenAI-compatible endpoint | an address, extra `openai` |
 
 A peer has what `evaluate` needs of a judge: a `name`, and `compare_many`, which gives a `Verdict` for each pair.
 """

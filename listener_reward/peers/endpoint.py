@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
+
+from PIL.Image import Image
 
 from listener_reward.chat import FOREIGN_RESERVED, ChatFormat
 from listener_reward.conclude import Evidence, make_verdict
@@ -63,6 +66,8 @@ class EndpointJudge:
         """
         if not model:
             raise InputError("model is empty; name one as openai:MODEL@BASE_URL")
+        if max_side < 1:
+            raise InputError(f"max_side is {max_side}; it is at least 1")
         self.name = f"openai:{model}" if base_url == OPENAI else f"openai:{model}@{base_url}"
         self._model = model
         self._client = OpenAIClient(
@@ -73,7 +78,7 @@ class EndpointJudge:
             tries=tries,
             timeout=timeout,
             pause=pause,
-            max_side=max_side,
+            prepare=partial(_reduced, max_side=max_side),
         )
         self._format = ChatFormat()
         self._options = dict(_OPTIONAL)
@@ -143,6 +148,14 @@ def endpoint_judge(name: str) -> EndpointJudge:
     """
     model, at, address = name.rpartition("@http")
     return EndpointJudge(model, "http" + address) if at else EndpointJudge(name)
+
+
+def _reduced(image: Image, max_side: int) -> Image:
+    if max(image.size) <= max_side:
+        return image
+    image = image.copy()
+    image.thumbnail((max_side, max_side))
+    return image
 
 
 def _read(text: str, logprobs: Any) -> _Reply:
