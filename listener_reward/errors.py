@@ -9,6 +9,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets",),
     "judge": ("torch", "transformers", "tokenizers", "safetensors"),
     "openai": ("httpx",),
+    "vllm": ("torch", "transformers", "vllm"),
     "train": ("torch", "transformers", "datasets", "trl", "peft", "accelerate"),
     "ray": ("ray",),
     "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),

@@ -220,11 +220,27 @@ class Judge:
             warnings.warn(limit, stacklevel=2)
         return judge
 
+    def sleep(self, level: int = 1) -> None:
+        """Has every vLLM engine of this judge free its GPU memory; see `VllmVLM.sleep`. Other backends stay awake."""
+        for vlm in self._vlms():
+            if hasattr(vlm, "sleep"):
+                vlm.sleep(level)
+
+    def wake(self) -> None:
+        """Brings back what `sleep` moved away."""
+        for vlm in self._vlms():
+            if hasattr(vlm, "wake"):
+                vlm.wake()
+
+    def _vlms(self) -> list[Any]:
+        """The judge's models, each engine of vLLM once."""
+        vlms: list[Any] = [self.reasoner, *([] if self.listener is None else [self.listener.vlm])]
+        return list({id(getattr(vlm, "engine", vlm)): vlm for vlm in vlms}.values())
+
     @property
     def limits(self) -> tuple[str, ...]:
         """What the judge's models cannot give, a sentence each, where that was accepted; see `ModelOptions`."""
-        vlms = [self.reasoner, *([] if self.listener is None else [self.listener.vlm])]
-        said: list[str] = [limit for vlm in vlms for limit in getattr(vlm, "limits", ())]
+        said: list[str] = [limit for vlm in self._vlms() for limit in getattr(vlm, "limits", ())]
         return tuple(dict.fromkeys(said))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -421,5 +421,5 @@ def test_addresses(address, found):
 
 
 def test_a_backend_that_is_none():
-    with pytest.raises(InputError, match="backend is 'tensorrt'; choose 'transformers'"):
+    with pytest.raises(InputError, match="backend is 'tensorrt'; choose 'transformers', 'vllm', or an address"):
         Judge.from_pretrained("tiny", backend="tensorrt")

@@ -106,6 +106,7 @@ NEEDS = {
     "models.processing models.transformers_vlm models.turns models.video_processing models.vision "
     "models.vlm peers.scorers plan prefix tiny.models",
     "openai": "models.openai_client peers.endpoint",
+    "vllm": "models.vllm_vlm",
     "train": "recipes train",
     "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
     "serve": "integrations.serving.app integrations.serving.auth integrations.serving.metrics "

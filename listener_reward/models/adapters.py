@@ -54,6 +54,20 @@ def base_of(name: str | Path, **options: Any) -> str | None:
     return base
 
 
+def lora_rank(name: str | Path) -> int:
+    """The largest rank of the adapter `name`, that of single layers counted.
+
+    Raises:
+        InputError: it is no LoRA adapter.
+    """
+    path = find_file(name, ADAPTER)
+    saved: Any = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if saved.get("peft_type") != "LORA":
+        raise InputError(cannot_load(name, f"it is an adapter of type {saved.get('peft_type')!r}; vLLM takes LORA"))
+    patterns: dict[str, int] = saved.get("rank_pattern") or {}
+    return max([int(saved["r"]), *map(int, patterns.values())])
+
+
 def brings_processor(name: str | Path, **options: Any) -> bool:
     """Whether a processor lies beside the adapter `name`; else its base's is meant."""
     return any(find_file(name, file, **options) for file in _PROCESSORS)

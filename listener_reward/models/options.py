@@ -24,7 +24,8 @@ MEMORY = 2**32
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 TRANSFORMERS = "transformers"
-BACKENDS = (TRANSFORMERS,)
+VLLM = "vllm"
+BACKENDS = (TRANSFORMERS, VLLM)
 """Names of what runs weights, beside the addresses of servers."""
 
 Quantization = Literal["4bit", "8bit"]
@@ -34,10 +35,12 @@ class ModelOptions(TypedDict, total=False):
     """Where and how a model runs. What is left out, or None, has the default."""
 
     backend: str | None
-    """Who runs the weights: "transformers", or the address of an OpenAI-compatible server of them, such as
-    "http://localhost:8000/v1", or "MODEL@http://localhost:8000/v1" where the server has several models. A server has
-    its own device, dtype and memory, and none of the options for them. A listener with weights of its own is not looked
-    for behind the reasoner's address. Default: "transformers"."""
+    """Who runs the weights: "transformers", "vllm" for an engine in this process, or the address of an OpenAI-compatible
+    server of them, such as "http://localhost:8000/v1", or "MODEL@http://localhost:8000/v1" where the server has several
+    models. vLLM takes `dtype`, `revision` and `max_pixels` of these options, and a server the last two. A listener with
+    weights of its own is not looked for behind the reasoner's address. Default: "transformers"."""
+    engine: Mapping[str, Any] | None
+    """Further arguments of vLLM's engine, such as `{"tensor_parallel_size": 2}`."""
     accept_less: bool
     """Take a server that gives no log-probabilities, or none of a prompt. `Judge.limits` says what that costs, and so
     does a warning. Default: False."""

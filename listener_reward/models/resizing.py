@@ -12,14 +12,20 @@ import numpy as np
 from PIL import Image
 
 
+def resizes(image_processor: Any) -> bool:
+    """Whether `resized` knows how this processor resizes: one of the Qwen-VL family."""
+    sizes = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")]
+    return all(isinstance(size, int) for size in sizes) and bool(getattr(image_processor, "do_resize", False))
+
+
 def resized(image: Image.Image, image_processor: Any) -> Image.Image:
     """`image` in the size and with the pixels that the processor's patches are cut from.
 
     A processor that is none of the Qwen-VL family's gets the picture as it is.
     """
-    sizes = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")]
-    if None in sizes or not getattr(image_processor, "do_resize", False):
+    if not resizes(image_processor):
         return image
+    sizes = [getattr(image_processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size")]
     patch, merge, times = cast("list[int]", sizes)
     found = image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     patches = np.asarray(found["pixel_values"])
