@@ -35,10 +35,11 @@ class ModelOptions(TypedDict, total=False):
     """Where and how a model runs. What is left out, or None, has the default."""
 
     backend: str | None
-    """Who runs the weights: "transformers", "vllm" for an engine in this process, or the address of an OpenAI-compatible
-    server of them, such as "http://localhost:8000/v1", or "MODEL@http://localhost:8000/v1" where the server has several
-    models. vLLM takes `dtype`, `revision` and `max_pixels` of these options, and a server the last two. A listener with
-    weights of its own is not looked for behind the reasoner's address. Default: "transformers"."""
+    """Who runs the weights: "transformers", "vllm" for an engine in this process, or the address of a server of them.
+
+    The server is any OpenAI-compatible one, such as "http://localhost:8000/v1", or "MODEL@http://localhost:8000/v1"
+    where it has several models. Of these options vLLM takes `dtype`, `revision` and `max_pixels`, and a server the last
+    two. A listener with weights of its own is not looked for behind the reasoner's address. Default: "transformers"."""
     engine: Mapping[str, Any] | None
     """Further arguments of vLLM's engine, such as `{"tensor_parallel_size": 2}`."""
     accept_less: bool

@@ -15,6 +15,7 @@ from trl import get_peft_config
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.listener import OWN_BASE, choose_listener
+from listener_reward.models.options import is_address
 from listener_reward.plan.checkpoints import Checkpoint
 from listener_reward.plan.launches import Launch
 from listener_reward.plan.passes import Architecture
@@ -113,9 +114,9 @@ class _Run:
         )
 
     def _listener(self, own: str | None) -> Architecture | None:
-        """The listener's model; None for nobody, and for the policy's own base."""
+        """The listener's model; None for nobody, for the policy's own base, and for one behind an address."""
         name = choose_listener(self.args.listener or None, own)
-        if name in (None, OWN_BASE):
+        if name in (None, OWN_BASE) or is_address(name):
             return None
         assert isinstance(name, str)
         found = Checkpoint.of(name)
@@ -145,7 +146,8 @@ class _Run:
         patches = round_rows * patch * sum(math.prod(grid) for grid in longest.grids)
         held = self._held()
         phases = [self._rollout(asked, held, patches)]
-        if self.listener is not None or choose_listener(args.listener, self.policy_checkpoint.card.listener):
+        named = choose_listener(args.listener, self.policy_checkpoint.card.listener)
+        if self.listener is not None or (named and not is_address(named)):
             parts, flops = listening(self.listener or self.policy, asked)
             phases.append(Phase("listener", held | {"patches": patches} | parts, flops))
         micro = min(rows, round_rows)

@@ -40,7 +40,8 @@ class ListenerGRPOConfig(GRPOConfig):
         metadata={
             "help": "Who listens: a checkpoint (folder, Hub name or embedded name), 'base' for the policy's own base "
             "with its adapters off (needs LoRA), 'none' (needs a listener weight of 0), or nothing for the listener "
-            "that the policy's checkpoint names."
+            "that the policy's checkpoint names. An address such as 'http://localhost:8000/v1' is that listener behind "
+            "an OpenAI-compatible server, which costs the trainer no memory."
         },
     )
     listener_dtype: str | None = field(

@@ -44,6 +44,7 @@ from listener_reward.listener import (
 from listener_reward.media.images import to_pil
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import lasting, resolve
+from listener_reward.models.options import is_address
 from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor, opened_thought
 from listener_reward.models.transformers_vlm import TransformersVLM
@@ -122,8 +123,10 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Rounds in a row, up to now, in which every completion was malformed."""
         self.kernel = self._kernel(args)
         if listener is None and not own_base:
-            listener = _load_listener(args, self.card, self.kernel)
-        if (named := choose_listener(args.listener, None)) is not None:
+            listener = _load_listener(args, self.card, folder, self.kernel)
+        named = choose_listener(args.listener, None)
+        # An address is where this run's listener was, and no checkpoint.
+        if named is not None and not is_address(named):
             self.card = replace(self.card, listener=lasting(str(model if own_base else named)))
         _check_size(train_dataset, args)
         self.left_to_trl = changes()
@@ -550,10 +553,14 @@ def _refuse_dropped_inputs(model: str, processor: Any, card: Card) -> None:
         )
 
 
-def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listener | None:
+def _load_listener(args: ListenerGRPOConfig, card: Card, folder: str, kernel: str) -> Listener | None:
     """The listener that the configuration or else the policy's card names; None if there is none and its reward weight
-    is 0."""
-    name = choose_listener(args.listener or None, card.listener)
+    is 0.
+
+    Behind an address there is the listener of the card, or the checkpoint in `folder` where the card has none."""
+    name, backend = choose_listener(args.listener or None, card.listener), None
+    if is_address(name):
+        name, backend = card.listener or folder, str(name)
     if name is None:
         if args.reward_weights is not None and args.reward_weights[2] == 0:
             return None
@@ -570,6 +577,8 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, kernel: str) -> Listene
         "max_pixels": args.max_pixels,
     }
     own: Any = args.listener_options
+    if backend is not None:
+        own = (own or {}) | {"backend": backend}
     with unsharded():
         return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
 
