@@ -115,6 +115,8 @@ JUDGING = {
 """Every command that loads a judge, with what it cannot do without."""
 
 MODEL_OPTIONS_GIVEN = {
+    "backend": "vllm",
+    "engine": {"tensor_parallel_size": 2},
     "device_map": "auto",
     "dtype": "bfloat16",
     "quantization": "4bit",
@@ -147,12 +149,13 @@ def test_every_command_takes_the_same_options_of_a_judge(command: str, tmp_path:
     monkeypatch.setattr(Judge, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
     given = MODEL_OPTIONS_GIVEN | ({} if command == "rank-videos" else {"clips": "frames"})
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    options += ["--strict", "--lenient", "--no-shared-prefix", "--no-think"]
+    written = given | {"engine": json.dumps(given["engine"])}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in written.items()]
+    options += ["--strict", "--lenient", "--accept-less", "--no-shared-prefix", "--no-think"]
     options += ["--listener-option", "quantization=8bit", "--listener-option", "batch-size=64"]
     result = run(command, "--judge", "tiny", *JUDGING[command], *options)
     assert (result.exit_code, result.stderr) == (2, "Error: far enough\n")
-    flags = {"strict": True, "lenient": True, "shared_prefix": False, "think": False}
+    flags = {"strict": True, "lenient": True, "accept_less": True, "shared_prefix": False, "think": False}
     listener = {"listener_options": {"quantization": "8bit", "batch_size": 64}}
     assert calls == [("tiny", given | flags | listener)]
 
@@ -160,7 +163,7 @@ def test_every_command_takes_the_same_options_of_a_judge(command: str, tmp_path:
 def test_every_option_of_a_judge_can_be_given_on_the_command_line():
     given = {*JudgeOptions.__annotations__, "think", "shared_prefix", "listener_options"}
     assert set(JUDGE_OPTIONS) - {"seed"} == given - {"no_think", "no_shared_prefix", "listener_option"}
-    assert {*MODEL_OPTIONS_GIVEN, "clips", "device", "strict", "lenient"} == {
+    assert {*MODEL_OPTIONS_GIVEN, "clips", "device", "strict", "lenient", "accept_less"} == {
         name for name in JudgeOptions.__annotations__ if name not in ("no_think", "no_shared_prefix", "listener_option")
     }
 
@@ -179,6 +182,8 @@ def test_help_has_the_options_of_a_judge_in_panels_of_their_own():
         (["--listener-option", "batch_size=many"], "batch_size is a whole number"),
         (["--listener-option", "bits=4"], "listener_options: bits: no option of a model"),
         (["--device-map", "{0: 1}"], "which is no JSON"),
+        (["--engine", "tensor_parallel_size=2"], "engine is 'tensor_parallel_size=2', which is no JSON"),
+        (["--backend", "vllm!"], "choose 'transformers', 'vllm', or an address"),
         (["--device-map", "auto", "--device", "cpu"], "leave one of them out"),
         (["--quantization", "5bit"], "choose '4bit' or '8bit'"),
         (["--card", "no-such-card.json"], "no-such-card.json"),

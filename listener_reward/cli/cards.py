@@ -28,7 +28,7 @@ UNFIT = 1
 
 _OF_JUDGING = (
     *("listener", "card", "no_think", "thoughts", "aggregate", "orders", "early_stop", "max_new_tokens"),
-    *("sampling_temperature", "masking", "clips", "strict", "lenient", "listener_option"),
+    *("sampling_temperature", "masking", "clips", "strict", "lenient", "listener_option", "accept_less"),
 )
 """Options that say how a judge judges. What a card says is looked for here, and no listener is loaded."""
 

@@ -112,6 +112,21 @@ class JudgeOptions(TypedDict, total=False):
         ),
     ]
 
+    backend: Annotated[
+        str | None,
+        _model(
+            "--backend",
+            help='Who runs the weights: "vllm", or the address of a server of them, [MODEL@]http://host:port/v1.',
+            default="transformers",
+        ),
+    ]
+    engine: Annotated[
+        str | None,
+        _model("--engine", metavar="JSON", help='More for vLLM\'s engine, such as {"tensor_parallel_size": 2}.'),
+    ]
+    accept_less: Annotated[
+        bool, _model("--accept-less", help="Take a server without log-probabilities, and say what that costs.")
+    ]
     device: Annotated[str | None, _model("--device", help='"cuda:1", "cpu".', default="this process's GPU, or the CPU")]
     device_map: Annotated[
         str | None,
@@ -237,6 +252,8 @@ def load_judge(name: str | None, **options: Unpack[JudgeOptions]) -> Judge:
         given["shared_prefix"] = False
     if "device_map" in given:
         given["device_map"] = _device_map(given["device_map"])
+    if "engine" in given:
+        given["engine"] = _engine(given["engine"])
     if "listener_option" in given:
         given["listener_options"] = dict(map(_named_value, given.pop("listener_option")))
     return Judge.from_pretrained(PAPER_CHECKPOINT if name is None else name, think=think, **given)
@@ -247,7 +264,10 @@ def asked(options: JudgeOptions) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
-_WHERE = ("device", "device_map", "batch_size", "token_budget", "memory", "vision_bytes", "no_shared_prefix")
+_WHERE = (
+    *("backend", "engine", "device", "device_map"),
+    *("batch_size", "token_budget", "memory", "vision_bytes", "no_shared_prefix"),
+)
 """Options of where and how fast a judge runs; they move a verdict by rounding at the most."""
 
 
@@ -260,11 +280,18 @@ def making_verdicts(options: JudgeOptions) -> dict[str, Any]:
 def _device_map(value: str) -> Any:
     if not value.lstrip().startswith("{"):
         return value
+    return _json("device-map", value, """give "auto", "balanced", or JSON such as {"": 0}""")
+
+
+def _engine(value: str) -> Any:
+    return _json("engine", value, """give JSON such as {"tensor_parallel_size": 2}""")
+
+
+def _json(option: str, value: str, fix: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        fix = """give "auto", "balanced", or JSON such as {"": 0}"""
-        raise InputError(f"device-map is {value!r}, which is no JSON ({error}); {fix}") from error
+        raise InputError(f"{option} is {value!r}, which is no JSON ({error}); {fix}") from error
 
 
 def _named_value(text: str) -> tuple[str, Any]:
@@ -278,6 +305,8 @@ def _named_value(text: str) -> tuple[str, Any]:
             return name, int(value)
         except ValueError as error:
             raise InputError(f"listener-option is {text!r}; {name} is a whole number") from error
-    if name == "shared_prefix":
+    if name == "engine":
+        return name, _engine(value)
+    if name in ("shared_prefix", "accept_less"):
         return name, value.lower() in ("true", "1", "yes")
     return name, _device_map(value) if name == "device_map" else value
