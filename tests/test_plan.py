@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from listener_reward.bench.shapes import SHAPES_BY_NAME, Size, build_checkpoint
+from listener_reward.card import Card
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.plan.checkpoints import BUILT_IN, Checkpoint
@@ -165,6 +166,42 @@ def test_hours_and_what_to_change():
     assert small == ["activations (0.0 GB)", "weights (0.0 GB)"]  # the larger first
 
 
+FOUR = {"quantization": "4bit", "device": "cuda:1"}
+TRAINING = ["--model_name_or_path", "tiny-base", "--listener", "tiny-listener", "--data", "tiny:id"]
+TRAINING += ["--output_dir", "no", "--data_limit", "4"]
+
+
+def test_a_plan_asks_as_the_card_of_the_training_file(tmp_path: Path):
+    card = tmp_path / "card.json"
+    question = "{first} {second} {prompt} two red circles and two red circles"
+    card.write_text(json.dumps({"format": {"question": question}}), encoding="utf-8")
+    own = Checkpoint.of("tiny-base")
+    asked = own.question_tokens(Card.read(card).format)
+    assert asked != own.question_tokens(own.card.format)
+    plan = plan_training([*TRAINING, "--card", str(card)])
+    assert plan.pairs.longest.question == asked
+
+
+def test_a_plan_loads_the_listener_as_the_training_file_says(tmp_path: Path):
+    file = tmp_path / "train.yaml"
+    held: dict[str, int] = {}
+    for name, options in {
+        "as it is": {},
+        "half": {"dtype": "float16"},
+        "whole": {"dtype": "float32"},
+        "4": FOUR,
+    }.items():
+        file.write_text(yaml.safe_dump({"listener_options": options}), encoding="utf-8")
+        plan = plan_training(["--config", str(file), *TRAINING])
+        held[name] = plan.phases[0].parts["listener"]
+        assert [note for note in plan.notes if "cuda:1" in note] == (
+            ["the listener is counted on the policy's GPU; listener_options put it on cuda:1"]
+            if options is FOUR
+            else []
+        )
+    assert held["as it is"] == held["half"] == held["whole"] // 2 > held["4"]
+
+
 # --- the command
 
 
@@ -190,6 +227,13 @@ def test_a_judge_is_planned_for_people():
         (["serve", "--judge", "tiny", "--memory", "much"], "memory is 'much'"),
         (["serve", "--judge", "tiny", "--image-size", "big"], "image-size is 'big'"),
         (["serve", "--judge", "no/such-checkpoint"], "could not be fetched"),
+        (["serve", "--judge", "tiny", "--card", "no.json"], "there is no file 'no.json'"),
+        (["serve", "--judge", "tiny", "--launch", "ddp", "--gpus", "8"], "--launch, --gpus: no option of `plan serve`"),
+        (
+            ["eval", "--judge", "tiny", "--data", "tiny:id", "--", "--seed", "1"],
+            "--seed 1: fields after `--` are those",
+        ),
+        (["--max-pixels", "10", "--", "--data", "tiny:id"], "--max-pixels: no option of `plan train`; for train"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(argv: list[str], said: str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from listener_reward.plan.plans import Phase, Plan
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30, "TI": 2.0**40}
+
+_JUDGED = frozenset({"judge", "listener", "no_think", "thoughts", "like", "batch_size", "quantization", "max_pixels"})
+PLANNED = {
+    "train": frozenset({"config", "launch", "gpus"}),
+    "eval": _JUDGED | {"card", "data"},
+    "serve": _JUDGED | {"card", "data"},
+}
+"""What can be planned, and the options that not all plans look at."""
 
 
 def plan(
@@ -59,6 +69,10 @@ def plan(
     quantization: Annotated[
         str | None, typer.Option("--quantization", help='eval, serve: "4bit" or "8bit" weights.', show_default="16 bit")
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option("--card", metavar="FILE", help="eval, serve: a card in place of the judge's.", show_default=False),
+    ] = None,
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", min=1, help="eval, serve: larger images are reduced to it.")
     ] = None,
@@ -79,10 +93,10 @@ def plan(
         str | None, typer.Option("--gpu", help="3090, 4090, l40s, a100-40, a100-80, h100 or h200: memory and rates.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option("--tflops", min=0, help="Dense products in bfloat16, TFLOP/s, for time.")
+        float | None, typer.Option("--tflops", min=0.01, help="Dense products in bfloat16, TFLOP/s, for time.")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option("--bandwidth", min=0, help="Of the GPU's memory, TB/s, which bounds decoding.")
+        float | None, typer.Option("--bandwidth", min=0.001, help="Of the GPU's memory, TB/s, which bounds decoding.")
     ] = None,
     utilisation: Annotated[
         float, typer.Option("--utilisation", min=0.01, max=1, help="Fraction of both rates that is reached.")
@@ -105,6 +119,9 @@ def plan(
         fields = list(ctx.args)
         if what.startswith("--"):  # the first field after `--`, where WHAT is left out
             what, fields = "train", [what, *fields]
+        if what not in PLANNED:
+            raise InputError(f"what is {what!r}; choose train, eval or serve")
+        _check_meant(ctx, what, fields)
         if quantization not in (None, "4bit", "8bit"):
             raise InputError(f"quantization is {quantization!r}; choose '4bit' or '8bit', or leave it out")
         if what == "train":
@@ -128,10 +145,11 @@ def plan(
                 argv = [*(["--config", config] if config else []), *fields]
                 assumed = Assumptions(size, prompt_tokens, pairs, thought_tokens)
                 made = plan_training(argv, launch=Launch.of(launch, gpus), assumptions=assumed)
-            elif what in ("eval", "serve"):
+            else:
                 made = _judging(
                     what,
                     judge,
+                    card,
                     like=like,
                     data=data,
                     size=size,
@@ -147,8 +165,6 @@ def plan(
                         "bits": 16 if quantization is None else int(quantization[0]),
                     },
                 )
-            else:
-                raise InputError(f"what is {what!r}; choose train, eval or serve")
         reached = None if rate is None else rate * utilisation
         passed = None if moved is None else moved * utilisation
         if as_json:
@@ -157,9 +173,21 @@ def plan(
             print_plan(made, memory=room, rate=reached, bandwidth=passed)
 
 
+def _check_meant(ctx: typer.Context, what: str, fields: Sequence[str]) -> None:
+    """Refuses options that are given and that the plan of `what` does not look at."""
+    others = set().union(*PLANNED.values()) - PLANNED[what]
+    given = [name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if found := [f"--{name.replace('_', '-')}" for name in given if name in others]:
+        of = "; for train, the YAML file or fields after `--` say it" if what == "train" else ""
+        raise InputError(f"{', '.join(found)}: no option of `plan {what}`{of}; leave it out")
+    if what != "train" and fields:
+        raise InputError(f"{' '.join(fields)}: fields after `--` are those of `plan train`; leave them out")
+
+
 def _judging(
     what: str,
     judge: str | None,
+    card: Path | None,
     *,
     like: str | None,
     data: str | None,
@@ -174,7 +202,7 @@ def _judging(
     from listener_reward.plan.tokens import assumed, of_data
     from listener_reward.reward import PAPER_CHECKPOINT
 
-    checkpoint = Checkpoint.of(judge or PAPER_CHECKPOINT, like=like, max_pixels=max_pixels)
+    checkpoint = Checkpoint.of(judge or PAPER_CHECKPOINT, like=like, card=card, max_pixels=max_pixels)
     chat_format = checkpoint.card.format
     if size is None and data is None and what == "serve":
         size = (1024, 1024)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from listener_reward.bench.shapes import SHAPES_BY_NAME
-from listener_reward.card import Card
+from listener_reward.card import Card, CardLike
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.media.images import MAX_SIDE
@@ -78,14 +78,23 @@ class Checkpoint:
     """A limit that is given, below the checkpoint's own."""
 
     @classmethod
-    def of(cls, name: str, *, like: str | None = None, max_pixels: int | None = None) -> Checkpoint:
+    def of(
+        cls,
+        name: str,
+        *,
+        like: str | None = None,
+        card: CardLike | None = None,
+        max_pixels: int | None = None,
+    ) -> Checkpoint:
         """The checkpoint `name`: an embedded name, a folder, or a name on the Hub.
 
-        `like` is another one, whose shapes it will have, where it is not there yet.
+        `like` is another one, whose shapes it will have, where it is not there yet. `card` replaces the checkpoint's
+        own.
 
         Raises:
-            InputError: it cannot be found or reached, and its shapes are not built in.
+            InputError: it cannot be found or reached, and its shapes are not built in; or a card that cannot be read.
         """
+        card = None if card is None else Card.read(card)
         found = resolve(like or name)
         try:
             base, adapter = base_of(found), None
@@ -97,11 +106,11 @@ class Checkpoint:
             base = base or found
             with loading(base):
                 config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options(base))
-            return cls(name, config, Card.load(found), load_processor(found), adapter, max_pixels=max_pixels)
+            return cls(name, config, Card.load(found, card), load_processor(found), adapter, max_pixels=max_pixels)
         except InputError:
             if found not in BUILT_IN:
                 raise
-            return cls(name, BUILT_IN[found](), Card(), built_in=True, max_pixels=max_pixels)
+            return cls(name, BUILT_IN[found](), card or Card(), built_in=True, max_pixels=max_pixels)
 
     @property
     def notes(self) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class _Run:
             raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
         limit = getattr(self.data, "max_pixels", None) or getattr(self.args, "max_pixels", None)
         name = self.model_args.model_name_or_path
-        self.policy_checkpoint = Checkpoint.of(name, max_pixels=limit)
+        self.policy_checkpoint = Checkpoint.of(name, card=getattr(self.args, "card", None), max_pixels=limit)
         if self.policy_checkpoint.adapter is not None:
             raise InputError(f"{name!r} is an adapter, and new adapters need whole weights under them; merge it first")
         self.thought = self.args.max_completion_length or 256
@@ -121,8 +122,13 @@ class _Run:
         assert isinstance(name, str)
         found = Checkpoint.of(name)
         self.notes += [note for note in found.notes if note not in self.notes]
+        own: Any = self.args.listener_options or {}
+        place = own.get("device") or own.get("device_map")
+        if place is not None and str(place) not in ("cpu", "cuda", "cuda:0"):
+            self.notes.append(f"the listener is counted on the policy's GPU; listener_options put it on {place}")
         default = "float32" if self.on_cpu else "bfloat16"
-        return Architecture(found.config, dtype_of(self.args.listener_dtype or default, found.config))
+        dtype = dtype_of(own.get("dtype") or self.args.listener_dtype or default, found.config)
+        return Architecture(found.config, dtype, bits=bits_of(SimpleNamespace(**own)))
 
     # ------------------------------------------------------------------------------------------------------ the plan
     def plan(self) -> Plan:
