@@ -198,6 +198,9 @@ class Judge:
         }
         card = replace(card, **{name: value for name, value in given.items() if value is not None})
         check_listens(card.mode(think), chosen is not None)
+        if listener_options and not isinstance(chosen, str | Path):
+            whose = "there is no listener" if chosen is None else "the listener is loaded already"
+            raise InputError(f"listener_options are {dict(listener_options)}, and {whose}; leave them out")
         reasoner = load_vlm(folder, card.format, **chosen_options)
         if isinstance(chosen, str | Path):
             own = given_card if same_checkpoint(chosen, folder) else None

@@ -180,6 +180,7 @@ def test_help_has_the_options_of_a_judge_in_panels_of_their_own():
     [
         (["--listener-option", "4bit"], "give NAME=VALUE"),
         (["--listener-option", "batch_size=many"], "batch_size is a whole number"),
+        (["--listener-option", "shared_prefix=maybe"], "shared_prefix is true or false"),
         (["--listener-option", "bits=4"], "listener_options: bits: no option of a model"),
         (["--device-map", "{0: 1}"], "which is no JSON"),
         (["--engine", "tensor_parallel_size=2"], "engine is 'tensor_parallel_size=2', which is no JSON"),

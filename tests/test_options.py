@@ -16,7 +16,9 @@ from listener_reward import errors
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.judge import Judge
 from listener_reward.listener import options_of_listener
+from listener_reward.models.adapters import options_of_base
 from listener_reward.models.options import MODEL_OPTIONS
+from listener_reward.models.placement import attention_of, chosen_device
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import ListenerReward
 from listener_reward.tiny.drawing import draw_pair
@@ -222,6 +224,50 @@ def test_a_revision_is_of_the_reasoner_alone(monkeypatch: pytest.MonkeyPatch, tm
 def test_unusable_options_are_refused_before_anything_is_loaded(options: dict[str, Any], named: str):
     with pytest.raises(InputError, match=named):
         Judge.from_pretrained("org/there-is-no-such-judge", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"device": "gpu"}, "device is 'gpu', which is none; give 'cpu', 'cuda' or 'cuda:1'"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', and this machine has no GPU that torch can use"),
+        ({"device": torch.device("cuda", 0)}, "device is 'cuda:0', and this machine has no GPU"),
+        ({"attn_implementation": "sdp"}, "attn_implementation is 'sdp', which transformers does not know; choose 'sd"),
+        ({"revision": "v2"}, "revision is 'v2', and .* is a folder; only a checkpoint on the Hub has revisions"),
+        ({"listener": "none", "listener_options": {"dtype": "float16"}}, "and there is no listener; leave them out"),
+    ],
+)
+def test_options_without_an_effect_here_are_refused(
+    options: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=named):
+        Judge.from_pretrained("tiny", **options)
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert chosen_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="device is 'cuda:2', and this machine has 2 GPUs, from 'cuda:0' on"):
+        chosen_device("cuda:2")
+
+
+def test_an_attention_whose_package_is_missing_is_one_line():
+    fault = pytest.raises(MissingExtraError, match=r"attn_implementation is 'flash_attention_2', .* leave attn_imp")
+    with fault, attention_of("flash_attention_2"):
+        raise ImportError("the package flash_attn doesn't seem to be installed")
+    with pytest.raises(ImportError, match="torchaudio"), attention_of(None):
+        raise ImportError("torchaudio")
+
+
+def test_the_base_of_an_adapter_has_the_revision_that_the_adapter_names(tmp_path: Path):
+    file = tmp_path / "adapter_config.json"
+    for named in (None, "v1"):
+        file.write_text(json.dumps({"base_model_name_or_path": "org/base", "revision": named}), encoding="utf-8")
+        given = options_of_base("org/base", {"revision": "v2", "attn_implementation": "sdpa"}, tmp_path)
+        assert given.get("revision") == named
+        assert given["attn_implementation"] == "sdpa"
 
 
 def test_the_defaults_in_the_signature_are_those_of_the_backend():

@@ -102,12 +102,19 @@ def test_every_loader_that_could_run_code_is_told_not_to():
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 FILLS = "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
 POWER = "{{ 'a' * (10 ** 10) }}"
+COUNTS = "{% for a in range(10 ** 12) %}{% endfor %}"
 WRITES = "{% for a in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaa' }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [(LOOPS, "more than 5 s"), (FILLS, "1,024 MiB"), (POWER, "1,024 MiB"), (WRITES, "1,048,576 characters")],
+    [
+        (COUNTS, "counts further than 100,000"),
+        (LOOPS, "more than 5 s"),
+        (FILLS, "1,024 MiB"),
+        (POWER, "1,024 MiB"),
+        (WRITES, "1,048,576 characters"),
+    ],
 )
 def test_a_template_without_an_end_is_one_line(folder, template, says):
     (folder / "chat_template.jinja").write_text(template)

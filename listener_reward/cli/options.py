@@ -308,5 +308,7 @@ def _named_value(text: str) -> tuple[str, Any]:
     if name == "engine":
         return name, _engine(value)
     if name in ("shared_prefix", "accept_less"):
-        return name, value.lower() in ("true", "1", "yes")
+        if value.lower() not in ("true", "false"):
+            raise InputError(f"listener-option is {text!r}; {name} is true or false")
+        return name, value.lower() == "true"
     return name, _device_map(value) if name == "device_map" else value

@@ -73,10 +73,16 @@ def brings_processor(name: str | Path, **options: Any) -> bool:
     return any(find_file(name, file, **options) for file in _PROCESSORS)
 
 
-def options_of_base(base: str, options: dict[str, Any]) -> dict[str, Any]:
-    """transformers' `options` for an adapter as they hold for its `base`, which has revisions of its own."""
+def options_of_base(base: str, options: dict[str, Any], name: str | Path) -> dict[str, Any]:
+    """transformers' `options` for the adapter `name` as they hold for its `base`.
+
+    A base has revisions of its own; PEFT keeps in the adapter's configuration which one it was trained on.
+    """
     ours = ("revision", "local_files_only")
-    return hub_options(base) | {key: value for key, value in options.items() if key not in ours}
+    given = hub_options(base) | {key: value for key, value in options.items() if key not in ours}
+    path = find_file(name, ADAPTER, **options)
+    revision = None if path is None else json.loads(path.read_text(encoding="utf-8")).get("revision")
+    return given if revision is None or os.path.isdir(base) else given | {"revision": revision}
 
 
 def put_on(model: Any, name: str | Path, **options: Any) -> Any:

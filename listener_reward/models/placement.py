@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from listener_reward.errors import InputError, missing
+from listener_reward.errors import InputError, MissingExtraError, missing
 
 if fault := missing("judge", "a model in this process"):
     raise fault
@@ -49,6 +50,49 @@ def placement(
     if quantization is not None:
         given["quantization_config"] = quantized(quantization, dtype)
     return given
+
+
+def chosen_device(device: str | torch.device) -> torch.device:
+    """A device that is on this machine.
+
+    Raises:
+        InputError: a name that is none, or a GPU that is not here.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}, which is none; give 'cpu', 'cuda' or 'cuda:1'") from error
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= here:
+        has = f"{here} GPUs, from 'cuda:0' on" if here else "no GPU that torch can use"
+        raise InputError(f"device is {str(device)!r}, and this machine has {has}; choose another, or leave it out")
+    return chosen
+
+
+@contextmanager
+def attention_of(name: str | None) -> Generator[None]:
+    """Around transformers' loading of a model with the attention `name`: what it lacks for that is one line.
+
+    Raises:
+        InputError: there is no such attention.
+        MissingExtraError: it is in a package that is not installed, or cannot be used here.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if name is None:
+            raise
+        raise MissingExtraError(
+            f"attn_implementation is {name!r}, which cannot be used here ({error}); install its package, or leave "
+            "attn_implementation out"
+        ) from error
+    except ValueError as error:
+        if name is None or "attn_implementation" not in str(error):
+            raise
+        raise InputError(
+            f"attn_implementation is {name!r}, which transformers does not know; choose 'sdpa', 'eager' or "
+            "'flash_attention_2', or leave it out"
+        ) from error
 
 
 def quantized(bits: Quantization, dtype: str | torch.dtype) -> BitsAndBytesConfig:

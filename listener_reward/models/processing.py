@@ -130,7 +130,7 @@ def load_processor(model: str | Path, **kwargs: Any) -> Any:
     """
     base, given = base_of(model, **kwargs) or model, kwargs
     if base is not model:
-        given = options_of_base(str(base), kwargs)
+        given = options_of_base(str(base), kwargs, model)
         if not brings_processor(model, **kwargs):
             model, kwargs = base, given
     with loading(base):

@@ -17,6 +17,9 @@ MEMORY = 2**30
 CHARACTERS = 2**20
 """What the rendering of one question may take: seconds of a core, bytes, and characters of its result."""
 
+LONGEST_RANGE = 100_000
+"""jinja2's bound of a `range` in a sandbox; beyond it is an `OverflowError`."""
+
 _STARTING = 25
 """Seconds of the clock beyond which a process that has not ended is stuck, on a busy machine as well."""
 
@@ -54,6 +57,8 @@ try:
             sys.exit(3)
 except MemoryError:
     sys.exit(4)
+except OverflowError:
+    sys.exit(5)
 except Exception:
     pass  # what else is wrong with it is told when it is rendered for real
 """
@@ -84,6 +89,8 @@ def check_template(template: str) -> None:
         return
     else:
         code = ended.returncode
+    if code == 5:
+        raise ValueError(f"its chat template counts further than {LONGEST_RANGE:,}, which the sandbox forbids")
     if code == 3:
         raise ValueError(f"its chat template makes more than {CHARACTERS:,} characters of one question")
     if code == 4:

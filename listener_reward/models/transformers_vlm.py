@@ -28,7 +28,7 @@ from listener_reward.models.hub import cannot_load, hub_options, loading
 from listener_reward.models.memory import Footprint, out_of_memory, patch_bytes, tokens_of
 from listener_reward.models.older_transformers import video_texts
 from listener_reward.models.options import MEMORY, Quantization, as_bytes
-from listener_reward.models.placement import limit_pixels, placement
+from listener_reward.models.placement import attention_of, chosen_device, limit_pixels, placement
 from listener_reward.models.plain import PlainBatches
 from listener_reward.models.processing import decoded, load_processor
 from listener_reward.models.turns import Turns
@@ -168,17 +168,23 @@ class TransformersVLM:
             InputError: the checkpoint cannot be found, reached or read; a dtype that is none.
             MissingExtraError: a package that `device_map` or `quantization` needs is not installed.
         """
-        device = torch.device(device) if device and str(device) != "cuda" else default_device()
+        device = chosen_device(device) if device and str(device) != "cuda" else default_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"dtype is {dtype!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
         placed = placement(device, dtype, device_map, quantization)
         kwargs = hub_options(name) | {name: value for name, value in kwargs.items() if value is not None}
+        if "revision" in kwargs and os.path.isdir(name):
+            raise InputError(
+                f"revision is {kwargs['revision']!r}, and {str(name)!r} is a folder; only a checkpoint on the Hub has "
+                "revisions: leave it out"
+            )
         processor = load_processor(name, **kwargs)
         limit_pixels(processor, max_pixels)
         base = base_of(name, **kwargs)
-        whole, given = (name, kwargs) if base is None else (base, options_of_base(base, kwargs))
-        with loading(whole), out_of_memory(f"{whole!r} was loaded", _SMALLER):
+        whole, given = (name, kwargs) if base is None else (base, options_of_base(base, kwargs, name))
+        attends = kwargs.get("attn_implementation")
+        with loading(whole), attention_of(attends), out_of_memory(f"{whole!r} was loaded", _SMALLER):
             # Weights of another shape are in the report, where they can be told from any other RuntimeError.
             loaded: Any = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
                 whole,

@@ -119,6 +119,11 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
                 "use_peft: true, or name a checkpoint as the listener"
             )
+        if own_base and args.listener_options:
+            raise InputError(
+                f"listener_options is {args.listener_options}, and listener 'base' is the policy itself, loaded as the "
+                "policy is; leave one of them out"
+            )
         self._malformed_rounds = 0
         """Rounds in a row, up to now, in which every completion was malformed."""
         self.kernel = self._kernel(args)
@@ -562,6 +567,8 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, folder: str, kernel: st
     if is_address(name):
         name, backend = card.listener or folder, str(name)
     if name is None:
+        if args.listener_options:
+            raise InputError(f"listener_options is {args.listener_options}, and there is no listener; leave it out")
         if args.reward_weights is not None and args.reward_weights[2] == 0:
             return None
         raise InputError(
