@@ -122,13 +122,13 @@ class _Run:
         assert isinstance(name, str)
         found = Checkpoint.of(name)
         self.notes += [note for note in found.notes if note not in self.notes]
-        own: Any = self.args.listener_options or {}
-        place = own.get("device") or own.get("device_map")
+        options: Any = self.args.listener_options or {}
+        place = options.get("device") or options.get("device_map")
         if place is not None and str(place) not in ("cpu", "cuda", "cuda:0"):
             self.notes.append(f"the listener is counted on the policy's GPU; listener_options put it on {place}")
         default = "float32" if self.on_cpu else "bfloat16"
-        dtype = dtype_of(own.get("dtype") or self.args.listener_dtype or default, found.config)
-        return Architecture(found.config, dtype, bits=bits_of(SimpleNamespace(**own)))
+        dtype = dtype_of(options.get("dtype") or self.args.listener_dtype or default, found.config)
+        return Architecture(found.config, dtype, bits=bits_of(SimpleNamespace(**options)))
 
     # ------------------------------------------------------------------------------------------------------ the plan
     def plan(self) -> Plan:
