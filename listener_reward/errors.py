@@ -27,6 +27,11 @@ class JudgeError(RuntimeError):
     """A judge or a listener broke. It is raised, or masked by a named policy; it never becomes a score."""
 
 
+class FormatError(JudgeError):
+    """A strict judge's answers are not in its format, so that none of its verdicts would mean anything; see
+    `misfits`. No policy masks it."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed. The message holds the pip line that installs it."""
 

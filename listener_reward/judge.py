@@ -295,8 +295,8 @@ class Judge:
 
         Raises:
             InputError: unequal lengths, a prompt that is no text, an image that cannot be read, or one beside a clip.
-            JudgeError: the reasoner or the listener gave NaN or infinite probabilities; or the judge is strict, and its
-                first judgements are not in its format.
+            JudgeError: the reasoner or the listener gave NaN or infinite probabilities.
+            FormatError: the judge is strict, and its first judgements are not in its format.
         """
         gathered = self.judgements(prompts, firsts, seconds, think=think, early_stop=self.card.early_stop)
         return [self.conclude(judgements, think=think) for judgements in gathered]
@@ -395,6 +395,19 @@ class Judge:
             return [verdict_of(judgements, mode, calibration).p_first for judgements in gathered]
 
         return copy_scores(rank_images(compare_batch, len(distinct), budget=budget, curve=curve), same)
+
+    def check_format(self) -> None:
+        """Says whether the answers so far are in the judge's format, and the listener's, however few they are.
+
+        The first 16 judgements say it by themselves. A program that asks for fewer calls this after its last one, as
+        `listener-reward compare` does.
+
+        Raises:
+            FormatError: they are not, and the judge is strict; else that is a `FormatWarning`.
+        """
+        self.misfits.end()
+        if self.listener is not None:
+            self.listener.misfits.end()
 
     def _thinks(self, think: bool | None) -> bool:
         return self.think if think is None else think

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from statistics import fmean
 
-from listener_reward.errors import FormatWarning, JudgeError
+from listener_reward.errors import FormatError, FormatWarning
 
 FIRST = 16
 """So many judgements are watched; one may go wrong by chance."""
@@ -36,7 +36,7 @@ class Misfits:
         """
         Args:
             who: what messages call the model.
-            strict: raise `JudgeError` where there would be a warning.
+            strict: raise `FormatError` where there would be a warning.
         """
         self.who = who
         self.strict = strict
@@ -55,7 +55,7 @@ class Misfits:
             example: one of the malformed completions.
 
         Raises:
-            JudgeError: the first `FIRST` do not fit, and the model is judged strictly; at every call from then on.
+            FormatError: the first `FIRST` do not fit, and the model is judged strictly; at every call from then on.
         """
         if len(self._masses) < FIRST:
             self._masses += masses
@@ -63,10 +63,23 @@ class Misfits:
             self._example = self._example or example
             if len(self._masses) >= FIRST:
                 self._problem = self._found()
+        self._tell()
+
+    def end(self) -> None:
+        """Looks at the judgements so far, even if they are fewer than `FIRST`: for who asks no more.
+
+        Raises:
+            FormatError: they do not fit, and the model is judged strictly.
+        """
+        if self._masses and len(self._masses) < FIRST:
+            self._problem = self._found()
+        self._tell()
+
+    def _tell(self) -> None:
         if self._problem is None:
             return
         if self.strict:
-            raise JudgeError(self._problem)
+            raise FormatError(self._problem)
         if not self._told:
             self._told = True
             warnings.warn(f"{self._problem}. Said once", FormatWarning, stacklevel=2)

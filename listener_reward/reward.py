@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from listener_reward.batching import BatchingJudge
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
@@ -183,7 +183,8 @@ class ListenerReward:
 
         Raises:
             InputError: unusable images or prompts, or lengths that differ.
-            JudgeError: the judge broke, and `on_failure` is "raise".
+            JudgeError: the judge broke, and `on_failure` is "raise"; or it is strict, and its answers are not in its
+                format.
         """
         pictures = to_visuals(images)
         groups = _group_by_prompt(prompts, len(pictures))
@@ -341,7 +342,7 @@ class ListenerReward:
                     raise JudgeError(f"the judge answered p_first = {verdict.p_first} for prompt {prompt!r}")
             return list(verdicts)
         except JudgeError as error:
-            if self.on_failure == "raise":
+            if self.on_failure == "raise" or isinstance(error, FormatError):
                 raise
             if len(matches) == 1:
                 logger.warning("no verdict for prompt %r: %s", matches[0][0], error)

@@ -523,3 +523,32 @@ def test_a_full_disk_is_one_line(loads: Any, FakeJudge: Any, pictures: Any):
     result = run("compare", "--judge", "tiny", "--prompt", "red", *pictures[:2])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "a.html cannot be written (No space left on device); make room" in result.stderr
+
+
+def test_a_strict_comparison_fails_where_its_answers_are_in_another_format(pictures: Any, tmp_path: Path):
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps({"format": {"labels": ["A", "B"]}}), encoding="utf-8")
+    asked = ["--judge", "tiny", "--card", str(card), "-p", "two red circles", *pictures[:2]]
+    for command in ("compare", "rank"):
+        strict, told = run(command, *asked, "--strict"), run(command, *asked)
+        assert (strict.exit_code, told.exit_code) == (3, 0)
+        assert "Error: 2 of the judge's first 2 thoughts are malformed" in " ".join(strict.stderr.split())
+        assert "Warning: 2 of the judge's first 2 thoughts are malformed" in " ".join(told.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "who"),
+    [
+        (["score", "--judge", "pickscore", "--out", "out.parquet"], "pickscore takes no options"),
+        (["eval", "--judge", "pickscore", "--judge", "openai:m@http://x"], "pickscore, openai:m@http://x takes no"),
+        (["eval", "--scores", "scores.csv"], "no judge is asked"),
+    ],
+)
+def test_options_of_a_judge_are_refused_where_nobody_takes_them(
+    argv: list[str], who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("scores.csv").write_text("id,p_first\na,0.5\n", encoding="utf-8")
+    result = run(*argv, "--data", "tiny:id", "--strict", "--card", "card.json")
+    assert result.exit_code == 2
+    assert f"--card, --strict: options of a judge of this package, and {who}" in " ".join(result.stderr.split())

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from listener_reward.chat import QWEN_RESERVED, Chat, ChatFormat
-from listener_reward.errors import FormatWarning, InputError, JudgeError
+from listener_reward.errors import FormatError, FormatWarning, InputError, JudgeError
 from listener_reward.evaluate.run import evaluate
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
@@ -274,6 +274,33 @@ def test_a_format_that_does_not_fit_is_said_once(said, mass, think, message):
     for _ in range(2):
         with pytest.raises(JudgeError, match=message):
             strict.compare_many(*PAIRS)
+
+
+def test_a_few_answers_in_another_format_are_said_where_no_more_are_asked():
+    judge = Judge(Speaker(BAD))
+    judge.compare("a fox", RED, BLUE)
+    with pytest.warns(FormatWarning, match="2 of the judge's first 2 thoughts are malformed"):
+        judge.check_format()
+    deaf = Judge(Speaker(GOOD), Listener(Speaker(GOOD, 0.001), ChatFormat()))
+    deaf.compare("a fox", RED, BLUE)
+    with pytest.warns(FormatWarning, match="the listener gives the two labels a probability of 0.001"):
+        deaf.check_format()
+    strict = Judge(Speaker(BAD), strict=True)
+    strict.check_format()  # nothing was asked yet
+    strict.compare("a fox", RED, BLUE)
+    with pytest.raises(FormatError, match="2 of the judge's first 2 thoughts are malformed"):
+        strict.check_format()
+    good = Judge(Speaker(GOOD, 0.02), strict=True)
+    good.compare("a fox", RED, BLUE)
+    good.check_format()
+
+
+@pytest.mark.parametrize("policy", ["raise", "nan", "group-mean"])
+def test_no_policy_masks_a_strict_judge_of_another_format(policy):
+    reward = ListenerReward(Judge(Speaker(BAD), strict=True), scheme="group", on_failure=policy)
+    shades = [Image.new("RGB", (9, 9), (20 * n, 0, 0)) for n in range(8)]
+    with pytest.raises(FormatError, match="thoughts are malformed"):
+        reward(shades, ["a fox"] * 8)
 
 
 def test_a_format_that_fits_and_a_few_slips_are_no_warning():

@@ -20,7 +20,7 @@ from PIL import Image
 
 from listener_reward import Judge
 from listener_reward.datasets import load_pairs
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError
 from listener_reward.evaluate import evaluate, evaluate_scores
 from listener_reward.evaluate.scores import read_scores
 from listener_reward.media.storyboards import as_picture
@@ -120,6 +120,16 @@ def test_a_failed_pair_has_its_reason_and_costs_no_other(data: Any, tmp_path: Pa
     failed = {i for i in range(30) if 75 in (i * 25 % 250, i * 75 % 250)} | {7}
     assert {i for i, row in enumerate(rows) if row["error"]} == failed and scored.failed == len(failed)
     assert all((row["p_first"] is None) == (row["error"] is not None) for row in rows)
+
+
+def test_a_strict_judge_of_another_format_stops_at_once(data: Any, tmp_path: Path):
+    class Other(Brightness):
+        def compare_many(self, *asked: Any, **options: Any) -> list[Verdict]:
+            raise FormatError("thoughts are malformed")
+
+    with pytest.raises(FormatError, match="thoughts are malformed"):
+        score_pairs(Other(), data(3), tmp_path / "out.parquet", max_failed=1, progress=False)
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_a_judge_that_keeps_failing_stops_and_its_pairs_are_asked_again(data: Any, tmp_path: Path):

@@ -16,6 +16,7 @@ from listener_reward.cli.options import (
     JudgeName,
     JudgeOptions,
     asked,
+    check_taken,
     judge_options,
     load_judge,
 )
@@ -161,6 +162,7 @@ def evaluate_pairs(
             files = [read_scores(path) for path in scores or ()]
             rival = read_scores(against) if against else None
             names = judge or ([] if files else [None])
+            check_taken(names, how)
             question: dict[str, Any] = {
                 "data": data,
                 "validation": validation,

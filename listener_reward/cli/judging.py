@@ -32,6 +32,7 @@ def compare(
         with working("judging"):
             loaded = load_judge(judge, **how)
             verdict = loaded.compare(prompt, first, second)
+            _check_format(loaded)
         if as_json:
             print_json(verdict.to_dict())
         else:
@@ -68,6 +69,7 @@ def rank(
         with working("judging"):
             loaded = load_judge(judge, **how)
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
+            _check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
         else:
@@ -116,7 +118,16 @@ def rank_videos(
             loaded = load_judge(judge, **how)
             chosen: Any = strategy
             ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
+            _check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [videos[place] for place in ranking.order]})
         else:
             print_ranking(ranking, videos, "video")
+
+
+def _check_format(judge: Any) -> None:
+    """No more is asked of the judge, so few answers have to do; a peer of one's own has no format."""
+    from listener_reward.judge import Judge
+
+    if isinstance(judge, Judge):
+        judge.check_format()

@@ -241,6 +241,20 @@ def load_rater(name: str | None, **options: Unpack[JudgeOptions]) -> Any:
     return load_peer(name) if name and is_peer(name) else load_judge(name, **options)
 
 
+def check_taken(names: Sequence[str | None], options: JudgeOptions) -> None:
+    """Refuses options where nobody takes them: each of `names` is a peer, or there are none.
+
+    Raises:
+        InputError: names the options.
+    """
+    from listener_reward.peers import is_peer
+
+    given = [f"--{name.replace('_', '-')}" for name in asked(options)]
+    if given and all(name is not None and is_peer(name) for name in names):
+        who = f"{', '.join(map(str, names))} takes no options" if names else "no judge is asked"
+        raise InputError(f"{', '.join(given)}: options of a judge of this package, and {who}; leave them out")
+
+
 def load_judge(name: str | None, **options: Unpack[JudgeOptions]) -> Judge:
     """The judge of that name, the paper's released checkpoint without one."""
     from listener_reward.judge import Judge

@@ -19,6 +19,7 @@ from listener_reward.cli.options import (
     Debug,
     JudgeName,
     JudgeOptions,
+    check_taken,
     judge_options,
     load_rater,
     making_verdicts,
@@ -92,6 +93,7 @@ def score(
     with errors_in_one_line(debug), _stopped_softly():
         with working("loading the judge", spinner=False):
             part = _shard(shard)
+            check_taken([judge], how)
             from listener_reward.reward import PAPER_CHECKPOINT
             from listener_reward.scoring import Cluster, score_pairs
 

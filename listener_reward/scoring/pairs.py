@@ -13,7 +13,7 @@ from listener_reward.datasets.format import Labelled, Skipped, Unlabelled
 from listener_reward.datasets.load import Opened, open_pairs
 from listener_reward.datasets.rows import Files
 from listener_reward.datasets.tiny import TINY_PAIRS
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError
 from listener_reward.evaluate.batches import load_batches
 from listener_reward.scoring.table import row_of
 from listener_reward.verdict import PairJudge
@@ -99,6 +99,8 @@ def score_batch(judge: PairJudge, batch: Sequence[Asked]) -> list[dict[str, Any]
             for part in load_batches([rows])
             for verdict in judge.compare_many(part["prompt"], *map(list, zip(*part["images"], strict=True)))
         ]
+    except FormatError:  # every pair would fail
+        raise
     except (InputError, JudgeError) as error:
         if len(batch) == 1:
             seconds = time.perf_counter() - started

@@ -97,6 +97,7 @@ def score_pairs(
         InputError: the data or an argument cannot be used; what is there was begun with other settings, or of other
             data; or another process is writing `out`.
         JudgeError: more than `max_failed` of the pairs have no verdict.
+        FormatError: the judge is strict, and its answers are not in its format.
     """
     path = _named(Path(out), shard)
     if batch_size < 1:
