@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_families
 import torch
 import yaml
 from benchmarks import plan as measured
@@ -103,6 +104,12 @@ def test_tokens_of_a_pair_are_those_of_the_processor(tmp_path: Path):
     assert (pairs.number, pairs.longest.total) == (1, inputs["input_ids"].shape[1])
     seen = sorted(tuple(grid) for grid in inputs["image_grid_thw"].tolist())
     assert sorted(pairs.longest.grids) == seen
+
+
+def test_a_family_that_no_plan_knows_is_refused(tmp_path: Path):
+    tiny_families.build("gemma3", tmp_path)
+    with pytest.raises(InputError, match="is a gemma3 model, which no plan knows: only Qwen's families are counted"):
+        Checkpoint.of(str(tmp_path))
 
 
 def test_data_without_a_readable_image_is_refused(tmp_path: Path):

@@ -14,6 +14,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.media.images import MAX_SIDE
 from listener_reward.models.adapters import base_of
+from listener_reward.models.families import family_of
 from listener_reward.models.hub import hub_options, loading, resolve
 from listener_reward.models.older_transformers import smart_resize
 from listener_reward.models.processing import load_processor
@@ -106,6 +107,11 @@ class Checkpoint:
             base = base or found
             with loading(base):
                 config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options(base))
+            if family_of(config.model_type, where=base, config=config.to_dict()).processor is None:
+                raise InputError(
+                    f"{name!r} is a {config.model_type} model, which no plan knows: only Qwen's families are counted. "
+                    "Name one of its size by --like, or measure the run itself"
+                )
             return cls(name, config, Card.load(found, card), load_processor(found), adapter, max_pixels=max_pixels)
         except InputError:
             if found not in BUILT_IN:
