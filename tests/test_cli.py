@@ -534,6 +534,9 @@ def test_a_strict_comparison_fails_where_its_answers_are_in_another_format(pictu
         assert (strict.exit_code, told.exit_code) == (3, 0)
         assert "Error: 2 of the judge's first 2 thoughts are malformed" in " ".join(strict.stderr.split())
         assert "Warning: 2 of the judge's first 2 thoughts are malformed" in " ".join(told.stderr.split())
+    few = ["--judge", "tiny", "--card", str(card), "--data", "tiny:id", "--limit", "2", "--fresh"]
+    strict = run("eval", *few, "--strict")
+    assert strict.exit_code == 3 and "thoughts are malformed" in " ".join(strict.stderr.split())
 
 
 @pytest.mark.parametrize(

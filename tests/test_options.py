@@ -287,6 +287,7 @@ def test_the_defaults_in_the_signature_are_those_of_the_backend():
 def test_a_reward_passes_them_on(pairs: Pairs):
     reward = ListenerReward("tiny", quantization="8bit", listener="none", think=False, device="cpu")
     reward([pairs[1][0], pairs[2][0]], ["two red circles"] * 2)
-    loaded = reward._loaded
+    assert reward._loaded is not None
+    loaded = reward._loaded.judge
     assert isinstance(loaded, Judge) and type(projection(loaded)).__name__ == "Linear8bitLt"
     assert json.dumps(reward.judge_options)

@@ -18,11 +18,11 @@ from listener_reward.cli.options import AsJson, Debug, JudgeName
 from listener_reward.cli.printing import print_json
 from listener_reward.cli.terminal import errors_in_one_line, plain, working
 from listener_reward.errors import InputError
+from listener_reward.models.options import as_bytes
 
 if TYPE_CHECKING:
     from listener_reward.plan.plans import Phase, Plan
 
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2.0**10, "MI": 2.0**20, "GI": 2.0**30, "TI": 2.0**40}
 
 _JUDGED = frozenset({"judge", "listener", "no_think", "thoughts", "like", "batch_size", "quantization", "max_pixels"})
 PLANNED = {
@@ -131,7 +131,7 @@ def plan(
         if gpu is not None and gpu not in KNOWN_GPUS:
             raise InputError(f"gpu is {gpu!r}; choose one of {', '.join(KNOWN_GPUS)}, or give --memory and --tflops")
         chosen = None if gpu is None else KNOWN_GPUS[gpu]
-        room = _bytes(memory) if memory is not None else chosen.memory if chosen else None
+        room = as_bytes(memory, "memory") if memory is not None else chosen.memory if chosen else None
         rate = tflops * 1e12 if tflops is not None else chosen.rate if chosen else None
         moved = bandwidth * 1e12 if bandwidth is not None else chosen.bandwidth if chosen else None
         size = None if image_size is None else _size(image_size)
@@ -280,14 +280,6 @@ def _table(*names: str) -> Table:
 def _gigabytes(phase: Phase, part: str) -> str:
     size = phase.parts.get(part, 0)
     return f"{size / 1e9:.1f}" if size >= 5e7 else "" if not size else "0.0"
-
-
-def _bytes(text: str) -> float:
-    """`24GB`, `80 GiB` or a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
-    if match is None:
-        raise InputError(f"memory is {text!r}; give a number with a unit, such as 24GB or 80GiB")
-    return float(match[1]) * _UNITS[match[2] or ""]
 
 
 def _size(text: str) -> tuple[int, int]:
