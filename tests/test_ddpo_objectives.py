@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from listener_reward.advantages import group_advantages
 from listener_reward.integrations.ddpo.hacking import HackingGuard
 from listener_reward.integrations.ddpo.objectives import (
     PromptStatistics,
     diversity,
     goodness,
-    group_advantages,
     nft_loss,
     ppo_loss,
 )

@@ -23,7 +23,7 @@ FLOORS = (
     ("chat",),
     ("trace", "misfits"),
     # arithmetic on what models say
-    ("shaping", "calibration"),
+    ("shaping", "calibration", "advantages"),
     # models
     ("prefix",),
     ("models",),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from listener_reward.advantages import AdvantageStd
 from listener_reward.errors import InputError
 
-from .objectives import AdvantageStd
 from .rollout import RESERVED
 from .schedulers import Dynamics
 
@@ -74,7 +74,7 @@ class DDPOConfig:
     last epochs too (ddpo-pytorch), which needs rewards on one scale and prompts that return."""
     advantage_std: AdvantageStd = "batch"
     """Which rewards' standard deviation divides the advantages: the batch's or the group's; see
-    `objectives.group_advantages`."""
+    `advantages.group_advantages`."""
     prompt_buffer: int = 32
     """With `advantage="prompt"`, how many of a prompt's latest rewards are kept."""
     prompt_min_count: int = 16

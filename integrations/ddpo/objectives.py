@@ -1,4 +1,4 @@
-"""The arithmetic of reinforcement learning on diffusion models: rewards to advantages, model outputs to losses.
+"""The arithmetic of reinforcement learning on diffusion models: a prompt's rewards remembered, outputs to losses.
 
 Pure functions, and one class that remembers rewards by prompt. A missing reward is NaN. A missing reward is left out of
 every mean and standard deviation, and its advantage is 0.
@@ -9,37 +9,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-AdvantageStd = Literal["batch", "group"]
-
-TINY = 1e-4
-"""Added to standard deviations, as Flow-GRPO does, so that nearly equal rewards get small advantages."""
-
-
-def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, std_of: AdvantageStd = "batch") -> np.ndarray:
-    """Each reward less its group's mean, by a standard deviation: float64 (N,).
-
-    Args:
-        rewards: (N,), NaN where missing.
-        groups: (N,) numbers; equal ones are a group, the samples of one prompt.
-        std_of: "group" divides by the group's own standard deviation (GRPO), "batch" by the standard deviation of all N
-            rewards (Flow-GRPO). "batch" does not blow up the noise of a group with nearly equal rewards.
-
-    A group with fewer than two rewards has nothing to compare and gets 0.
-    """
-    advantages = np.zeros(len(rewards))
-    known = ~np.isnan(rewards)
-    for group in np.unique(groups):
-        members = known & (groups == group)
-        if members.sum() > 1:
-            values = rewards[members].astype(np.float64)
-            std = values.std() if std_of == "group" else rewards[known].astype(np.float64).std()
-            advantages[members] = (values - values.mean()) / (std + TINY)
-    return advantages
+from listener_reward.advantages import TINY
 
 
 class PromptStatistics:

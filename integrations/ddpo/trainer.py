@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from listener_reward.advantages import group_advantages
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
@@ -37,7 +38,7 @@ from .hacking import HackingGuard
 from .learner import LATENTS, PROMPTS, STEPS, Learner, stream
 from .log import RunLog, check_state, check_trackers, checkpoints, last_checkpoint, save_checkpoint
 from .lora import adapters_off, save_lora
-from .objectives import PromptStatistics, diversity, group_advantages, nan_mean
+from .objectives import PromptStatistics, diversity, nan_mean
 from .rollout import Rollout, call_options, record
 from .samples import FixedSamples, remembers
 from .schedulers import log_prob_scheduler
