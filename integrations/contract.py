@@ -10,22 +10,17 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.pairs import check_prompts
-from listener_reward.reward import ListenerReward, Scheme
+from listener_reward.mixture import Mixture
+from listener_reward.pairs import check_company, check_prompts
+from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores
 from listener_reward.verdict import PairJudge
-
-from .checks import check_company
-
-Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
-"""B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
-
 
 CLIENT_OPTIONS = ("scheme", "timeout", "retries", "api_key")
 """What an adapter that is given a URL takes beside it; see `RemoteReward`."""
@@ -49,7 +44,8 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
 
     Raises:
         InputError: none of these, options that are unknown or belong to the server, options for a reward that is
-            already made, or `on_failure="group-mean"` in a host that scatters groups, unless the scheme is `group`.
+            already made, or in a host that scatters groups `on_failure="group-mean"`, unless the scheme is `group`,
+            alone or in a `Mixture`, and a `Mixture` with `on_failure="drop-component"`.
     """
     if isinstance(reward, str) and "://" in reward:
         from listener_reward.remote import RemoteReward
@@ -68,15 +64,16 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
         raise InputError(f"reward is a {type(reward).__name__}; give a judge's name, a URL, or a callable")
     elif options:
         raise InputError(f"{', '.join(options)} would have no effect on a reward already made; give it a judge's name")
-    if isinstance(made, ListenerReward):
-        if scheme == "reference" and made.on_failure == "group-mean" and made.scheme != "group":
-            # Of a few images of a group the mean may be anything: a broken image would get the advantage of its call.
-            raise InputError(
-                f"on_failure is 'group-mean' with scheme={made.scheme!r}, and this host scatters a group over calls, "
-                "whose means differ; leave on_failure out, or give scheme='group', where the mean of every call is 0"
-            )
-        if device is not None:
-            made.prefer_device(device)
+    for part in made.rewards.values() if isinstance(made, Mixture) else (made,):
+        if scheme == "reference" and isinstance(part, ListenerReward):
+            _check_policy(part)
+    if isinstance(made, Mixture) and scheme == "reference" and made.on_failure == "drop-component":
+        raise InputError(
+            "on_failure is 'drop-component', and this host scatters a group over calls: the images of one prompt would "
+            "be scored by different components; take on_failure='nan'"
+        )
+    if device is not None and isinstance(made, (ListenerReward, Mixture)):
+        made.prefer_device(device)
     return made
 
 
@@ -100,15 +97,12 @@ def score(
         JudgeError: the reward gave something else than B finite scores.
     """
     check_prompts(prompts, len(images))
-    if isinstance(reward, ListenerReward) and reward.scheme == "group":
+    if isinstance(reward, (ListenerReward, Mixture)) and reward.scheme == "group":
         check_company(prompts)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
     given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)
-    scores = _numbers(given)
-    if scores is None or scores.shape != (len(prompts),):
-        shape = "no numbers" if scores is None else f"shape {scores.shape}"
-        raise JudgeError(f"the reward gave {shape} for {len(prompts)} images; it has to give one score for each")
+    scores, arrays = read_scores(given, info, len(prompts))
     unknown = np.flatnonzero(~np.isfinite(scores))
     if len(unknown) and not (missing and np.isnan(scores[unknown]).all()):
         some = ", ".join(map(str, unknown[:8].tolist()))
@@ -116,10 +110,25 @@ def score(
             f"{len(unknown)} of {len(scores)} images have no score (positions {some}): the judge broke on them, and "
             "this host would take a missing score for a number"
         )
-    arrays = {name: _numbers(values) for name, values in info.items()}
-    return scores, {
-        name: values for name, values in arrays.items() if values is not None and len(values) == len(scores)
-    }
+    return scores, arrays
+
+
+def _check_policy(reward: ListenerReward) -> None:
+    """Raises `InputError` for a `ListenerReward` that a host which scatters groups must not have."""
+    if reward.on_failure == "group-mean" and reward.scheme != "group":
+        # Of a few images of a group the mean may be anything: a broken image would get the advantage of its call.
+        raise InputError(
+            f"on_failure is 'group-mean' with scheme={reward.scheme!r}, and this host scatters a group over calls, "
+            "whose means differ; leave on_failure out, or give scheme='group', where the mean of every call is 0"
+        )
+
+
+def logged(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a host that logs means gets of an info: those of `ALWAYS_FINITE`, and the components of a `Mixture`.
+
+    A component's score is NaN only where `on_failure="drop-component"` left it out.
+    """
+    return {name: values for name, values in info.items() if name in ALWAYS_FINITE or name.endswith("/score")}
 
 
 async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict]:
@@ -139,14 +148,3 @@ async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -
 
     threading.Thread(target=work, name="listener-reward", daemon=True).start()
     return await asyncio.wrap_future(done)
-
-
-def _numbers(values: Any) -> np.ndarray | None:
-    """`values` as float32 of rank 1, None where they are not that."""
-    if hasattr(values, "detach"):  # a tensor, perhaps in bfloat16, which numpy does not have
-        values = values.detach().float().cpu()
-    try:
-        array = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
-        return None
-    return array if array.ndim == 1 else None

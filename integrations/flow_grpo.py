@@ -31,7 +31,7 @@ from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .checks import check_no_source
-from .contract import ALWAYS_FINITE, as_reward, score
+from .contract import as_reward, logged, score
 
 
 def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[Any], Callable]:
@@ -60,9 +60,9 @@ def listener_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable[[
 def listener_multi_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Callable:
     """Stands in for `multi_score(device, score_dict)`: `_fn(images, prompts, metadata, ...) -> (dict, {})`.
 
-    The dict has `listener` and `avg`, which is the same, and those entries of `ListenerReward`'s info that are never
-    NaN (`contract.ALWAYS_FINITE`). Every one is float32 `(B,)` and there in every batch: the host gathers them all and
-    logs their means.
+    The dict has `listener` and `avg`, which is the same, and of the info what `contract.logged` takes: the entries that
+    are never NaN, and a `Mixture`'s components. Every one is float32 `(B,)` and there in every batch: the host gathers
+    them all and logs their means.
 
     `images` are NCHW floats in [0, 1], or videos (B, F, C, H, W), each judged as a storyboard.
 
@@ -79,7 +79,7 @@ def listener_multi_score(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Call
     ) -> tuple[dict[str, np.ndarray], dict]:
         check_no_source(ref_images=ref_images)
         scores, info = _score(scorer, images, prompts, metadata)
-        return {name: info[name] for name in ALWAYS_FINITE if name in info} | {"listener": scores, "avg": scores}, {}
+        return logged(info) | {"listener": scores, "avg": scores}, {}
 
     return _fn
 

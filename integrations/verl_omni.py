@@ -41,7 +41,7 @@ from listener_reward.media.storyboards import as_picture
 from listener_reward.pairs import check_prompts
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import ALWAYS_FINITE, Reward, as_reward, score_in_thread
+from .contract import Reward, as_reward, logged, score_in_thread
 from .serving.collector import GroupCollector
 
 
@@ -75,7 +75,7 @@ async def compute_score(
         options: of `ListenerReward`, such as `reference`, the path of a JSON file; or of `RemoteReward`, for a URL.
 
     Returns:
-        `score`, and beside it those of `contract.ALWAYS_FINITE` that the reward gives, as the host logs their means.
+        `score`, and beside it what `contract.logged` takes of the reward's info, as the host logs their means.
         Plain floats, the same keys for every sample.
 
     Raises:
@@ -92,7 +92,7 @@ async def compute_score(
     else:
         scores, arrays = await score_in_thread(reward, [picture], [prompt])
         value, info = float(scores[0]), {name: float(array[0]) for name, array in arrays.items()}
-    return {"score": value} | {name: info[name] for name in ALWAYS_FINITE if name in info}
+    return {"score": value} | logged(info)
 
 
 @lru_cache

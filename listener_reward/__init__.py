@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from listener_reward.errors import InputError, JudgeError
     from listener_reward.judge import Judge
+    from listener_reward.mixture import Mixture
     from listener_reward.pairs import PreferencePair
     from listener_reward.ranking import Ranking
     from listener_reward.remote import RemoteReward
@@ -30,6 +31,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "ListenerReward",
+    "Mixture",
     "PreferencePair",
     "Ranking",
     "RemoteReward",
@@ -41,6 +43,7 @@ _HOME = {
     "Judge": "judge",
     "JudgeError": "errors",
     "ListenerReward": "reward",
+    "Mixture": "mixture",
     "PreferencePair": "pairs",
     "Ranking": "ranking",
     "RemoteReward": "remote",

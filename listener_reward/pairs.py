@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
@@ -68,6 +69,16 @@ def check_prompts(prompts: Any, n: int) -> None:
         _check_string(prompt, position)
         if not prompt.strip():
             raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
+
+
+def check_company(prompts: Sequence[str]) -> None:
+    """Raises `InputError` where a prompt has one image only: there is nothing to compare it with."""
+    alone = [prompt for prompt, times in Counter(map(str, prompts)).items() if times == 1]
+    if alone:
+        raise InputError(
+            f"{len(alone)} of the prompts have one image in this call, such as {alone[0][:80]!r}, and scheme='group' "
+            "compares the images of a prompt with one another; hand over whole groups, or take scheme='reference'"
+        )
 
 
 def check_questions(prompts: Any, firsts: Any, seconds: Any) -> None:

@@ -70,6 +70,9 @@ P_MARGIN = 1e-4
 MANY_REFERENCES = 1000
 """Keeping the first image of more prompts than this in memory is worth a word in the log; see `state`."""
 
+Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
+"""B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -478,3 +481,28 @@ def _group_by_prompt(prompts: Sequence[str], n: int) -> dict[str, list[int]]:
     for position, prompt in enumerate(prompts):
         groups.setdefault(str(prompt), []).append(position)
     return groups
+
+
+def read_scores(given: Any, info: Mapping[str, Any], n: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What any `Reward` gave for `n` images: scores, float32 `(n,)`, and those of its info that are numbers, likewise.
+
+    Raises:
+        JudgeError: the scores are not `n` numbers.
+    """
+    scores = _numbers(given)
+    if scores is None or scores.shape != (n,):
+        shape = "no numbers" if scores is None else f"shape {scores.shape}"
+        raise JudgeError(f"the reward gave {shape} for {n} images; it has to give one score for each")
+    arrays = {name: _numbers(values) for name, values in info.items()}
+    return scores, {name: values for name, values in arrays.items() if values is not None and len(values) == n}
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """`values` as float32 of rank 1, None where they are not that."""
+    if hasattr(values, "detach"):  # a tensor, perhaps in bfloat16, which numpy does not have
+        values = values.detach().float().cpu()
+    try:
+        array = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        return None
+    return array if array.ndim == 1 else None

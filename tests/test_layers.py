@@ -40,7 +40,7 @@ FLOORS = (
     # the reward, and training a judge
     ("references",),
     ("reward",),
-    ("remote",),
+    ("remote", "mixture"),
     ("train",),
     # the public names, and what is made of everything
     ("",),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import listener_reward
-from listener_reward import Judge, ListenerReward
+from listener_reward import Judge, ListenerReward, Mixture
 from listener_reward.integrations.best_of_n import best_of_n
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
 
@@ -33,6 +33,8 @@ SIGNATURES = {
     Judge.rank: "self, prompt, images, *, budget=None",
     ListenerReward: 'judge=PAPER, *, scheme="auto", reference=None, on_failure="raise", **judge_options',
     ListenerReward.__call__: "self, images, prompts, metadata=None",
+    Mixture: 'rewards, *, combine="sum", on_failure="raise"',
+    Mixture.__call__: "self, images, prompts, metadata=None",
     ListenerReward.rank: "self, prompt, images, *, budget=None",
     best_of_n: """
         pipeline, prompt, n=8, *, reward=PAPER, keep=1, seed=0, batch_size=4, preview_steps=None, **call
@@ -128,7 +130,7 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def test_the_package_has_its_names():
-    names = {"InputError", "Judge", "JudgeError", "ListenerReward", "PreferencePair", "Ranking", "Verdict"}
+    names = {"InputError", "Judge", "JudgeError", "ListenerReward", "Mixture", "PreferencePair", "Ranking", "Verdict"}
     assert names <= set(listener_reward.__all__)
 
 
