@@ -26,7 +26,8 @@ from conftest import FakeJudge
 from peft import PeftModel
 from PIL import Image
 
-from listener_reward import ListenerReward
+from listener_reward import ListenerReward, Mixture
+from listener_reward.advantages import group_advantages, normalised_sum
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer, ReplayError
 from listener_reward.integrations.ddpo.log import checkpoints, read_metrics, save_checkpoint
@@ -292,6 +293,47 @@ def test_a_broken_judge_stops_the_run_or_masks_its_images(config: Callable[..., 
     before = weights(trainer.pipeline)
     trainer.train()
     assert trainer.history[0]["reward_missing"] == 1 and not changed(before, weights(trainer.pipeline))
+
+
+@pytest.mark.parametrize("policy", ["nan", "drop-component"])
+def test_a_mixture_teaches_by_its_components(
+    policy: Any, config: Callable[..., DDPOConfig], FakeJudge: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Two epochs; in the second one a component has no score for an image of the first prompt."""
+    calls = []
+
+    def large(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
+        calls.append(prompts[0])
+        scores = 1000 * images[:, 0].mean((1, 2))
+        return torch.where(torch.arange(len(scores)) == (0 if len(calls) == 3 else -1), torch.nan, scores), {}
+
+    listener = ListenerReward(FakeJudge(slope=50.0, listener_slope=-50.0), scheme="group")
+    mixture = Mixture({"listener": (listener, 1.0), "large": (large, 0.5)}, on_failure=policy)
+    settings = config(epochs=2, prompts_per_epoch=2, images_per_prompt=3, batch_size=3, advantage="components")
+    trainer = DDPOTrainer(tiny.build("sd15"), mixture, PROMPTS, settings)
+    before, given, learnt = weights(trainer.pipeline), [], []
+    advantages, learn = trainer._advantages, trainer.learner.learn
+    monkeypatch.setattr(trainer, "_advantages", lambda *args: given.append(args[:2]) or advantages(*args))
+    monkeypatch.setattr(trainer.learner, "learn", lambda *args: learnt.append(args) or learn(*args))
+    trainer.train()
+    assert changed(before, weights(trainer.pipeline))
+    row, last = trainer.history
+    assert row["agreement"] == 0 and row["info/listener/contradicted"] == 1 and row["info/large/missing"] == 0
+    assert row["reward_mean"] == pytest.approx(0.5 * row["info/large/score"], rel=1e-4)  # the listener's mean is 0
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    for (rewards, info), (_, _, taught, scored) in zip(given, learnt, strict=True):
+        parts = {"listener": info["listener/score"], "large": info["large/score"]}
+        total = normalised_sum(parts, {"listener": 1.0, "large": 0.5}, groups, ~np.isnan(rewards))
+        assert (
+            taught == pytest.approx(group_advantages(total, groups))
+            and scored.tolist() == (~np.isnan(rewards)).tolist()
+        )
+        assert np.abs(taught).max() > 0.5 and abs(taught.sum()) < 1e-6
+    if policy == "nan":
+        assert last["reward_missing"] == pytest.approx(1 / 6) and learnt[1][2][0] == 0
+    else:
+        assert last["reward_missing"] == 0 and last["info/dropped"] == 0.5 and learnt[1][2][0] != 0
+    assert last["info/large/missing"] == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("given", [[1.0], ["a", "b", "c", "d"], [1.0, 2.0, 3.0, float("inf")], np.ones((4, 1))])
@@ -673,6 +715,13 @@ def test_hacking_stops_the_run_where_asked(
 def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: str, config: Callable[..., DDPOConfig]):
     with pytest.raises(InputError, match=message):
         config(**fields)
+
+
+def test_components_are_those_of_a_mixture(config: Callable[..., DDPOConfig]):
+    with pytest.raises(InputError, match="advantage is 'components', and the reward is a function; give a Mixture"):
+        DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, config(advantage="components"))
+    with pytest.raises(InputError, match="no group"):
+        config(advantage="components", images_per_prompt=1, prompts_per_epoch=2)
 
 
 def test_what_cannot_be_trained_is_refused(config: Callable[..., DDPOConfig]):

@@ -14,7 +14,7 @@ from .schedulers import Dynamics
 _CHOICES = {
     "loss": ("ppo", "nft"),
     "train": ("lora", "full"),
-    "advantage": ("group", "prompt"),
+    "advantage": ("group", "prompt", "components"),
     "advantage_std": get_args(AdvantageStd),
     "dynamics": get_args(Dynamics),
     "mixed_precision": ("no", "bf16"),
@@ -69,9 +69,11 @@ class DDPOConfig:
     """Optimizer steps in a pass over an epoch's images. With one, every ratio is 1 and nothing is clipped."""
     inner_epochs: int = 1
     """Passes over an epoch's images."""
-    advantage: Literal["group", "prompt"] = "group"
+    advantage: Literal["group", "prompt", "components"] = "group"
     """"group" centres rewards on the prompt's other images of the epoch (GRPO), "prompt" on the prompt's rewards of the
-    last epochs too (ddpo-pytorch), which needs rewards on one scale and prompts that return."""
+    last epochs too (ddpo-pytorch), which needs rewards on one scale and prompts that return. "components" is for a
+    `Mixture`: each component is normalised within the group before they are summed by weight, and the sum is then as
+    with "group" (GDPO, see `advantages.normalised_sum`); the log keeps the mixture's own score."""
     advantage_std: AdvantageStd = "batch"
     """Which rewards' standard deviation divides the advantages: the batch's or the group's; see
     `advantages.group_advantages`."""
@@ -144,7 +146,7 @@ class DDPOConfig:
                 f"updates_per_epoch is {self.updates_per_epoch} with {self.batches} batches an epoch; it can be at "
                 "most that number"
             )
-        if self.advantage == "group" and self.images_per_prompt < 2:
+        if self.advantage != "prompt" and self.images_per_prompt < 2:
             raise InputError("images_per_prompt is 1, which is no group; give at least 2, or advantage='prompt'")
         if self.train == "full" and self.kl:
             raise InputError(f"kl is {self.kl}, and with train='full' there is no base to switch to; give kl=0")

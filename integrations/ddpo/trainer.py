@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from listener_reward.advantages import group_advantages
+from listener_reward.advantages import group_advantages, normalised_sum
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
+from listener_reward.mixture import Mixture
 from listener_reward.pairs import check_prompts
 
 from ..contract import Reward, score
@@ -88,6 +89,11 @@ class DDPOTrainer:
             raise InputError(
                 f"prompts_per_epoch is {config.prompts_per_epoch} and there are {len(self.prompts)} prompts; give more "
                 "prompts or lower it"
+            )
+        if config.advantage == "components" and not isinstance(reward, Mixture):
+            raise InputError(
+                f"advantage is 'components', and the reward is a {type(reward).__name__}; give a Mixture, or take "
+                "advantage='group'"
             )
         self.pipeline, self.reward, self.second_reward = pipeline, reward, second_reward
         self.folder = Path(config.output_dir)
@@ -235,7 +241,7 @@ class DDPOTrainer:
         rewards, info, second = (_join([score[k] for score in scores]) for k in (0, 1, 2))
         row = self._describe(rewards["reward"], info, second, rollouts)
 
-        advantages = self._advantages(rewards["reward"], numbers)
+        advantages = self._advantages(rewards["reward"], info, numbers)
         row |= self.learner.learn(epoch, rollouts, advantages, ~np.isnan(rewards["reward"]))
         clock.lap("seconds_training")
         return {"epoch": epoch} | self._mean_over_processes(row) | clock.laps
@@ -273,15 +279,19 @@ class DDPOTrainer:
                 second["second_reward"], _ = score(self.second_reward, images, prompts, metadata, missing=True)
         return {"reward": scores}, info, second
 
-    def _advantages(self, rewards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    def _advantages(self, rewards: np.ndarray, info: Mapping[str, np.ndarray], numbers: np.ndarray) -> np.ndarray:
         """This process's advantages, clipped; statistics are over all processes."""
         config = self.config
         groups = self.accelerator.process_index * len(rewards) + np.arange(len(rewards)) // config.images_per_prompt
         everyone, groups, prompts = self._gather(rewards), self._gather(groups), self._gather(numbers)
-        if config.advantage == "group":
-            advantages = group_advantages(everyone, groups, std_of=config.advantage_std)
-        else:
+        if config.advantage == "prompt":
             advantages = self.statistics.advantages(everyone, prompts)
+        else:
+            if isinstance(self.reward, Mixture) and config.advantage == "components":
+                weights = self.reward.weights
+                components = {name: self._gather(info[f"{name}/score"]) for name in weights}
+                everyone = normalised_sum(components, weights, groups, ~np.isnan(everyone))
+            advantages = group_advantages(everyone, groups, std_of=config.advantage_std)
         mine = self.accelerator.process_index * len(rewards)
         return np.clip(advantages[mine : mine + len(rewards)], -config.advantage_clip, config.advantage_clip)
 
@@ -315,11 +325,12 @@ class DDPOTrainer:
         }
         row |= {f"{name}_mean": nan_mean(values) for name, values in second.items()}
         row |= {f"info/{name}": nan_mean(values) for name, values in info.items()}
-        if "contradicted" in info:  # a ListenerReward
-            row["contradiction_rate"] = nan_mean(info["contradicted"])
+        for name, entry in (("contradiction_rate", "contradicted"), ("position_gap", "position_gap")):
+            # of a ListenerReward, by itself or within a Mixture
+            if given := [values for key, values in info.items() if key.rpartition("/")[2] == entry]:
+                row[name] = nan_mean(np.concatenate(given))
+        if "contradiction_rate" in row:
             row["agreement"] = 1 - row["contradiction_rate"]
-        if "position_gap" in info:
-            row["position_gap"] = nan_mean(info["position_gap"])
         return row
 
     def _gather(self, values: np.ndarray) -> np.ndarray:
