@@ -131,7 +131,7 @@ class Mixture:
         if self.combine == "group":
             lone = np.bincount(groups[scored], minlength=len(groups))[groups] == 1  # the others of its group failed
             scored &= ~lone
-            scores = normalised_sum(kept, self.weights, groups, scored)
+            scores, _ = normalised_sum(kept, self.weights, groups, scored)
         else:
             scores = np.where(scored, sum(self.weights[name] * values for name, values in kept.items()), np.nan)
         info = {"failed": (~scored).astype(np.float32), "dropped": dropped.sum(0).astype(np.float32)}

@@ -309,7 +309,8 @@ def test_a_mixture_teaches_by_its_components(
 
     listener = ListenerReward(FakeJudge(slope=50.0, listener_slope=-50.0), scheme="group")
     mixture = Mixture({"listener": (listener, 1.0), "large": (large, 0.5)}, on_failure=policy)
-    settings = config(epochs=2, prompts_per_epoch=2, images_per_prompt=3, batch_size=3, advantage="components")
+    settings = config(epochs=2, prompts_per_epoch=2, images_per_prompt=3, batch_size=3)
+    settings = replace(settings, advantage="components", advantage_noise=False)
     trainer = DDPOTrainer(tiny.build("sd15"), mixture, PROMPTS, settings)
     before, given, learnt = weights(trainer.pipeline), [], []
     advantages, learn = trainer._advantages, trainer.learner.learn
@@ -323,7 +324,7 @@ def test_a_mixture_teaches_by_its_components(
     groups = np.array([0, 0, 0, 1, 1, 1])
     for (rewards, info), (_, _, taught, scored) in zip(given, learnt, strict=True):
         parts = {"listener": info["listener/score"], "large": info["large/score"]}
-        total = normalised_sum(parts, {"listener": 1.0, "large": 0.5}, groups, ~np.isnan(rewards))
+        total, _ = normalised_sum(parts, {"listener": 1.0, "large": 0.5}, groups, ~np.isnan(rewards))
         assert (
             taught == pytest.approx(group_advantages(total, groups))
             and scored.tolist() == (~np.isnan(rewards)).tolist()
@@ -715,6 +716,39 @@ def test_hacking_stops_the_run_where_asked(
 def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: str, config: Callable[..., DDPOConfig]):
     with pytest.raises(InputError, match=message):
         config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("noise", "reports", "shrunk"), [(None, True, True), (False, True, False), (None, False, False)]
+)
+def test_noise_shrinks_advantages_where_the_reward_says_how_sure_it_is(
+    noise: bool | None, reports: bool, shrunk: bool, config: Callable[..., DDPOConfig]
+):
+    def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
+        return [0.0, 1.0, 0.0, 1.0], {"standard_error": [0.5] * 4} if reports else {}
+
+    def advantages(given: Any, **fields: Any) -> np.ndarray:
+        trainer, learnt = DDPOTrainer(tiny.build("sd15"), given, PROMPTS, config(advantage_noise=noise, **fields)), []
+        trainer.learner.learn = lambda epoch, rollouts, advantages, scored: learnt.append(advantages) or {}
+        trainer.train()
+        assert ("noise_fraction" in trainer.history[0]) == reports
+        Path(trainer.folder).rename(trainer.folder.with_name(f"run-{len(done)}"))
+        done.append(trainer.history[0])
+        return learnt[0]
+
+    done: list[dict[str, Any]] = []
+    expected = np.array([-1, 1, -1, 1]) * (0.5**0.5 if shrunk else 1)  # the spread is as large as the errors
+    assert advantages(reward) == pytest.approx(expected, abs=1e-3)
+    mixture = Mixture({"listener": (reward, 2.0)})
+    assert advantages(mixture, advantage="components") == pytest.approx(expected, abs=1e-3)
+    assert not reports or done[0]["noise_fraction"] == pytest.approx(0.5)
+
+
+def test_noise_of_which_nothing_is_known_cannot_be_counted(config: Callable[..., DDPOConfig]):
+    with pytest.raises(InputError, match="the reward's info has no standard_error; leave it out"):
+        DDPOTrainer(tiny.build("sd15"), brightness, PROMPTS, config(advantage_noise=True)).train()
+    with pytest.raises(InputError, match="advantage_noise is about the spread of a group"):
+        config(advantage="prompt", advantage_noise=True)
 
 
 def test_components_are_those_of_a_mixture(config: Callable[..., DDPOConfig]):

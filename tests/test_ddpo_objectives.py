@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from listener_reward.advantages import group_advantages
+from listener_reward.advantages import group_advantages, noise_fraction, normalised_sum
 from listener_reward.integrations.ddpo.hacking import HackingGuard
 from listener_reward.integrations.ddpo.objectives import (
     PromptStatistics,
@@ -47,6 +47,64 @@ def test_a_group_with_one_reward_or_none_has_nothing_to_compare():
     assert advantages[:4].tolist() == [0, 0, 0, 0] and advantages[4] < 0 < advantages[5]
     assert group_advantages(np.array([NAN, NAN]), np.array([0, 0])).tolist() == [0, 0]
     assert group_advantages(np.array([2.0, 2.0]), np.array([0, 0])).tolist() == [0, 0]
+
+
+def test_a_group_whose_spread_is_within_its_errors_does_not_get_unit_variance():
+    rewards, groups = np.array([1.0, 3.0, 10.0, 30.0]), np.array([0, 0, 1, 1])
+    errors = np.array([3.0, NAN, 3.0, 3.0])
+    # Deviations 1 and 10, noise 9: scales sqrt(1 + 9) and sqrt(100 + 9). The unknown error is left out of the mean.
+    found = group_advantages(rewards, groups, std_of="group", errors=errors)
+    assert found == pytest.approx(np.array([-1, 1, 0, 0]) / 10**0.5 + np.array([0, 0, -10, 10]) / 109**0.5, abs=1e-3)
+    # Of the batch: the variance is 131.5, and each group adds its own noise.
+    errors = np.array([6.0, 8.0, 0.0, 0.0])
+    found = group_advantages(rewards, groups, errors=errors)
+    assert found == pytest.approx(
+        np.array([-1, 1, 0, 0]) / 181.5**0.5 + np.array([0, 0, -10, 10]) / 131.5**0.5, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("std_of", ["batch", "group"])
+@pytest.mark.parametrize("errors", [[0.0] * 4, [NAN] * 4])
+def test_errors_that_are_zero_or_unknown_change_nothing(std_of: str, errors: list[float]):
+    rewards, groups, options = np.array([1.0, 3.0, NAN, 30.0]), np.array([0, 0, 1, 1]), {"std_of": std_of}
+    found = group_advantages(rewards, groups, errors=np.array(errors), **options)  # pyright: ignore[reportArgumentType]
+    assert found.tolist() == group_advantages(rewards, groups, **options).tolist()  # pyright: ignore[reportArgumentType]
+
+
+def test_more_noise_means_smaller_advantages_in_the_same_order():
+    rewards, groups = np.array([0.5, -1.0, 2.0]), np.zeros(3)
+    stds = [
+        group_advantages(rewards, groups, std_of="group", errors=np.full(3, noise)).std() for noise in (0, 0.5, 1, 5)
+    ]
+    assert stds == sorted(stds, reverse=True) and stds[0] == pytest.approx(1, abs=1e-3) and stds[3] < 0.3
+
+
+@pytest.mark.parametrize("std_of", ["batch", "group"])
+def test_noise_counts_once_in_the_sum_of_components(std_of: str):
+    """One component of one group: normalising the sum again does not blow up what noise has shrunk, nor shrink it."""
+    rewards, groups, errors = np.array([1.0, 3.0]), np.zeros(2), np.array([2.0, 2.0])
+    sums, noise = normalised_sum({"a": rewards}, {"a": 7.0}, groups, np.full(2, True), errors={"a": errors})
+    # Scale sqrt(1 + 4): the sums are 7 x -+0.447, their errors 7 x 0.894, and 0.447^2 + 0.894^2 = 1.
+    assert sums == pytest.approx(7 * np.array([-1, 1]) / 5**0.5, abs=1e-3)
+    assert noise == pytest.approx(7 * np.array([2, 2]) / 5**0.5, abs=1e-3)
+    found = group_advantages(sums, groups, std_of=std_of, errors=noise)  # pyright: ignore[reportArgumentType]
+    assert found == pytest.approx(group_advantages(rewards, groups, std_of="group", errors=errors), abs=1e-3)
+
+
+def test_errors_of_components_add_and_a_sure_component_shrinks_no_other():
+    parts, scored = {"sure": np.array([0.0, 2.0]), "vague": np.array([0.0, 2.0])}, np.full(2, True)
+    sums, noise = normalised_sum(
+        parts, {"sure": 1.0, "vague": 1.0}, np.zeros(2), scored, errors={"vague": np.array([3.0**0.5] * 2)}
+    )
+    assert sums == pytest.approx([-1.5, 1.5], abs=1e-3) and noise == pytest.approx([3**0.5 / 2] * 2, abs=1e-3)
+
+
+def test_the_noise_fraction_is_a_mean_over_groups():
+    rewards, groups = np.array([1.0, 3.0, 5.0, 5.0, 8.0, NAN]), np.array([0, 0, 1, 1, 2, 2])
+    # Variance 1 and noise 3; no variance and noise 3; the third group has one reward.
+    assert noise_fraction(rewards, groups, np.full(6, 3**0.5)) == pytest.approx((0.75 + 1) / 2)
+    assert noise_fraction(rewards, groups, np.zeros(6)) == 0
+    assert math.isnan(noise_fraction(rewards[4:], groups[4:], np.zeros(2)))
 
 
 def test_prompt_statistics_remember_and_forget():

@@ -382,8 +382,8 @@ def test_the_sum_of_normalised_components_by_hand():
     components = {"a": np.array([1.0, 3.0, NAN, 10.0, 30.0]), "b": np.array([5.0, 5.0, 9.0, NAN, 7.0])}
     groups, scored = np.array([0, 0, 0, 1, 1]), np.array([True, True, False, True, True])
     # The third sample takes no part. Group 1 has no b for its first sample, so b counts for none of the two.
-    total = normalised_sum(components, {"a": 1.0, "b": 2.0}, groups, scored)
-    assert listed(total) == [-1, 1, None, -1, 1]
+    total, errors = normalised_sum(components, {"a": 1.0, "b": 2.0}, groups, scored)
+    assert listed(total) == [-1, 1, None, -1, 1] and errors.tolist() == [0] * 5
 
 
 def test_a_mixture_by_group_gives_the_advantages_of_the_components():
@@ -391,6 +391,6 @@ def test_a_mixture_by_group_gives_the_advantages_of_the_components():
     a, b = rng.normal(size=12), 100 * rng.normal(size=12)
     prompts, groups = np.repeat(["p", "q", "r"], 4).tolist(), np.repeat([0, 1, 2], 4)
     scores, _ = Mixture({"a": (Says(*a), 1.0), "b": (Says(*b), 0.3)}, combine="group")([None] * 12, prompts)
-    total = normalised_sum({"a": a, "b": b}, {"a": 1.0, "b": 0.3}, groups, np.full(12, True))
+    total, _ = normalised_sum({"a": a, "b": b}, {"a": 1.0, "b": 0.3}, groups, np.full(12, True))
     assert group_advantages(scores, groups) == pytest.approx(group_advantages(total, groups), abs=1e-5)
     assert group_advantages(total, groups).std() == pytest.approx(1, abs=1e-3)

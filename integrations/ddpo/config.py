@@ -77,6 +77,10 @@ class DDPOConfig:
     advantage_std: AdvantageStd = "batch"
     """Which rewards' standard deviation divides the advantages: the batch's or the group's; see
     `advantages.group_advantages`."""
+    advantage_noise: bool | None = None
+    """Divides advantages by the scores' own standard errors too, so that a group whose spread is within them does not
+    get unit variance; see `advantages.group_advantages`. None does it where the reward reports a `standard_error`. Not
+    with "prompt"."""
     prompt_buffer: int = 32
     """With `advantage="prompt"`, how many of a prompt's latest rewards are kept."""
     prompt_min_count: int = 16
@@ -148,6 +152,8 @@ class DDPOConfig:
             )
         if self.advantage != "prompt" and self.images_per_prompt < 2:
             raise InputError("images_per_prompt is 1, which is no group; give at least 2, or advantage='prompt'")
+        if self.advantage == "prompt" and self.advantage_noise:
+            raise InputError("advantage_noise is about the spread of a group, and advantage is 'prompt'; leave it out")
         if self.train == "full" and self.kl:
             raise InputError(f"kl is {self.kl}, and with train='full' there is no base to switch to; give kl=0")
         taken = [name for name in RESERVED if name in self.call]

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from listener_reward.advantages import group_advantages, normalised_sum
+from listener_reward.advantages import group_advantages, noise_fraction, normalised_sum
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
@@ -286,14 +286,29 @@ class DDPOTrainer:
         everyone, groups, prompts = self._gather(rewards), self._gather(groups), self._gather(numbers)
         if config.advantage == "prompt":
             advantages = self.statistics.advantages(everyone, prompts)
+        elif isinstance(self.reward, Mixture) and config.advantage == "components":
+            weights = self.reward.weights
+            components = {name: self._gather(info[f"{name}/score"]) for name in weights}
+            noise = self._errors(info, {f"{name}/standard_error": name for name in weights})
+            sums, errors = normalised_sum(components, weights, groups, ~np.isnan(everyone), errors=noise)
+            advantages = group_advantages(sums, groups, std_of=config.advantage_std, errors=errors)
         else:
-            if isinstance(self.reward, Mixture) and config.advantage == "components":
-                weights = self.reward.weights
-                components = {name: self._gather(info[f"{name}/score"]) for name in weights}
-                everyone = normalised_sum(components, weights, groups, ~np.isnan(everyone))
-            advantages = group_advantages(everyone, groups, std_of=config.advantage_std)
+            errors = self._errors(info, {"standard_error": "reward"}).get("reward")
+            advantages = group_advantages(everyone, groups, std_of=config.advantage_std, errors=errors)
         mine = self.accelerator.process_index * len(rewards)
         return np.clip(advantages[mine : mine + len(rewards)], -config.advantage_clip, config.advantage_clip)
+
+    def _errors(self, info: Mapping[str, np.ndarray], wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The standard errors of all processes by the name that is `wanted` for an entry of `info`; none where
+        advantages are to take no notice of them."""
+        found = [entry for entry in wanted if entry in info]
+        if self.config.advantage_noise and not found:
+            raise InputError(
+                f"advantage_noise is on, and the reward's info has no {' or '.join(wanted)}; leave it out, or take a "
+                "reward that reports its standard errors"
+            )
+        chosen = [] if self.config.advantage_noise is False else found
+        return {wanted[entry]: self._gather(info[entry]) for entry in chosen}
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
@@ -325,6 +340,9 @@ class DDPOTrainer:
         }
         row |= {f"{name}_mean": nan_mean(values) for name, values in second.items()}
         row |= {f"info/{name}": nan_mean(values) for name, values in info.items()}
+        if "standard_error" in info:
+            groups = np.arange(len(rewards)) // self.config.images_per_prompt
+            row["noise_fraction"] = noise_fraction(rewards, groups, info["standard_error"])
         for name, entry in (("contradiction_rate", "contradicted"), ("position_gap", "position_gap")):
             # of a ListenerReward, by itself or within a Mixture
             if given := [values for key, values in info.items() if key.rpartition("/")[2] == entry]:
