@@ -44,7 +44,6 @@ def main() -> None:
         updates_per_epoch=2,  # the second one has ratios that are not 1, and clips them
         learning_rate=3e-3,  # thirty times what a large model bears
         clip_range=2e-3,
-        advantage_noise=False,  # as the runs of docs/ddpo.md were
         lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     )
     trainer = DDPOTrainer(load_pipeline(), ListenerReward("tiny"), PROMPTS, config)

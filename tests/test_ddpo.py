@@ -310,7 +310,7 @@ def test_a_mixture_teaches_by_its_components(
     listener = ListenerReward(FakeJudge(slope=50.0, listener_slope=-50.0), scheme="group")
     mixture = Mixture({"listener": (listener, 1.0), "large": (large, 0.5)}, on_failure=policy)
     settings = config(epochs=2, prompts_per_epoch=2, images_per_prompt=3, batch_size=3)
-    settings = replace(settings, advantage="components", advantage_noise=False)
+    settings = replace(settings, advantage="components")
     trainer = DDPOTrainer(tiny.build("sd15"), mixture, PROMPTS, settings)
     before, given, learnt = weights(trainer.pipeline), [], []
     advantages, learn = trainer._advantages, trainer.learner.learn
@@ -719,10 +719,10 @@ def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(
-    ("noise", "reports", "shrunk"), [(None, True, True), (False, True, False), (None, False, False)]
+    ("noise", "reports", "shrunk"), [(True, True, True), (False, True, False), (False, False, False)]
 )
 def test_noise_shrinks_advantages_where_the_reward_says_how_sure_it_is(
-    noise: bool | None, reports: bool, shrunk: bool, config: Callable[..., DDPOConfig]
+    noise: bool, reports: bool, shrunk: bool, config: Callable[..., DDPOConfig]
 ):
     def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
         return [0.0, 1.0, 0.0, 1.0], {"standard_error": [0.5] * 4} if reports else {}

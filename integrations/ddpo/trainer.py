@@ -307,7 +307,7 @@ class DDPOTrainer:
                 f"advantage_noise is on, and the reward's info has no {' or '.join(wanted)}; leave it out, or take a "
                 "reward that reports its standard errors"
             )
-        chosen = [] if self.config.advantage_noise is False else found
+        chosen = found if self.config.advantage_noise else []
         return {wanted[entry]: self._gather(info[entry]) for entry in chosen}
 
     # ------------------------------------------------------------------------------------------------------- the rest

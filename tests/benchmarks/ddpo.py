@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
     "clip_range": 2e-3,
     "learning_rate": 3e-3,
     "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    "advantage_noise": False,  # the published runs are older than this option
+    "advantage_noise": False,
     "kl": 0.03,
     "sample_every": 0,
     "save_every": 10,
