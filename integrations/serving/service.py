@@ -29,6 +29,7 @@ from .collector import GroupCollector
 from .computing import compute
 from .limits import Busy, Gate, Intake, Limits, TooMuch, check_values
 from .metrics import Metrics
+from .replicas import ReplicatedJudge
 from .replies import Reply, refusal
 from .schemas import CompareRequest, RankRequest
 from .schemes import OtherScheme, scheme_of
@@ -55,6 +56,9 @@ class Service:
         if isinstance(judge, BatchingJudge):
             judge.observe = metrics.judged
             metrics.gauge("queue_pairs", "Pairs that wait for the judge.", lambda: judge.waiting)
+            if isinstance(replicated := judge.judge, ReplicatedJudge):
+                what = "How often pairs were sent to another replica, since one had died."
+                metrics.gauge("resent", what, lambda: replicated.resent)
         if isinstance(reward, GroupCollector):
             metrics.gauge("group_images", "Images that wait for the rest of their group.", lambda: reward.waiting)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from listener_reward.cli.options import Debug, JudgeName, JudgeOptions, judge_options, load_judge
+from listener_reward.cli.options import Debug, JudgeName, JudgeOptions, asked, judge_options, load_judge
 from listener_reward.cli.terminal import errors_in_one_line, stderr, working
+from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_REPLICAS = "Replicas, by Ray Serve"
 
 
 @judge_options()
@@ -105,6 +110,42 @@ def serve(
     drain: Annotated[
         float, typer.Option("--drain", metavar="S", min=0, help="Seconds for what is under way, at SIGTERM or Ctrl-C.")
     ] = 60.0,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            "--replicas",
+            metavar="N",
+            help="Judges in processes of Ray Serve's: 4, or 1-8 for as many as the load wants.",
+            show_default="one judge, in this process",
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
+    gpus_per_replica: Annotated[
+        float,
+        typer.Option(
+            "--gpus-per-replica", metavar="G", min=0, help="GPUs of each; 0.5 shares one.", rich_help_panel=_REPLICAS
+        ),
+    ] = 0.0,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help='A running cluster: "auto", or "ray://HEAD:10001".',
+            show_default="starts Ray here",
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
+    deployed: Annotated[
+        str | None,
+        typer.Option(
+            "--deployed",
+            metavar="NAME",
+            help="Ask the judges of this application, which `serve deploy` has started and which stay.",
+            show_default="starts replicas",
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
     debug: Debug = False,
     **how: Unpack[JudgeOptions],
 ) -> None:
@@ -118,7 +159,7 @@ def serve(
 
     `listener-reward serve --judge tiny`
     """
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), ExitStack() as ending:
         with working("loading the judge"):
             from listener_reward.integrations.serving.server import make_server  # first: it names the extra
 
@@ -144,9 +185,27 @@ def serve(
             chosen: Any = "group" if group_size else scheme
             given = None if reference is None else read_references(reference)
             kept = "" if state is None and given is None and chosen != "group" else state
-            loaded = load_judge(judge, **how)
+            load, at_once = partial(load_judge, judge, **how), 1
+            if replicas is None and deployed is None:
+                if gpus_per_replica or ray_address:
+                    raise InputError(
+                        "gpus_per_replica and ray_address are for replicas; give their number by --replicas"
+                    )
+                loaded: Any = load()
+            else:
+                from listener_reward.integrations.serving.replicas import Scale, attach, start
+
+                scale = None if replicas is None else Scale.read(replicas, gpus_per_replica)
+                if deployed is not None:
+                    if given_here := [*(["judge"] if judge else []), *asked(how)]:
+                        raise InputError(f"{given_here[0]} has no effect on judges that run; it goes into their file")
+                    loaded = attach(deployed, address=ray_address, most=scale and scale.most)
+                else:
+                    loaded = start(load, cast(Scale, scale), address=ray_address)
+                ending.enter_context(loaded)
+                at_once = loaded.most
             reward: Any = ListenerReward(
-                BatchingJudge(loaded, limit=max_batch, wait=wait / 1000),
+                BatchingJudge(loaded, limit=max_batch, wait=wait / 1000, at_once=at_once),
                 scheme=chosen,
                 reference=given,
                 state=kept,
