@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     # what a user gives and is told, and the words for it
-    ("errors", "files", "progress"),
+    ("errors", "files", "progress", "clusters"),
     ("media", "checkpoints"),
     ("pairs", "verdict"),
     ("chat",),

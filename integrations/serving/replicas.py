@@ -10,8 +10,6 @@ import asyncio
 import logging
 import os
 import re
-import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from listener_reward.batching import BatchingJudge
+from listener_reward.clusters import address_of
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, missing
 from listener_reward.media.storyboards import to_visuals
 from listener_reward.pairs import check_questions
@@ -314,10 +313,7 @@ _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 def _connected(address: str | None, scale: Scale) -> tuple[Any, list[Callable[[], object]]]:
     """Ray Serve without a proxy of its own, and what ends it."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not address and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:  # which reads it when imported
-        # Ray's ports are open to the network, and whoever is let in can run code: who has no token is not.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    address = address_of(address)
     ray, serve = _ray()
     ends: list[Callable[[], object]] = []
     if not ray.is_initialized():

@@ -13,6 +13,7 @@ from importlib import import_module
 from itertools import islice
 from typing import Any
 
+from listener_reward.clusters import address_of
 from listener_reward.errors import InputError, missing
 from listener_reward.scoring.pairs import Asked, Source, score_batch
 from listener_reward.scoring.table import table_of
@@ -48,15 +49,16 @@ class Cluster:
             raise InputError(f"data is {source.data!r}, a stream of the Hub; download it, and give its files")
         if fault := missing("ray", "scoring on a cluster"):
             raise fault
+        address = address_of(self.address)
         ray: Any = import_module("ray")  # by name, so that its types are not asked for where it is not installed
         import_module("ray.data")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         if not ray.is_initialized():
             ray.init(
-                address=self.address,
+                address=address,
                 log_to_driver=False,
                 logging_level="error",
-                include_dashboard=None if self.address else False,
+                include_dashboard=None if address else False,
             )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one already
