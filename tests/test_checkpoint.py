@@ -303,9 +303,10 @@ def test_embedded_names(tmp_path, monkeypatch):
 def test_the_hub_out_of_reach_is_one_error_and_soon(environment, tmp_path):
     """transformers repeats each request for half a minute; this has to be said before anyone gives up."""
     code = (
-        "import time, sys; from listener_reward import InputError, ListenerReward; import listener_reward.judge\n"
+        "import time, sys; from PIL import Image\n"
+        "from listener_reward import InputError, ListenerReward; import listener_reward.judge\n"
         "started = time.time()\n"
-        "try: ListenerReward().compare('x', 'a.png', 'b.png')\n"
+        "try: ListenerReward().compare('x', Image.new('RGB', (8, 8)), Image.new('RGB', (8, 8), 'red'))\n"
         "except InputError as error: print(time.time() - started, error, sep='\\n')\n"
     )
     done = subprocess.run(

@@ -237,9 +237,8 @@ def test_the_wrapped_model_goes_before_the_process_group():
 
     wrapper = Wrapper()
     alive, kept, freed = weakref.ref(wrapper), [wrapper], []
-    accelerator = SimpleNamespace(free_memory=kept.clear)
+    accelerator = SimpleNamespace(free_memory=kept.clear, end_training=lambda: freed.append(alive() is None))
     trainer: Any = SimpleNamespace(model="model", model_wrapped=wrapper, accelerator=accelerator)
-    trainer.end = lambda: freed.append(alive() is None)
     del wrapper
     _leave(trainer)
     assert freed == [True]

@@ -20,7 +20,7 @@ import json, resource, sys
 import numpy as np
 from listener_reward import cli
 from listener_reward.evaluate import batches
-from listener_reward.cli import evaluating
+from listener_reward.cli import journals
 from listener_reward.media.images import to_pil
 from listener_reward.verdict import Verdict
 
@@ -31,7 +31,7 @@ class Redder:
         reds = [[to_pil(image).getpixel((0, 0))[0] for image in images] for images in (firsts, seconds)]
         return [Verdict(0.5 + (a - b) / 512, 1 if a > b else 2, (), None, None, 0.0, 0) for a, b in zip(*reds)]
 
-evaluating.load_rater = lambda *arguments, **options: Redder()
+journals.load_rater = lambda *arguments, **options: Redder()
 batches.BUDGET = 2**23  # what it keeps decoded on purpose
 peaks = []
 for data in sys.argv[1:]:

@@ -463,7 +463,7 @@ def test_a_bad_configuration_is_one_clear_error(
         ("model_name_or_path: x", "data is not set"),
         ("data: tiny:train", "model_name_or_path is not set"),
         ("data: tiny:train\nmodel_name_or_path: x\nload_in_4bit: true", "load_in_4bit is set, and rounded weights"),
-        ("listener_options: {bits: 4}", "listener_options: bits: no option of a model, which has device"),
+        ("listener_options: {bits: 4}", "listener_options: bits: no option of a model, which has backend"),
         ("listener_options: 4bit", "listener_options is '4bit'; give a mapping"),
         ("listener_options: {dtype: float16}\nlistener_dtype: float16", "both name a dtype"),
         ("data: tiny:train\nmodel_name_or_path: x\noutput_dir: tiny", "the name of an embedded checkpoint"),
