@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -66,6 +67,7 @@ def working(what: str, *, spinner: bool = True) -> Iterator[None]:
 def quieten() -> None:
     """Takes effect because transformers is not imported yet; what the user has set stays."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says of kernels for CPUs that it has none to fetch
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():  # at a terminal a download of gigabytes should be seen
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
