@@ -68,7 +68,10 @@ def test_clips(stock, sides):
     saved = {"size": {"shortest_edge": 16 * patch**2, "longest_edge": 4096 * patch**2}, "patch_size": patch}
     film = [pictures(width, height, 4), pictures(height, width, 5)]
     ours = ClipProcessor(stock, images, saved)(film)
-    theirs = StockClipProcessor(getattr(transformers, stock).from_dict(saved))(film)
+    processor = StockClipProcessor(getattr(transformers, stock).from_dict(saved))
+    theirs = processor(film)
+    for frames, (_, high, wide) in zip(film, theirs["video_grid_thw"].tolist(), strict=True):
+        assert processor.frame_size(len(frames), *frames[0].size) == (wide * patch, high * patch)
     assert ours["video_grid_thw"].tolist() == theirs["video_grid_thw"].tolist()
     assert ours["video_metadata"] == theirs["video_metadata"]
     compare(ours["pixel_values_videos"], theirs["pixel_values_videos"], resized=sides != (8, 8))

@@ -186,6 +186,10 @@ class StockClipProcessor:
     def to_dict(self) -> dict[str, Any]:
         return self.config
 
+    def frame_size(self, frames: int, width: int, height: int) -> tuple[int, int]:
+        """As a `ClipProcessor`'s."""
+        return ClipProcessor(type(self.stock).__name__, self, self.config).frame_size(frames, width, height)
+
     def __call__(
         self,
         videos: Sequence[Sequence[Image.Image]],
