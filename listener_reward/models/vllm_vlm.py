@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -231,5 +232,12 @@ class VllmVLM:
                 return self.engine.generate(prompts, asked, use_tqdm=False, lora_request=self.adapter)
             except dead as error:
                 raise JudgeError(f"the vLLM engine has died ({error}); its own log says why") from error
-            except ValueError as error:  # a prompt that is too long, or more pictures than the engine takes
+            except _refusals() as error:  # a prompt that is too long, or more pictures than the engine takes
                 raise InputError(f"vLLM refuses a question: {error}") from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises of a question that it cannot take: a ValueError, or in later releases an error of its own."""
+    if find_spec("vllm.exceptions") is None:
+        return (ValueError,)
+    return ValueError, getattr(import_module("vllm.exceptions"), "VLLMClientError", ValueError)
