@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).parent))  # for whoever runs this file by another way than as a script
 
 import numpy as np
 from serving import served, tiny_images
