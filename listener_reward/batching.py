@@ -6,10 +6,8 @@ the models, and they wait for one another. Together they are one batch.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.forks import renew
 from listener_reward.media.storyboards import to_visuals
 from listener_reward.pairs import check_questions
 from listener_reward.ranking import Ranking, RankingJudge, rank_by
@@ -131,7 +130,7 @@ class BatchingJudge:
         self.limit, self.wait, self.at_once, self.own_thread, self.observe = limit, wait, at_once, own_thread, observe
         self._stopped = False
         self._begin()
-        _MADE.add(self)
+        renew(self)
 
     def _begin(self) -> None:
         self._queue: deque[_Call] = deque()
@@ -309,15 +308,3 @@ class BatchingJudge:
             half = len(calls) // 2
             self._judge(calls[:half])
             self._judge(calls[half:])
-
-
-_MADE: weakref.WeakSet[BatchingJudge] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for judge in _MADE:
-        judge.after_fork()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import http.client
 import io
-import ipaddress
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from listener_reward.addresses import is_here
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import to_pil_batch
 from listener_reward.pairs import check_prompts
@@ -144,7 +144,7 @@ class RemoteReward:
                 detail = json.loads(detail)["detail"]
             kind = InputError if failed.code in CALLERS else JudgeError
             return kind(f"{self.url} refused: {failed.code} {detail}")
-        proxy = "" if _is_loopback(self.url) else request.getproxies().get(urlsplit(self.url).scheme, "")
+        proxy = "" if is_here(self.url) else request.getproxies().get(urlsplit(self.url).scheme, "")
         through = f" through the proxy {urlsplit(proxy).hostname}" if proxy else ""
         often = f" in {times} attempts" if times > 1 else ""
         return JudgeError(
@@ -154,7 +154,7 @@ class RemoteReward:
 
 def _opener(url: str) -> request.OpenerDirector:
     """What opens `url`: addresses of this machine without the environment's proxies, which cannot reach it."""
-    return request.build_opener(_NoRedirect, *([request.ProxyHandler({})] if _is_loopback(url) else []))
+    return request.build_opener(_NoRedirect, *([request.ProxyHandler({})] if is_here(url) else []))
 
 
 class _NoRedirect(request.HTTPRedirectHandler):
@@ -162,15 +162,6 @@ class _NoRedirect(request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
         return None
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified
 
 
 def _pause(failed: Exception, attempt: int) -> float | None:

@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 
 from listener_reward.batching import BatchingJudge
 from listener_reward.errors import FormatError, InputError, JudgeError
+from listener_reward.forks import renew
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
@@ -152,7 +152,7 @@ class ListenerReward:
         self._device = _current_gpu()
         self._forked = False
         self._begin()
-        _MADE.add(self)
+        renew(self)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()  # of all that is kept here; not held while the judge works
@@ -258,7 +258,16 @@ class ListenerReward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _device=_current_gpu())
         self._begin()
-        _MADE.add(self)
+        renew(self)
+
+    def after_fork(self) -> None:
+        """For the child of a fork: no lock is held in it, and a judge by name is loaded anew."""
+        self._forked = True
+        self._begin()
+        if isinstance(self.judge, str):
+            self._loaded = None
+        if isinstance(self._kept, ReferenceFile):
+            self._kept.after_fork()
 
     def _get_judge(self) -> BatchingJudge:
         with self._lock:
@@ -372,24 +381,6 @@ _Match = tuple[str, Visual, Visual]
 def _add(kept: dict[str, Kept] | ReferenceFile, images: Mapping[str, Kept]) -> None:
     """A file takes all of them in one transaction, and may have got some from another process in the meantime."""
     kept.keep(images) if isinstance(kept, ReferenceFile) else kept.update(images)
-
-
-_MADE: weakref.WeakSet[ListenerReward] = weakref.WeakSet()
-"""Every reward of this process, whose locks a fork must not inherit held: the thread that holds one is not copied."""
-
-
-def _after_fork() -> None:
-    for reward in _MADE:
-        reward._forked = True
-        reward._begin()
-        if isinstance(reward.judge, str):
-            reward._loaded = None
-        if isinstance(reward._kept, ReferenceFile):
-            reward._kept.after_fork()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 REFERENCE = -1

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     # what a user gives and is told, and the words for it
-    ("errors", "files", "progress", "clusters"),
+    ("errors", "files", "progress", "addresses", "forks"),
+    ("clusters",),
     ("media", "checkpoints"),
     ("pairs", "verdict"),
     ("chat",),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from listener_reward.addresses import is_here
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import to_picture
 from listener_reward.models import openai_client
@@ -128,7 +129,7 @@ def test_this_machine_is_asked_without_a_proxy(monkeypatch):
     most = [0]
     with counting(most) as address:
         assert quick(address).post("/x", {}) == {}
-    assert [openai_client.is_loopback(url) for url in ("http://[::1]:1/v1", "http://localhost", "http://h")] == [
+    assert [is_here(url) for url in ("http://[::1]:1/v1", "http://localhost", "http://h")] == [
         True,
         True,
         False,

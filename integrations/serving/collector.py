@@ -7,10 +7,8 @@ alone; compared with one another they tell more, but only once all are there.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +19,7 @@ import numpy as np
 
 from listener_reward.batching import Unwanted
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.forks import renew
 from listener_reward.media.images import ImageLike, to_pil
 from listener_reward.pairs import check_prompts
 
@@ -94,15 +93,19 @@ class GroupCollector:
         self.reward, self.group_size, self.timeout = reward, group_size, timeout
         self._clock, self._timer, self._workers = clock, timer, workers
         self._begin()
-        _MADE.add(self)
+        renew(self)
 
     def _begin(self) -> None:
-        """As nobody had come. The child of a fork begins so: threads that score and time were not copied to it."""
+        """As nobody had come."""
         self._waiting: dict[tuple[str, str], _Group] = {}
         self._named: dict[str, tuple[tuple[str, str], _Member]] = {}  # the group and the place that a name has
         self._closed: deque[tuple[float, list[str]]] = deque()  # when a group was answered, and the names in it
         self._lock = threading.Lock()
         self._scoring = ThreadPoolExecutor(self._workers, thread_name_prefix="listener-reward")
+
+    def after_fork(self) -> None:
+        """For the child of a fork: threads that score and time were not copied to it."""
+        self._begin()
 
     def submit(
         self, image: ImageLike | InputError, prompt: str | None, *, group: str | None = None, name: str | None = None
@@ -290,15 +293,3 @@ class GroupCollector:
             if not member.future.done():
                 member.future.set_exception(JudgeError(message))
         self._close(group)
-
-
-_MADE: weakref.WeakSet[GroupCollector] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for collector in _MADE:
-        collector._begin()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from listener_reward.batching import BatchingJudge
-from listener_reward.clusters import address_of
+from listener_reward.clusters import connected, last_line
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, missing
 from listener_reward.media.storyboards import to_visuals
 from listener_reward.pairs import check_questions
@@ -111,7 +111,7 @@ def deployment(load: Callable[[], PairJudge], scale: Scale | None = None) -> Any
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    serve = _ray()[1]
+    serve = _serve()
     options: dict[str, Any] = {
         "name": DEPLOYMENT,
         "max_ongoing_requests": 1 if scale and scale.least == scale.most else 8,
@@ -216,14 +216,14 @@ class ReplicatedJudge:
             try:
                 given = response.result(timeout_s=self.timeout)
             except broken.RayTaskError as error:  # another replica would fail as well
-                raise JudgeError(f"a replica of the judge failed: {_last_line(error)}") from None
+                raise JudgeError(f"a replica of the judge failed: {last_line(error)}") from None
             except TimeoutError:
                 response.cancel()
                 raise JudgeError(f"no replica of the judge answered within {self.timeout:g} s") from None
             except (broken.RayError, absent.RayServeException) as error:  # it died, or its machine
                 if tried == self.tries:
                     died = f"{self.tries} replicas of the judge died one after another"
-                    raise JudgeError(f"{died}, the last with: {_last_line(error)}") from None
+                    raise JudgeError(f"{died}, the last with: {last_line(error)}") from None
                 with self._lock:
                     self.resent += 1
                 time.sleep(0.1 * tried)
@@ -272,7 +272,7 @@ def start(
         try:
             handle = serve.run(deployment(load, scale), name=name, route_prefix=None, logging_config=_QUIET)
         except RuntimeError as error:
-            raise JudgeError(f"no replica of the judge could be started: {_last_line(error)}") from None
+            raise JudgeError(f"no replica of the judge could be started: {last_line(error)}") from None
         finally:
             late.cancel()
         judge = ReplicatedJudge(handle, most=scale.most)
@@ -308,24 +308,21 @@ def attach(name: str = APPLICATION, *, address: str | None = None, most: int | N
     return judge
 
 
+_WHAT = "replicas of a judge"
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 def _connected(address: str | None, scale: Scale) -> tuple[Any, list[Callable[[], object]]]:
     """Ray Serve without a proxy of its own, and what ends it."""
-    address = address_of(address)
-    ray, serve = _ray()
+    own = {"num_cpus": (os.cpu_count() or 1) + scale.most, "include_dashboard": False}  # room for all, and for more
+    found = connected(address, _WHAT, **own)
+    serve = _serve()
     ends: list[Callable[[], object]] = []
-    if not ray.is_initialized():
-        own = {"num_cpus": (os.cpu_count() or 1) + scale.most, "include_dashboard": False}  # room for all, and for more
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", **({} if address else own))
-        except ConnectionError as error:
-            raise InputError(f"no Ray is at {address!r} ({_last_line(error)}); start one by `ray start`") from None
-        ends.append(ray.shutdown)
-        has, wanted = ray.cluster_resources().get("GPU", 0), scale.least * scale.gpus
-        if not address and has < wanted:
-            ray.shutdown()
+    if found.begun:
+        ends.append(found.ray.shutdown)
+        has, wanted = found.ray.cluster_resources().get("GPU", 0), scale.least * scale.gpus
+        if found.own and has < wanted:
+            found.ray.shutdown()
             raise InputError(f"{scale.least} replicas want {wanted:g} GPUs, and this machine has {has:g}")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config=_QUIET)
@@ -338,13 +335,8 @@ def _end(ends: list[Callable[[], object]]) -> None:
         ends.pop()()
 
 
-def _ray() -> tuple[Any, Any]:
-    """`ray` and `ray.serve`, by name, so that their types are not asked for where they are not installed."""
-    if fault := missing("ray", "replicas of a judge"):
+def _serve() -> Any:
+    """`ray.serve`, by name, so that its types are not asked for where it is not installed."""
+    if fault := missing("ray", _WHAT):
         raise fault
-    return import_module("ray"), import_module("ray.serve")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return import_module("ray.serve")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import ipaddress
 import json
 import os
 import random
@@ -20,8 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
+from listener_reward.addresses import is_here
 from listener_reward.errors import InputError, JudgeError, missing
 
 if fault := missing("openai", "a model behind an address"):
@@ -102,7 +101,7 @@ class OpenAIClient:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=workers, max_keepalive_connections=workers),
             timeout=timeout,
-            trust_env=not is_loopback(self.base_url),  # a proxy cannot reach this machine
+            trust_env=not is_here(self.base_url),  # a proxy cannot reach this machine
         )
         weakref.finalize(self, self._http.close)
         self._turn = threading.BoundedSemaphore(workers)
@@ -237,16 +236,6 @@ class OpenAIClient:
         if re.fullmatch(r"\d+(\.\d+)?", retry_after):
             return min(float(retry_after), _LONGEST_PAUSE)
         return min(self._pause * 2**number, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether `url` is an address of this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified
 
 
 def _data_url(image: Image) -> str:

@@ -13,8 +13,8 @@ from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from listener_reward.clusters import address_of
-from listener_reward.errors import InputError, missing
+from listener_reward.clusters import connected
+from listener_reward.errors import InputError
 from listener_reward.scoring.pairs import Asked, Source, score_batch
 from listener_reward.scoring.table import table_of
 from listener_reward.verdict import PairJudge
@@ -42,24 +42,14 @@ class Cluster:
         """Batches of rows, in the order of the data, of all pairs of the shard from the `first` on.
 
         Raises:
-            InputError: the data is a stream of the Hub, whose length nobody knows.
+            InputError: the data is a stream of the Hub, whose length nobody knows, or no Ray is at the address.
             MissingExtraError: Ray is not installed.
         """
         if total is None:
             raise InputError(f"data is {source.data!r}, a stream of the Hub; download it, and give its files")
-        if fault := missing("ray", "scoring on a cluster"):
-            raise fault
-        address = address_of(self.address)
-        ray: Any = import_module("ray")  # by name, so that its types are not asked for where it is not installed
+        ray = connected(self.address, "scoring on a cluster", include_dashboard=False).ray
         import_module("ray.data")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        if not ray.is_initialized():
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="error",
-                include_dashboard=None if address else False,
-            )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one already
         context.execution_options.preserve_order = True
