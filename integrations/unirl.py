@@ -28,7 +28,7 @@ from .serving.collector import GroupCollector
 from .serving.computing import kept
 from .serving.limits import Intake
 from .serving.schemes import check_scheme
-from .serving.uploads import Upload, bare, readable, upload
+from .serving.uploads import Upload, bare, readable, tried, upload
 
 _IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version", "idempotency_key")
 
@@ -90,7 +90,7 @@ def _score(
     with intake.room(readable([one for one, _ in read]), gone):
         pictures, places = [], []
         for place, (one, _) in enumerate(read):
-            picture = _decoded(one)
+            picture = one if isinstance(one, InputError) else tried(one.picture)
             if isinstance(picture, InputError):
                 outcomes[place] = picture
             else:
@@ -108,16 +108,6 @@ def _score(
     for place, given in zip(places, results, strict=True):
         outcomes[place] = given
     return outcomes
-
-
-def _decoded(one: Upload | InputError) -> Any:
-    """The picture, or the `InputError` that it is none."""
-    if isinstance(one, InputError):
-        return one
-    try:
-        return one.picture()
-    except InputError as error:
-        return bare(error)
 
 
 def _collect(

@@ -25,6 +25,7 @@ from listener_reward.pairs import check_prompts
 
 from ..contract import Reward, score
 from .callers import ClientGone, Ending
+from .uploads import bare
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class GroupCollector:
         except InputError as error:
             if group is None and not (isinstance(prompt, str) and prompt.strip()):
                 raise  # nobody can say whose place it is
-            future.set_exception(type(error)(*error.args))  # without the picture that its traceback holds
+            future.set_exception(bare(error))  # without the picture that its traceback holds
             picture = None
         key = ("prompt", str(prompt)) if group is None else ("group", group)
         with self._lock:

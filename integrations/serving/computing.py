@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from ..contract import Reward, score
 from .collector import GroupCollector
 from .limits import Intake, TooMuch
 from .schemes import OtherScheme, check_scheme
-from .uploads import Upload, bare, readable, upload
+from .uploads import Upload, readable, tried, upload
 
 
 def compute(
@@ -49,7 +51,8 @@ def compute(
             raise InputError("image or video has to be a list, one of the two")
         check_no_source(**{key: body.get(key) for key in ("condition_images", "condition_videos")})
         check_scheme(reward, scheme, body["prompt"])
-        uploads = [_read(item, f"{'image' if images is not None else 'video'}[{i}]") for i, item in enumerate(media)]
+        kind = "image" if images is not None else "video"
+        uploads = [tried(partial(upload, item, f"{kind}[{i}]")) for i, item in enumerate(media)]
         intake.check(body["prompt"], readable(uploads))
         if isinstance(reward, GroupCollector):
             scores, info = _collect(reward, uploads, body["prompt"], request, gone, intake)
@@ -60,8 +63,8 @@ def compute(
     except (InputError, JudgeError) as error:
         return {"rewards": None, "error": str(error), "kind": "input" if isinstance(error, InputError) else "judge"}
     reply: dict[str, Any] = {
-        "rewards": finite(scores),
-        "info": {name: finite(values) for name, values in info.items()},
+        "rewards": without_nan(scores.tolist()),
+        "info": {name: without_nan(values.tolist()) for name, values in info.items()},
     }
     if missing := int(np.isnan(scores).sum()):
         reply |= {"error": f"the judge broke on {missing} of {len(scores)} images", "kind": "judge"}
@@ -107,22 +110,13 @@ def _collect(
 
 def kept(one: Upload | InputError) -> Any:
     """What a collector keeps of it, or the `InputError` that it cannot be read."""
-    if isinstance(one, InputError):
-        return one
-    try:
-        return one.kept()
-    except InputError as error:
-        return bare(error)
+    return one if isinstance(one, InputError) else tried(one.kept)
 
 
-def _read(item: Any, field: str) -> Upload | InputError:
-    """What was sent, or the `InputError` that it is nothing."""
-    try:
-        return upload(item, field)
-    except InputError as error:
-        return bare(error)
-
-
-def finite(values: np.ndarray) -> list[float | None]:
-    """JSON has no word for NaN."""
-    return [None if np.isnan(value) else value for value in values.tolist()]
+def without_nan(value: Any) -> Any:
+    """NaN as null: JSON has no word for it."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

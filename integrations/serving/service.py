@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +26,7 @@ from .. import unirl
 from ..contract import Reward
 from .callers import Caller, ClientGone, DeadlineOver, Ending, Retries
 from .collector import GroupCollector
-from .computing import compute
+from .computing import compute, without_nan
 from .limits import Busy, Gate, Intake, Limits, TooMuch, check_values
 from .metrics import Metrics
 from .replicas import ReplicatedJudge
@@ -74,37 +74,28 @@ class Service:
 
     def compute(self, scheme: str | None) -> Work:
         """`POST /compute`."""
-
-        def work(raw: bytes, caller: Caller) -> Any:
-            request = self._name(raw, caller)
-            body = read_json(raw)
-            del raw
-            try:
-                return compute(
-                    self.reward, body, request=request, scheme=scheme, gone=caller.checked, intake=self.intake
-                )
-            finally:
-                self._answered(request, caller)
-
-        return work
+        return self._scored(compute, scheme)
 
     def score(self, scheme: str | None) -> Work:
         """`POST /score`."""
+        return self._scored(unirl.answer, scheme, name=self.name, version=self.version)
+
+    def _scored(self, ask: Callable[..., Any], scheme: str | None, **known: str) -> Work:
+        """What a host's route does: the request gets a name, by which one that comes again is known."""
 
         def work(raw: bytes, caller: Caller) -> Any:
             request = self._name(raw, caller)
             body = read_json(raw)
             del raw
             try:
-                return unirl.answer(
+                return ask(
                     self.reward,
                     body,
-                    name=self.name,
-                    version=self.version,
                     request=request,
                     scheme=scheme,
                     gone=caller.checked,
                     intake=self.intake,
+                    **known,
                 )
             finally:
                 self._answered(request, caller)
@@ -232,15 +223,6 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise _NoNumber(f"the body has the number {text[:40]}; JSON has finite numbers only")
     return number
-
-
-def without_nan(value: Any) -> Any:
-    """NaN as null."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _reply(work: Work, body: list[bytes], caller: Caller) -> Reply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from listener_reward.media.storyboards import as_picture, to_visual
 from listener_reward.media.videos import claimed_video_pixels, is_video
 
 E = TypeVar("E", bound=Exception)
+T = TypeVar("T")
 
 
 def decode(text: Any, field: str) -> bytes:
@@ -83,6 +84,14 @@ def upload(item: Any, field: str) -> Upload:
 def bare(error: E) -> E:
     """`error` without its traceback and cause, which hold the pictures that it was about for as long as it lives."""
     return type(error)(*error.args)
+
+
+def tried(make: Callable[[], T]) -> T | InputError:
+    """What `make` gives, or the `InputError` that it raises, bare."""
+    try:
+        return make()
+    except InputError as error:
+        return bare(error)
 
 
 def readable(uploads: Sequence[Upload | InputError]) -> list[Upload]:
