@@ -7,7 +7,6 @@ memory does not grow with the prompts, a restart goes on with the same zero, and
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import sqlite3
@@ -18,7 +17,7 @@ from typing import Any
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
-from listener_reward.media.images import to_picture
+from listener_reward.media.images import png_of, to_picture
 from listener_reward.media.storyboards import to_visual
 
 Kept = bytes | dict[str, Any]
@@ -34,9 +33,7 @@ def packed(visual: Visual) -> Kept:
     if isinstance(visual, Clip):
         seconds = None if visual.seconds is None else list(visual.seconds)
         return {"frames": [packed(frame) for frame in visual.frames], "seconds": seconds}
-    file = io.BytesIO()
-    visual.image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return png_of(visual.image)
 
 
 def unpacked(kept: Kept) -> Visual:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import islice
 
-from PIL import Image
-
 from listener_reward.datasets.format import Labelled
 from listener_reward.errors import InputError
+from listener_reward.media.images import png_of
 from listener_reward.pairs import PreferencePair
 from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.world import SPLITS, split_pairs
@@ -34,7 +32,7 @@ def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; the tiny world has {', '.join(map(repr, (*SPLITS, GENERATED)))}")
     for index, pair in enumerate(split_pairs(split, n, seed=seed)):
-        first, second = ({"bytes": _png(image), "path": None} for image in draw_pair(pair))
+        first, second = ({"bytes": png_of(image), "path": None} for image in draw_pair(pair))
         name = f"{split}-{seed}-{index}"
         yield Labelled(PreferencePair(pair.wording, first, second, pair.p_first, name, f"tiny:{split}"), {})
 
@@ -43,12 +41,6 @@ def _generated(n: int, seed: int) -> Iterator[Labelled]:
     from listener_reward.tiny.generated import sample_pairs  # needs diffusers, which the other splits do not
 
     for index, (first, second, p_first) in enumerate(islice(sample_pairs(seed), n)):
-        one, other = ({"bytes": _png(sample.picture), "path": None} for sample in (first, second))
+        one, other = ({"bytes": png_of(sample.picture), "path": None} for sample in (first, second))
         name = f"{GENERATED}-{seed}-{index}"
         yield Labelled(PreferencePair(first.wording, one, other, p_first, name, f"tiny:{GENERATED}"), {})
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -7,7 +7,6 @@ the tries or the deadline end. A picture is encoded once, however many requests 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import random
@@ -29,7 +28,7 @@ if fault := missing("openai", "a model behind an address"):
 import httpx
 from PIL.Image import Image
 
-from listener_reward.media.images import Picture
+from listener_reward.media.images import Picture, png_of
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LONGEST_PAUSE = 60.0
@@ -239,6 +238,4 @@ class OpenAIClient:
 
 
 def _data_url(image: Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png_of(image)).decode("ascii")
