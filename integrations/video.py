@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from listener_reward.conclude import mean_verdict
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, check_choice
 from listener_reward.media.clips import ClipView, frame_by_frame
 from listener_reward.media.storyboards import as_picture, as_pictures, read_clips, storyboard, to_still
 from listener_reward.media.videos import FRAMES, check_frames, read_clip
@@ -86,8 +86,7 @@ class VideoReward:
     ):
         """`options` are those of `ListenerReward`; the others those of `rank_videos`."""
         check_frames(frames)
-        if strategy not in get_args(ClipView):
-            raise InputError(f"strategy is {strategy!r}; choose one of {', '.join(map(repr, get_args(ClipView)))}")
+        check_choice("strategy", strategy, get_args(ClipView))
         if strategy == "video" and frames < 2:
             raise InputError(f"frames is {frames}; strategy='video' needs at least 2, a video of one frame is an image")
         if isinstance(judge, (str, os.PathLike)):

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, get_args
 
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, check_choice
 from listener_reward.files import quoted, write_text
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import find_file
@@ -76,8 +76,7 @@ class Card:
             if not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise InputError(f"{name} is {value!r}; give a finite number of at least {least}")
         for name, allowed in (("masking", Masking), ("aggregate", Aggregate), ("orders", Orders)):
-            if (value := getattr(self, name)) not in get_args(allowed):
-                raise InputError(f"{name} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+            check_choice(name, getattr(self, name), get_args(allowed))
         if self.early_stop is not None and not (
             isinstance(self.early_stop, int | float) and 0.5 < self.early_stop <= 1
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -34,6 +34,16 @@ class FormatError(JudgeError):
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed. The message holds the pip line that installs it."""
+
+
+def check_choice(field: str, value: object, allowed: Collection[object]) -> None:
+    """Refuses a value that is none of those allowed.
+
+    Raises:
+        InputError: names the field, the value and the choices.
+    """
+    if value not in allowed:
+        raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
 
 
 def missing(extra: str, what: str, *packages: str) -> MissingExtraError | None:

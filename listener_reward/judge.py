@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from listener_reward.errors import missing
+from listener_reward.errors import check_choice, missing
 
 if fault := missing("judge", "a judge in this process"):
     raise fault
@@ -541,6 +541,5 @@ class Judge:
 
 
 def _checked(clips: ClipView) -> ClipView:
-    if clips not in get_args(ClipView):
-        raise InputError(f"clips is {clips!r}; choose one of {', '.join(map(repr, get_args(ClipView)))}")
+    check_choice("clips", clips, get_args(ClipView))
     return clips

@@ -23,7 +23,7 @@ import numpy as np
 
 from listener_reward.advantages import normalised_sum
 from listener_reward.batching import Unwanted
-from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.errors import InputError, JudgeError, MissingExtraError, check_choice
 from listener_reward.pairs import check_company, check_prompts
 from listener_reward.reward import Reward, Scheme, read_scores
 
@@ -69,8 +69,7 @@ class Mixture:
             InputError: no components, names or weights that cannot be, or an unknown choice.
         """
         for field, value, allowed in (("combine", combine, Combine), ("on_failure", on_failure, ComponentFailure)):
-            if value not in get_args(allowed):
-                raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+            check_choice(field, value, get_args(allowed))
         self.rewards, self.weights = _read(rewards)
         self.combine: Combine = combine
         self.on_failure: ComponentFailure = on_failure
@@ -229,14 +228,14 @@ class Mixture:
         return dropped, ~(lost | np.all(dropped, axis=0))
 
     def _remembering(self) -> dict[str, Any]:
-        """The components that have a state. The weights of an `nn.Module` are none: nobody changes them here."""
-        torch = sys.modules.get("torch")
-        return {
-            name: reward
-            for name, reward in self.rewards.items()
-            if hasattr(reward, "state_dict") and hasattr(reward, "load_state_dict")
-            if torch is None or not isinstance(reward, torch.nn.Module)
-        }
+        return {name: reward for name, reward in self.rewards.items() if remembers(reward)}
+
+
+def remembers(reward: Any) -> bool:
+    """Whether a reward has a state to keep. An `nn.Module`'s state does not count: its weights do not change here."""
+    torch = sys.modules.get("torch")
+    has_state = hasattr(reward, "state_dict") and hasattr(reward, "load_state_dict")
+    return has_state and (torch is None or not isinstance(reward, torch.nn.Module))
 
 
 def _read(rewards: Any) -> tuple[dict[str, Reward], dict[str, float]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import logging
 import os
@@ -22,8 +21,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from listener_reward.addresses import is_here
-from listener_reward.errors import InputError, JudgeError
-from listener_reward.media.images import to_pil_batch
+from listener_reward.errors import InputError, JudgeError, check_choice
+from listener_reward.media.images import png_of, to_pil_batch
 from listener_reward.pairs import check_prompts
 from listener_reward.reward import Scheme
 
@@ -80,8 +79,8 @@ class RemoteReward:
             raise InputError(
                 f"url has a name or a key before its host; give the key as api_key, or by {API_KEY_VARIABLE}"
             )
-        if scheme is not None and scheme not in get_args(Scheme):
-            raise InputError(f"scheme is {scheme!r}; choose one of {', '.join(map(repr, get_args(Scheme)))}")
+        if scheme is not None:
+            check_choice("scheme", scheme, get_args(Scheme))
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise InputError("api_key has characters that a header cannot have; give printable ASCII")
         if timeout <= 0 or retries < 0:
@@ -103,7 +102,10 @@ class RemoteReward:
         """
         pictures = to_pil_batch(images)
         check_prompts(prompts, len(pictures))
-        body = {"prompt": [str(prompt) for prompt in prompts], "image": [_png(picture) for picture in pictures]}
+        body = {
+            "prompt": [str(prompt) for prompt in prompts],
+            "image": [base64.b64encode(png_of(picture)).decode("ascii") for picture in pictures],
+        }
         answer = self._post(json.dumps(body).encode())
         if answer.get("error") and answer.get("rewards") is None:
             raise (InputError if answer.get("kind") == "input" else JudgeError)(f"{self.url}: {answer['error']}")
@@ -177,9 +179,3 @@ def _pause(failed: Exception, attempt: int) -> float | None:
     reason = getattr(failed, "reason", failed)
     broken = (ConnectionError, http.client.RemoteDisconnected, http.client.IncompleteRead)
     return doubling if isinstance(reason, broken) else None
-
-
-def _png(picture: Any) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from listener_reward.batching import BatchingJudge
-from listener_reward.errors import FormatError, InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError, check_choice
 from listener_reward.forks import renew
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
@@ -35,7 +35,7 @@ from listener_reward.models.options import MODEL_OPTIONS, check_options
 from listener_reward.pairs import check_prompts
 from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
-from listener_reward.verdict import PairJudge, Verdict
+from listener_reward.verdict import PairJudge, Verdict, checked
 
 if TYPE_CHECKING:
     from listener_reward.judge import Judge
@@ -119,8 +119,7 @@ class ListenerReward:
                 used.
         """
         for field, value, allowed in (("scheme", scheme, Scheme), ("on_failure", on_failure, FailurePolicy)):
-            if value not in get_args(allowed):
-                raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}")
+            check_choice(field, value, get_args(allowed))
         for field, value in (("reference", reference), ("state", state)):
             if scheme == "group" and value is not None:
                 raise InputError(
@@ -346,13 +345,8 @@ class ListenerReward:
         if not matches:
             return []
         try:
-            verdicts = judge.compare_many(*map(list, zip(*matches, strict=True)))
-            if len(verdicts) != len(matches):
-                raise JudgeError(f"the judge gave {len(verdicts)} verdicts on {len(matches)} pairs")
-            for (prompt, *_), verdict in zip(matches, verdicts, strict=True):
-                if not 0 <= verdict.p_first <= 1:
-                    raise JudgeError(f"the judge answered p_first = {verdict.p_first} for prompt {prompt!r}")
-            return list(verdicts)
+            prompts, firsts, seconds = map(list, zip(*matches, strict=True))
+            return [*checked(judge.compare_many(prompts, firsts, seconds), prompts, "the judge")]
         except JudgeError as error:
             if self.on_failure == "raise" or isinstance(error, FormatError):
                 raise

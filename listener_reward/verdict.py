@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, JudgeError
 
 Aggregate = Literal["mean", "majority", "listener", "both"]
 Orders = Literal["both", "one"]
@@ -145,3 +145,17 @@ class PairJudge(Protocol):
             JudgeError: the judge broke, so that there is no verdict.
         """
         ...
+
+
+def checked(verdicts: Sequence[Verdict], prompts: Sequence[str], who: str) -> list[Verdict]:
+    """The verdicts on pairs of these prompts, of a judge that may be anybody's.
+
+    Raises:
+        JudgeError: there are more or fewer of them, or one has a p_first outside [0, 1], as NaN is. `who` is named.
+    """
+    if len(verdicts) != len(prompts):
+        raise JudgeError(f"{who} gave {len(verdicts)} verdicts on {len(prompts)} pairs")
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        if not 0 <= verdict.p_first <= 1:
+            raise JudgeError(f"{who} answered p_first = {verdict.p_first} for prompt {prompt!r}")
+    return list(verdicts)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,38 @@ def test_a_strict_judge_of_another_format_stops_at_once(data: Any, tmp_path: Pat
     with pytest.raises(FormatError, match="thoughts are malformed"):
         score_pairs(Other(), data(3), tmp_path / "out.parquet", max_failed=1, progress=False)
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_verdict_that_is_none_is_a_failure_and_no_row_goes_without_a_reason(data: Any, tmp_path: Path):
+    class Odd(Brightness):
+        def compare_many(self, prompts: Sequence[str], *args: Any, **more: Any) -> list[Verdict]:
+            verdicts = super().compare_many(prompts, *args, **more)
+            odd = [
+                replace(verdict, p_first=np.nan) if prompt == "grey number 3" else verdict
+                for prompt, verdict in zip(prompts, verdicts, strict=True)
+            ]
+            return odd[:-1] if "grey number 7" in prompts else odd
+
+    scored = score_pairs(Odd(), data(12), tmp_path / "out.parquet", max_failed=1, progress=False)
+    errors = {row["index"]: row["error"] for row in read_verdicts(scored.out) if row["p_first"] is None}
+    assert errors == {
+        3: "JudgeError: brightness answered p_first = nan for prompt 'grey number 3'",
+        7: "JudgeError: brightness gave 0 verdicts on 1 pairs",
+    }
+    assert scored.failed == 2
+
+
+def test_one_bad_pair_in_a_batch_costs_a_few_more_calls(data: Any, tmp_path: Path):
+    class Counting(Brightness):
+        calls = 0
+
+        def compare_many(self, *args: Any, **more: Any) -> list[Verdict]:
+            self.calls += 1
+            return super().compare_many(*args, **more)
+
+    judge = Counting()
+    scored = score_pairs(judge, data(64, **{"5": "break"}), tmp_path / "out.parquet", progress=False)
+    assert scored.failed == 1 and judge.calls == 13  # the whole, and two halves six times
 
 
 def test_a_judge_that_keeps_failing_stops_and_its_pairs_are_asked_again(data: Any, tmp_path: Path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from listener_reward.advantages import AdvantageStd
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, check_choice
 
 from .rollout import RESERVED
 from .schedulers import Dynamics
@@ -128,8 +128,7 @@ class DDPOConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(repr, allowed))}")
+            check_choice(name, getattr(self, name), allowed)
         for names, fits, what in (
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_POSITIVE, lambda value: value > 0, "above 0"),

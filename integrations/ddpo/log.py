@@ -19,8 +19,7 @@ from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.errors import InputError
 from listener_reward.files import replace_file, write_text
 from listener_reward.media.images import to_pil_batch
-
-from .samples import remembers
+from listener_reward.mixture import remembers
 
 MAX_COLUMNS = 8
 

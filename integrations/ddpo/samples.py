@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from listener_reward.mixture import remembers
+
 from ..contract import Reward, score
 
 
@@ -63,10 +65,3 @@ def win_rate(base: np.ndarray, trained: np.ndarray) -> dict[str, float]:
         "reward_over_base": float(difference.mean()) if n else math.nan,
         "reward_over_base_se": float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
     }
-
-
-def remembers(reward: Any) -> bool:
-    """Whether a reward has a state to keep. An `nn.Module`'s state does not count: its weights do not change here."""
-    return (
-        hasattr(reward, "state_dict") and hasattr(reward, "load_state_dict") and not isinstance(reward, torch.nn.Module)
-    )

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args
 
 import torch
 
-from listener_reward.errors import InputError, MissingExtraError
+from listener_reward.errors import InputError, MissingExtraError, check_choice
 
 try:
     from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -268,8 +268,7 @@ def log_prob_scheduler(
     Raises:
         InputError: a scheduler of a distilled model or of another family, or a level or window out of range.
     """
-    if dynamics not in get_args(Dynamics):
-        raise InputError(f"dynamics is {dynamics!r}; choose one of {', '.join(map(repr, get_args(Dynamics)))}")
+    check_choice("dynamics", dynamics, get_args(Dynamics))
     if not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
         raise InputError(f"window is {window!r}; give two rising fractions of the schedule, for example (0.0, 0.6)")
     family, config = _family(stock)

@@ -30,7 +30,7 @@ from listener_reward.advantages import group_advantages, noise_fraction, normali
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
-from listener_reward.mixture import Mixture
+from listener_reward.mixture import Mixture, remembers
 from listener_reward.pairs import check_prompts
 
 from ..contract import Reward, score
@@ -41,7 +41,7 @@ from .log import RunLog, check_state, check_trackers, checkpoints, last_checkpoi
 from .lora import adapters_off, save_lora
 from .objectives import PromptStatistics, diversity, nan_mean
 from .rollout import Rollout, call_options, record
-from .samples import FixedSamples, remembers
+from .samples import FixedSamples
 from .schedulers import log_prob_scheduler
 
 try:

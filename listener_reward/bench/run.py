@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from listener_reward.bench.shapes import Size
@@ -209,8 +209,7 @@ def _check(name: str, size: Size) -> None:
         ("dtype", size.dtype, ["float32", "bfloat16", "float16"]),
         ("attention", size.attention, list(KERNELS)),
     ):
-        if value not in allowed:
-            raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+        check_choice(field, value, allowed)
     for field, least in (("pixels", 56), ("group", 2), ("groups", 1), ("tokens", 2), ("images", 2), ("repeats", 1)):
         if getattr(size, field) < least:
             raise InputError(f"{field} is {getattr(size, field)}; it must be at least {least}")

@@ -12,7 +12,7 @@ from scipy.special import betaincinv, logit
 
 from listener_reward.calibration.fit import Method, fit_curve, fit_platt
 from listener_reward.calibration.maps import CURVE_OF, Calibration
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, check_choice
 from listener_reward.evaluate.batches import batches_of, load_batches
 from listener_reward.evaluate.confidence import reliability
 from listener_reward.progress import progress_bars
@@ -121,8 +121,7 @@ def calibrate(
         InputError: fewer than 50 pairs, or too few prompts to divide them; a method or `sure` out of range.
         JudgeError: the judge broke.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method is {method!r}; choose one of {', '.join(map(repr, get_args(Method)))}")
+    check_choice("method", method, get_args(Method))
     if sure is not None and not 0.5 <= sure <= 1:
         raise InputError(f"sure is {sure}; give a fraction of pairs in [0.5, 1]")
     if len(pairs) < 50:

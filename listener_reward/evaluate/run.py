@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError
 from listener_reward.evaluate.batches import batches_of, load_batches
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
 from listener_reward.evaluate.intervals import clustered_interval
@@ -29,7 +29,7 @@ from listener_reward.evaluate.judged import (
     default_protocols,
 )
 from listener_reward.progress import progress_bars
-from listener_reward.verdict import PairJudge, Verdict
+from listener_reward.verdict import PairJudge, Verdict, checked
 
 if TYPE_CHECKING:
     import datasets
@@ -407,13 +407,7 @@ class _Tally:
 
 def _judge(judge: PairJudge, prompts: list, firsts: list, seconds: list, think: bool | None) -> list[Verdict]:
     """`judge.compare_many`, with its verdicts checked: a NaN would spoil every metric in silence."""
-    verdicts = judge.compare_many(prompts, firsts, seconds, think=think)
-    if len(verdicts) != len(prompts):
-        raise JudgeError(f"{judge.name} gave {len(verdicts)} verdicts on {len(prompts)} pairs")
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        if not 0 <= verdict.p_first <= 1:
-            raise JudgeError(f"{judge.name} answered p_first = {verdict.p_first} for prompt {prompt!r}")
-    return verdicts
+    return checked(judge.compare_many(prompts, firsts, seconds, think=think), prompts, judge.name)
 
 
 def _check(pairs: datasets.Dataset | datasets.IterableDataset) -> int | None:

@@ -14,9 +14,9 @@ from listener_reward.datasets.load import Opened, open_pairs
 from listener_reward.datasets.rows import Files
 from listener_reward.datasets.tiny import TINY_PAIRS
 from listener_reward.errors import FormatError, InputError, JudgeError
-from listener_reward.evaluate.batches import load_batches
+from listener_reward.evaluate.batches import Batch, load_batches
 from listener_reward.scoring.table import row_of
-from listener_reward.verdict import PairJudge
+from listener_reward.verdict import PairJudge, Verdict, checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +90,23 @@ class Source:
 
 
 def score_batch(judge: PairJudge, batch: Sequence[Asked]) -> list[dict[str, Any]]:
-    """A row for each pair. Where the batch fails, each of its pairs is asked alone, so that one costs no other."""
+    """A row for each pair. A batch that fails is halved until the failing pairs stand alone: one costs no other."""
     started = time.perf_counter()
     rows: dict[str, list[Any]] = {"images": [one.images for one in batch], "prompt": [one.prompt for one in batch]}
     try:
-        verdicts = [
-            verdict
-            for part in load_batches([rows])
-            for verdict in judge.compare_many(part["prompt"], *map(list, zip(*part["images"], strict=True)))
-        ]
+        verdicts = [verdict for part in load_batches([rows]) for verdict in _judged(judge, part)]
     except FormatError:  # every pair would fail
         raise
     except (InputError, JudgeError) as error:
         if len(batch) == 1:
             seconds = time.perf_counter() - started
             return [row_of(None, f"{type(error).__name__}: {error}", seconds=seconds, **batch[0].known)]
-        return [row for one in batch for row in score_batch(judge, [one])]
+        half = len(batch) // 2
+        return score_batch(judge, batch[:half]) + score_batch(judge, batch[half:])
     seconds = (time.perf_counter() - started) / len(batch)
     return [row_of(verdict, None, seconds=seconds, **one.known) for one, verdict in zip(batch, verdicts, strict=True)]
+
+
+def _judged(judge: PairJudge, part: Batch) -> list[Verdict]:
+    firsts, seconds = map(list, zip(*part["images"], strict=True))
+    return checked(judge.compare_many(part["prompt"], firsts, seconds), part["prompt"], judge.name)
