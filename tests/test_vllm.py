@@ -30,6 +30,7 @@ from listener_reward.errors import InputError
 from listener_reward.evaluate.intervals import wilson
 from listener_reward.judge import Judge
 from listener_reward.models.hub import resolve
+from listener_reward.models.resizing import resized
 from listener_reward.trace import parse
 
 LABELS = ("1", "2")
@@ -166,6 +167,21 @@ def test_thoughts_depend_on_their_seed_alone(engine, here, pairs):
     drawn = engine.reasoner.generate(chats, seeds=range(8), **options)
     assert len(set(drawn)) > 4
     assert engine.reasoner.generate(chats[:1], seeds=[5], **options) == drawn[5:6]
+
+
+def test_a_picture_is_resized_once_however_many_requests_show_it(engine, here, pairs, monkeypatch):
+    shown: list[Any] = []
+
+    def counted(image: Any, processor: Any) -> Any:
+        shown.append(image)
+        return resized(image, processor)
+
+    monkeypatch.setattr("listener_reward.models.vllm_vlm.resized", counted)
+    chats, prefixes = chats_of(here, pairs[:1]) * 4, [here.card.format.answer_slot("")] * 4
+    engine.reasoner.generate(chats, seeds=range(4), **SAMPLED)
+    assert len(shown) == 2
+    engine.reasoner.label_logprobs(chats, prefixes, LABELS)
+    assert len(shown) == 4
 
 
 def test_an_engine_sleeps_and_wakes(engine, here, pairs):

@@ -6,7 +6,7 @@ the checkpoint's own processor, see `resizing`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,6 +128,8 @@ class VllmVLM:
     def generate(
         self, chats: Sequence[Chat], *, seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
+        if not chats:
+            return []
         texts = self._texts(chats)
         unseen = {token: -100.0 for token in self.turns.vision_tokens()}
         asked = [
@@ -140,10 +142,8 @@ class VllmVLM:
             )
             for seed in seeds
         ]
-        outputs = self._run(
-            [self._prompt(chat, self._ids(text)) for chat, text in zip(chats, texts, strict=True)], asked
-        )
-        said = [decoded(self.tokenizer, [list(output.outputs[0].token_ids)])[0] for output in outputs]
+        outputs = self._run(self._prompts(chats, map(self._ids, texts)), asked)
+        said = decoded(self.tokenizer, [list(output.outputs[0].token_ids) for output in outputs])
         return [self.turns.opened(text) + completion for text, completion in zip(texts, said, strict=True)]
 
     def label_logprobs(self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str]) -> Tensor:
@@ -180,8 +180,8 @@ class VllmVLM:
         turns = [self.turns.continued(*turn) for turn in zip(self._texts(chats), prefixes, strict=True)]
         slots, ids = self.turns.at_slots([prefix for _, prefix in turns], labels)
         wanted: list[list[int]] = cast("Any", ids).tolist()
-        rows = zip(chats, turns, slots, strict=True)
-        prompts = [self._prompt(chat, [*self._ids(text), *slot]) for chat, (text, _), slot in rows]
+        begun = ([*self._ids(text), *slot] for (text, _), slot in zip(turns, slots, strict=True))
+        prompts = self._prompts(chats, begun)
         asked = [
             vllm.SamplingParams(
                 temperature=0.0,
@@ -213,15 +213,24 @@ class VllmVLM:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def _prompt(self, chat: Chat, ids: list[int]) -> dict[str, Any]:
-        """A request's tokens, one placeholder for each picture, and the pictures, which the engine knows by digest."""
+    def _prompts(self, chats: Sequence[Chat], ids: Iterable[list[int]]) -> list[dict[str, Any]]:
+        """Each request's tokens, one placeholder for each picture, and the pictures, which the engine knows by digest.
+
+        A picture that several chats show is resized once.
+        """
         processor = self.processor.image_processor
-        prompt: dict[str, Any] = {
-            "prompt_token_ids": ids,
-            "multi_modal_data": {"image": [resized(picture.image, processor) for picture in chat.images]},
-            "multi_modal_uuids": {"image": [picture.digest.hex() for picture in chat.images]},
-        }
-        return prompt | ({"mm_processor_kwargs": _AS_SENT} if resizes(processor) else {})
+        sizes_stay = {"mm_processor_kwargs": _AS_SENT} if resizes(processor) else {}
+        pictures = {picture.digest: picture.image for chat in chats for picture in chat.images}
+        sent = {digest: resized(image, processor) for digest, image in pictures.items()}
+        return [
+            {
+                "prompt_token_ids": tokens,
+                "multi_modal_data": {"image": [sent[picture.digest] for picture in chat.images]},
+                "multi_modal_uuids": {"image": [picture.digest.hex() for picture in chat.images]},
+            }
+            | sizes_stay
+            for chat, tokens in zip(chats, ids, strict=True)
+        ]
 
     def _run(self, prompts: list[dict[str, Any]], asked: list[Any]) -> list[Any]:
         if not prompts:
