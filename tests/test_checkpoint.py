@@ -23,7 +23,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, choose_listener
-from listener_reward.models.adapters import base_of
+from listener_reward.models.adapters import base_of, lora_rank
 from listener_reward.models.hub import EMBEDDED, resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import PAPER_CHECKPOINT
@@ -245,6 +245,19 @@ def test_another_architecture_on_the_hub_is_not_a_bad_connection(folder, tmp_pat
 def test_a_name_that_is_not_in_the_cache_could_not_be_fetched(tmp_path):
     with pytest.raises(InputError, match=r"'org/model' is not a local folder and could not be fetched.*the connection"):
         TransformersVLM.from_pretrained("org/model", cache_dir=str(tmp_path), local_files_only=True)
+
+
+def test_an_adapters_rank_is_that_of_its_revision(tmp_path):
+    there = tmp_path / "hub" / "models--org--adapter"
+    for revision, rank in (("main", 4), ("v2", 16)):
+        files = there / "snapshots" / revision
+        files.mkdir(parents=True)
+        (files / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+        (there / "refs").mkdir(exist_ok=True)
+        (there / "refs" / revision).write_text(revision)
+    options = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    assert lora_rank("org/adapter", **options) == 4
+    assert lora_rank("org/adapter", revision="v2", **options) == 16
 
 
 @pytest.mark.parametrize("bug", [TypeError("ours"), AttributeError("ours"), RuntimeError("out of memory")])

@@ -54,13 +54,16 @@ def base_of(name: str | Path, **options: Any) -> str | None:
     return base
 
 
-def lora_rank(name: str | Path) -> int:
+def lora_rank(name: str | Path, **options: Any) -> int:
     """The largest rank of the adapter `name`, that of single layers counted.
+
+    Args:
+        name, options: as of `base_of`.
 
     Raises:
         InputError: it is no LoRA adapter.
     """
-    path = find_file(name, ADAPTER)
+    path = find_file(name, ADAPTER, **options)
     saved: Any = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     if saved.get("peft_type") != "LORA":
         raise InputError(cannot_load(name, f"it is an adapter of type {saved.get('peft_type')!r}; vLLM takes LORA"))

@@ -109,7 +109,7 @@ class VllmVLM:
         if base is not None:
             request = import_module("vllm.lora.request").LoRARequest
             adapter = request("judge", 1, str(Path(name).resolve()) if Path(name).is_dir() else str(name))
-            options |= {"enable_lora": True, "max_lora_rank": lora_rank(name)}
+            options |= {"enable_lora": True, "max_lora_rank": lora_rank(name, **given)}
         with loading(base or name):
             llm: Any = vllm.LLM(**options | dict(engine or {}))
         vlm = cls(llm, processor, think_tag=chat_format.think[0], adapter=adapter)
