@@ -24,7 +24,7 @@ from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener, choose_listener
 from listener_reward.models.adapters import base_of, lora_rank
-from listener_reward.models.hub import EMBEDDED, resolve
+from listener_reward.models.hub import EMBEDDED, find_file, resolve
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.reward import PAPER_CHECKPOINT
 
@@ -258,6 +258,17 @@ def test_an_adapters_rank_is_that_of_its_revision(tmp_path):
     options = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
     assert lora_rank("org/adapter", **options) == 4
     assert lora_rank("org/adapter", revision="v2", **options) == 16
+
+
+def test_the_hub_is_not_asked_for_where_only_the_cache_counts(folder, tmp_path, monkeypatch):
+    asked: list[str] = []
+    cache(tmp_path / "hub", folder)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: asked.append("head"))  # has no `head`: as no answer
+    options = {"cache_dir": str(tmp_path / "hub")}
+    for given in ({"local_files_only": True}, {}):
+        assert find_file("org/model", "config.json", **options, **given) is not None
+        assert asked == ([] if given else ["head"])
 
 
 @pytest.mark.parametrize("bug", [TypeError("ours"), AttributeError("ours"), RuntimeError("out of memory")])

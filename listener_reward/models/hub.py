@@ -85,13 +85,16 @@ def find_file(name: str | Path, file: str, **options: Any) -> Path | None:
         return path if path.is_file() else None
     from transformers import utils  # only a Hub name needs it
 
+    given = {key: value for key, value in options.items() if key in _WHERE}
+    if "local_files_only" not in given:
+        given = hub_options(name) | given
     with loading(name):
         found: str | None = cast("Any", utils).cached_file(
             str(name),
             file,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **hub_options(name) | {key: value for key, value in options.items() if key in _WHERE},
+            **given,
         )
     return Path(found) if found else None
 
