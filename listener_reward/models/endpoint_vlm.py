@@ -207,15 +207,16 @@ class EndpointVLM:
     def _read(
         self, chats: Sequence[Chat], prefixes: Sequence[str], labels: Sequence[str], *, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        self._texts(chats)
-        read = self.client.map(
-            lambda row: self._read_one(chats[row], prefixes[row], labels, likelihood), range(len(chats))
-        )
+        texts = self._texts(chats)
+
+        def read_one(row: int) -> tuple[list[float], float]:
+            return self._read_one(chats[row], self._place(texts[row], prefixes[row], labels), likelihood)
+
+        read = self.client.map(read_one, range(len(chats)))
         log_probs = torch.tensor([values for values, _ in read], dtype=torch.float32).view(len(chats), len(labels))
         return log_probs, torch.tensor([mean for _, mean in read], dtype=torch.float32)
 
-    def _read_one(self, chat: Chat, prefix: str, labels: Sequence[str], likelihood: bool) -> tuple[list[float], float]:
-        place = self._place(chat, prefix, labels)
+    def _read_one(self, chat: Chat, place: _Place, likelihood: bool) -> tuple[list[float], float]:
         ids = place.ids
         asked: dict[str, Any] = {"logprob_token_ids": ids} if self._by_id else {"top_logprobs": _TOP}
         if likelihood:
@@ -326,8 +327,8 @@ class EndpointVLM:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return decoded(self.tokenizer, [ids])[0]
 
-    def _place(self, chat: Chat, prefix: str, labels: Sequence[str]) -> _Place:
-        (text,) = self.turns.texts([chat])
+    def _place(self, text: str, prefix: str, labels: Sequence[str]) -> _Place:
+        """Where the answer stands in the rendered chat `text` once `prefix` is written."""
         text, rest = self.turns.continued(text, prefix)
         (slot,), ids = self.turns.at_slots([rest], labels)
         opened = self.turns.opened(text)
@@ -359,9 +360,10 @@ class EndpointVLM:
         """Asks one question, and finds whether the server reads it as the checkpoint does and what it can give."""
         pictures = [Image.new("RGB", (64, 64), shade) for shade in ("red", "blue")]
         chat = self.chat_format.chat("a red circle", pictures[0], pictures[1], self.reserved)
-        place = self._place(chat, self.chat_format.answer_slot("one circle"), self.chat_format.labels)
+        (text,) = self.turns.texts([chat])
+        place = self._place(text, self.chat_format.answer_slot("one circle"), self.chat_format.labels)
         content, ids = place.before, place.ids
-        self._check_template(chat, content)
+        self._check_template(chat, text, content)
         body = self._body(chat, content) | {"logprobs": True}
         faults: list[str] = []
         try:
@@ -405,9 +407,8 @@ class EndpointVLM:
             return False
         return True
 
-    def _check_template(self, chat: Chat, content: str) -> None:
-        """Raises `InputError` where the checkpoint's template does not write `content` as it is given."""
-        (text,) = self.turns.texts([chat])
+    def _check_template(self, chat: Chat, text: str, content: str) -> None:
+        """Raises `InputError` where the checkpoint's template does not write `content` behind `text` as it is given."""
         try:
             rendered = self._rendered(chat, content, ends=False)
         except ValueError:  # transformers' own complaint, of a text that it does not find again
