@@ -20,7 +20,7 @@ if fault := missing("judge", "a model in this process"):
 from listener_reward.chat import Chat, ChatFormat, default_question, prompt_text
 from listener_reward.listener import p_first_at_slot
 from listener_reward.misfits import fits
-from listener_reward.models.processing import opened_thought
+from listener_reward.models.processing import opened_by_template
 from listener_reward.models.vlm import VLM
 from listener_reward.pairs import PreferencePair
 from listener_reward.trace import parse
@@ -226,10 +226,7 @@ def _opening(vlm: VLM, tag: str | None) -> VLM:
 def _opened(vlm: Any, chat_format: ChatFormat) -> str:
     """What the model's chat template itself writes of a thought."""
     processor = getattr(vlm, "processor", None)
-    if processor is None:
-        return ""
-    asked = processor.apply_chat_template(chat_format.messages(""), tokenize=False, add_generation_prompt=True)
-    return opened_thought(asked, chat_format.think[0])
+    return "" if processor is None else opened_by_template(processor, chat_format)
 
 
 def _cut(vlm: Any, said: Sequence[str], limit: int) -> float:

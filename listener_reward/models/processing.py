@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedConfig, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 
-from listener_reward.chat import FOREIGN_RESERVED, QWEN_RESERVED
+from listener_reward.chat import FOREIGN_RESERVED, QWEN_RESERVED, ChatFormat
 from listener_reward.models.adapters import base_of, brings_processor, options_of_base
 from listener_reward.models.auto_processing import load_auto_processor
 from listener_reward.models.families import family_of
@@ -159,6 +159,12 @@ def opened_thought(text: str, think_tag: str | None) -> str:
     if not think_tag or not text.rstrip().endswith(think_tag):
         return ""
     return text[text.rindex(think_tag) :]
+
+
+def opened_by_template(processor: Any, chat_format: ChatFormat) -> str:
+    """`opened_thought` of any question in `chat_format`: what the chat template itself writes of each completion."""
+    asked = processor.apply_chat_template(chat_format.messages(""), tokenize=False, add_generation_prompt=True)
+    return opened_thought(asked, chat_format.think[0])
 
 
 def decoded(tokenizer: Any, completions: Any) -> list[str]:

@@ -46,7 +46,7 @@ class ShapedReward:
             chat_format: how completions are written.
             listener: who reads the thoughts; None for nobody.
             on_failure: "mask" or "raise", when the listener breaks.
-            opened: what the generation prompt itself writes of each completion (`processing.opened_thought`).
+            opened: what the generation prompt itself writes of each completion (`processing.opened_by_template`).
         """
         self.opened = opened
         self.chat_format = chat_format

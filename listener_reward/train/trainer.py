@@ -46,7 +46,7 @@ from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import lasting, resolve
 from listener_reward.models.options import is_address
 from listener_reward.models.placement import limit_pixels
-from listener_reward.models.processing import decoded, load_processor, opened_thought
+from listener_reward.models.processing import decoded, load_processor, opened_by_template
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
 from listener_reward.prefix.allocator import keep_freed_memory
@@ -145,7 +145,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             self.card.format,
             listener,
             on_failure=args.listener_on_failure,
-            opened=_opened(processor, self.card),
+            opened=opened_by_template(processor, self.card.format),
         )
         super().__init__(
             model=folder,
@@ -588,12 +588,6 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, folder: str, kernel: st
         own = (own or {}) | {"backend": backend}
     with unsharded():
         return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
-
-
-def _opened(processor: Any, card: Card) -> str:
-    """What the chat template itself writes of each completion."""
-    asked = processor.apply_chat_template(card.format.messages(""), tokenize=False, add_generation_prompt=True)
-    return opened_thought(asked, card.format.think[0])
 
 
 def _forget_images(listener: Listener | None) -> None:
