@@ -23,9 +23,9 @@ from listener_reward.judge import Judge
 from listener_reward.listener import load_listener
 from listener_reward.media.clips import Clip
 from listener_reward.media.images import to_picture
-from listener_reward.models.endpoint_vlm import EndpointVLM, split_address
+from listener_reward.models.endpoint_vlm import EndpointVLM
 from listener_reward.models.openai_client import OpenAIClient
-from listener_reward.models.options import is_address
+from listener_reward.models.options import is_address, split_address
 
 LABELS = ("1", "2")
 

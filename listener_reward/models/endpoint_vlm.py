@@ -28,6 +28,7 @@ from listener_reward.errors import InputError, JudgeError
 from listener_reward.models.adapters import base_of
 from listener_reward.models.hub import hub_options
 from listener_reward.models.openai_client import BadRequest, ContentRefused, OpenAIClient
+from listener_reward.models.options import split_address
 from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor
 from listener_reward.models.resizing import resized_for_good
@@ -186,7 +187,7 @@ class EndpointVLM:
         def ask(row: int) -> str:
             body = self._body(chats[row]) | {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
             try:
-                choice = _choice(self._post(body | {"seed": seeds[row] % 2**63}, self._optional), self.client.name)
+                choice = self.client.choice(self._post(body | {"seed": seeds[row] % 2**63}, self._optional))
             except ContentRefused:
                 return ""  # malformed, as a refusal in words is
             return self.turns.opened(texts[row]) + self._said(choice)
@@ -234,7 +235,7 @@ class EndpointVLM:
     def _found(self, answer: Any, ids: Sequence[int]) -> dict[int, float]:
         """Log-probabilities of those of the tokens `ids` that a server's answer lists at its first token."""
         try:
-            first = _choice(answer, self.client.name)["logprobs"]["content"][0]
+            first = self.client.choice(answer)["logprobs"]["content"][0]
             listed = [*first["top_logprobs"], first]
         except (KeyError, IndexError, TypeError) as error:
             raise JudgeError(f"{self.client.name} gave no log-probabilities: {str(answer)[:200]}") from error
@@ -472,19 +473,6 @@ class EndpointVLM:
                     "(listener='none')"
                 )
         return log_probs
-
-
-def split_address(address: str) -> tuple[str | None, str]:
-    """The name and the URL of `MODEL@http://...`; None for the name where there is the URL alone."""
-    model, at, rest = address.rpartition("@http")
-    return (model, "http" + rest) if at else (None, address)
-
-
-def _choice(answer: Any, name: str) -> Any:
-    try:
-        return cast("dict[str, Any]", answer["choices"][0])
-    except (KeyError, IndexError, TypeError) as error:
-        raise JudgeError(f"{name} answered without choices: {str(answer)[:200]}") from error
 
 
 def _number(value: Any) -> float:

@@ -136,6 +136,21 @@ class OpenAIClient:
                 if not unknown:
                     raise
 
+    def choice(self, answer: Any) -> Any:
+        """The first choice of a server's answer.
+
+        Raises:
+            JudgeError: it has none.
+        """
+        try:
+            return answer["choices"][0]
+        except (KeyError, IndexError, TypeError) as error:
+            raise self.without_choices(answer) from error
+
+    def without_choices(self, answer: Any) -> JudgeError:
+        """The error of an answer that has no choice, or one that cannot be read."""
+        return JudgeError(f"{self.name} answered without choices: {str(answer)[:200]}")
+
     def map(self, ask: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """`ask` of each item, several at a time, in order. After a failure nothing more is begun."""
         pool = ThreadPoolExecutor(self.workers)

@@ -98,6 +98,12 @@ def is_address(name: object) -> bool:
     return isinstance(name, str) and re.match(r"(?:.+@)?https?://", name) is not None
 
 
+def split_address(address: str) -> tuple[str | None, str]:
+    """The name and the URL of `MODEL@http://...`; None for the name where there is the URL alone."""
+    model, at, rest = address.rpartition("@http")
+    return (model, "http" + rest) if at else (None, address)
+
+
 def listed(function: _F) -> _F:
     """Lists the options in the signature of `function`, which takes them as `**options: Unpack[ModelOptions]`."""
     signature = inspect.signature(function)

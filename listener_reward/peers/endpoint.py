@@ -16,10 +16,11 @@ from PIL.Image import Image
 
 from listener_reward.chat import FOREIGN_RESERVED, ChatFormat
 from listener_reward.conclude import Evidence, make_verdict
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.models.openai_client import ContentRefused, OpenAIClient
+from listener_reward.models.options import split_address
 from listener_reward.pairs import check_questions
 from listener_reward.verdict import Thought, Verdict
 
@@ -117,11 +118,11 @@ class EndpointJudge:
             response = self._client.post("/chat/completions", body, self._options)
         except ContentRefused:
             return _Reply("", None, 0.5)
+        choice = self._client.choice(response)
         try:
-            choice = response["choices"][0]
             text: Any = choice["message"].get("content") or ""
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise JudgeError(f"{self.name} answered without choices: {str(response)[:200]}") from error
+            raise self._client.without_choices(response) from error
         if isinstance(text, list):
             parts = cast("list[Any]", text)
             text = "".join(
@@ -146,8 +147,8 @@ def endpoint_judge(name: str) -> EndpointJudge:
     Raises:
         InputError: as `EndpointJudge`.
     """
-    model, at, address = name.rpartition("@http")
-    return EndpointJudge(model, "http" + address) if at else EndpointJudge(name)
+    model, address = split_address(name)
+    return EndpointJudge(name) if model is None else EndpointJudge(model, address)
 
 
 def _reduced(image: Image, max_side: int) -> Image:
