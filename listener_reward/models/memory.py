@@ -64,7 +64,7 @@ class Footprint:
 def tokens_of(processor: Any, visual: Visual) -> int:
     """About how many tokens of the language model a picture or a clip becomes; 0 where the processor does not say."""
     images: Any = processor.image_processor
-    if not (hasattr(images, "patch_size") and hasattr(images, "merge_size")):
+    if not _says_patches(images):
         return 0
     factor = (images.patch_size * images.merge_size) ** 2
     if isinstance(visual, Clip):
@@ -77,9 +77,14 @@ def tokens_of(processor: Any, visual: Visual) -> int:
 def patch_bytes(processor: Any) -> int:
     """Bytes of a token's patches in the processor's memory, float32; 0 where the processor does not say."""
     images: Any = processor.image_processor
-    if not (hasattr(images, "patch_size") and hasattr(images, "merge_size")):
+    if not _says_patches(images):
         return 0
     return 4 * 3 * images.temporal_patch_size * (images.patch_size * images.merge_size) ** 2
+
+
+def _says_patches(image_processor: Any) -> bool:
+    """Whether it says what its patches are, as those of the Qwen-VL family do."""
+    return hasattr(image_processor, "patch_size") and hasattr(image_processor, "merge_size")
 
 
 @contextlib.contextmanager

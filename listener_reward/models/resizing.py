@@ -6,7 +6,7 @@ more. An engine leaves a picture alone that has the right size already. It is sm
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,8 +14,8 @@ from PIL import Image
 
 def resizes(image_processor: Any) -> bool:
     """Whether `resized` knows how this processor resizes: one of the Qwen-VL family."""
-    sizes = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")]
-    return all(isinstance(size, int) for size in sizes) and bool(getattr(image_processor, "do_resize", False))
+    known = all(isinstance(size, int) for size in _sizes(image_processor))
+    return known and bool(getattr(image_processor, "do_resize", False))
 
 
 def resized(image: Image.Image, image_processor: Any) -> Image.Image:
@@ -25,8 +25,7 @@ def resized(image: Image.Image, image_processor: Any) -> Image.Image:
     """
     if not resizes(image_processor):
         return image
-    sizes = [getattr(image_processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size")]
-    patch, merge, times = cast("list[int]", sizes)
+    patch, merge, times = _sizes(image_processor)
     found = image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
     patches = np.asarray(found["pixel_values"])
     _, high, wide = (int(number) for number in np.asarray(found["image_grid_thw"])[0])
@@ -44,3 +43,8 @@ def resized_for_good(image: Image.Image, image_processor: Any) -> Image.Image:
     """
     once = resized(image, image_processor)
     return once if once is image or resized(once, image_processor).size == once.size else image
+
+
+def _sizes(image_processor: Any) -> list[Any]:
+    """A patch's side in pixels, a token's side in patches, and a patch's frames; None for each that is not said."""
+    return [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "temporal_patch_size")]
