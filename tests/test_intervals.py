@@ -156,7 +156,7 @@ def test_many_prompts_are_exchanged_at_random():
 
 
 def test_the_difference_s_interval_knows_that_the_judges_saw_the_same_prompts():
-    """Two judges that fraction nearly all of their luck: each alone is uncertain, their difference is not."""
+    """Two judges that share nearly all of their luck: each alone is uncertain, their difference is not."""
     rng = np.random.default_rng(0)
     first, prompts = clustered(rng, 200, 5, 0.3)
     second = np.where(rng.random(1000) < 0.04, 0.0, first)

@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     page of every activation anew. Where "large" begins follows the largest block freed so far (`mallopt(3)`,
     M_MMAP_THRESHOLD), up to 32 MiB; freeing one of that size makes it so from the start, and not when chance has it.
     The block is never written to, so it takes no memory. It is a setting of the whole process. A `TransformersVLM` and
-    a trainer that fraction prefixes on a CPU make it when they are made. A threshold that the user has set by
+    a trainer that shares prefixes on a CPU make it when they are made. A threshold that the user has set by
     MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES stays; other allocators are not touched.
     """
     torch.empty(LARGEST, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Attention for rows that fraction prompts, and for their rollouts, inside a stock transformers model.
+"""Attention for rows that share prompts, and for their rollouts, inside a stock transformers model.
 
 It goes in through transformers' public `AttentionInterface`, under a name of its own. A model attends by it once
 `take_layouts` has been called for it; other models of the process are not touched. Such a model does what it always did
@@ -133,7 +133,7 @@ class Layout:
         )
         parts = [first.transpose(1, 2).flatten(0, 1)]
         if short:
-            # Query heads that fraction keys stand one after the other: CUDA's fused kernels take a mask only with as
+            # Query heads that share keys stand one after the other: CUDA's fused kernels take a mask only with as
             # many query heads as key heads, and others would be computed with every score in memory.
             own = torch.unflatten(part(query, slots, None, short), 1, (key.shape[1], -1))
             second = scaled_dot_product_attention(
