@@ -49,15 +49,34 @@ def _name_special_tokens(processor: Any, tokenizer: Any) -> None:
         setattr(processor, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
 
 
-class _EachImageOnce:
-    """Preprocesses an image that stands in several chats of a batch once.
+class _ImageOnly:
+    """A processor of transformers whose videos go through the image processor, and which takes each image once.
 
-    It goes by the object, so that a look at pixels costs nothing; a group's rows share theirs where images are decoded
-    once. Overrides a step of transformers' own `__call__`, and hands on exactly what that would have made.
-    Releases up to 5.6 have no such step, and preprocess every copy.
+    transformers reads the names in the signature of `__init__` to learn which parts a processor is loaded with, so
+    leaving `video_processor` out of it is all it takes.
     """
 
+    stock_processor: str
+    stock_video_processor: str
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        image_processor = for_pictures(image_processor)
+        _name_special_tokens(self, tokenizer)
+        _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
+
+    def to_dict(self) -> dict[str, Any]:
+        parent: Any = super()
+        own = {"processor_class": self.stock_processor, "video_processor": self.video_processor.to_dict()}
+        return parent.to_dict() | own
+
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        """Preprocesses an image that stands in several chats of a batch once.
+
+        It goes by the object, so that a look at pixels costs nothing; a group's rows share theirs where images are
+        decoded once. Overrides a step of transformers' own `__call__`, and hands on exactly what that would have made.
+        Releases up to 5.6 have no such step, and preprocess every copy.
+        """
         parent: Any = super()
         stock: Callable[..., Any] = parent._process_images
         flat: list[Any] = list(cast("Any", make_flat_list_of_images)(images))
@@ -77,40 +96,18 @@ class _EachImageOnce:
         return processed, [written[index] for index in order]
 
 
-class ImageOnlyQwen2_5_VLProcessor(_EachImageOnce, Qwen2_5_VLProcessor):
-    """`Qwen2_5_VLProcessor` whose videos go through the image processor.
+class ImageOnlyQwen2_5_VLProcessor(_ImageOnly, Qwen2_5_VLProcessor):
+    """`Qwen2_5_VLProcessor` whose videos go through the image processor."""
 
-    transformers reads the names in this signature to learn which parts a processor is loaded with, so leaving
-    `video_processor` out of it is all it takes.
-    """
-
+    stock_processor = "Qwen2_5_VLProcessor"
     stock_video_processor = "Qwen2VLVideoProcessor"
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
-        image_processor = for_pictures(image_processor)
-        _name_special_tokens(self, tokenizer)
-        _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
 
-    def to_dict(self) -> dict[str, Any]:
-        own = {"processor_class": "Qwen2_5_VLProcessor", "video_processor": self.video_processor.to_dict()}
-        return super().to_dict() | own
-
-
-class ImageOnlyQwen3VLProcessor(_EachImageOnce, Qwen3VLProcessor):
+class ImageOnlyQwen3VLProcessor(_ImageOnly, Qwen3VLProcessor):
     """`Qwen3VLProcessor` whose videos go through the image processor."""
 
+    stock_processor = "Qwen3VLProcessor"
     stock_video_processor = "Qwen3VLVideoProcessor"
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
-        image_processor = for_pictures(image_processor)
-        _name_special_tokens(self, tokenizer)
-        _MIXIN.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.video_processor = ClipProcessor(self.stock_video_processor, image_processor)
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {"processor_class": "Qwen3VLProcessor", "video_processor": self.video_processor.to_dict()}
-        return super().to_dict() | own
 
 
 _PROCESSORS = {"Qwen2_5_VLProcessor": ImageOnlyQwen2_5_VLProcessor, "Qwen3VLProcessor": ImageOnlyQwen3VLProcessor}
