@@ -20,7 +20,7 @@ from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.cli import app
 from listener_reward.integrations.ddpo.log import CHECKPOINT_FILES, checkpoints, save_checkpoint
 from listener_reward.integrations.ddpo.log import last_checkpoint as last_of_ddpo
-from listener_reward.train.trainer import checkpoint_fault, last_checkpoint
+from listener_reward.train.resuming import checkpoint_fault, last_checkpoint
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 

@@ -19,7 +19,8 @@ from listener_reward.models.memory import out_of_memory
 from listener_reward.models.options import Quantization
 from listener_reward.models.placement import quantized
 from listener_reward.train.config import ListenerGRPOConfig
-from listener_reward.train.trainer import ListenerGRPOTrainer, check_resumable, last_checkpoint
+from listener_reward.train.resuming import check_resumable, last_checkpoint
+from listener_reward.train.trainer import ListenerGRPOTrainer
 
 logger = logging.getLogger(__name__)
 

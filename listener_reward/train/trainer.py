@@ -9,10 +9,7 @@ These methods of trl and transformers are overridden, each for the reason in its
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from trl.trainer.utils import RepeatSampler
 
 from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
-from listener_reward.checkpoints import fault_of, newest_whole, saving
+from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError
 from listener_reward.listener import (
     OWN_BASE,
@@ -54,6 +51,7 @@ from listener_reward.prefix.attention import base_model, take_layouts, unsupport
 from listener_reward.trace import Trace
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, dropped_inputs, lacks_fused_head
+from listener_reward.train.resuming import check_resumable, last_checkpoint
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
@@ -492,45 +490,6 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
     messages = [card.format.messages(prompt, reserved) for prompt in pairs["prompt"]]
     pairs = pairs.cast_column("images", List(Image(decode=decode))).rename_column("prompt", "caption")
     return pairs.add_column("prompt", messages)
-
-
-def last_checkpoint(output_dir: str | Path, tell: Callable[[str], Any] | None = None) -> Path | None:
-    """The newest whole checkpoint of a run; None without one.
-
-    A checkpoint that a kill or a full disk left incomplete, or with a file that is cut, empty or missing, is passed
-    over, and `tell` gets one line that names checkpoint, file and fault.
-    """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    named = {path: pattern.fullmatch(path.name) for path in Path(output_dir).glob("*") if path.is_dir()}
-    return newest_whole({int(match[1]): path for path, match in named.items() if match}, checkpoint_fault, tell)
-
-
-def checkpoint_fault(folder: Path) -> str | None:
-    """What keeps training from going on at a checkpoint exactly, as "FILE is ..."; None for a whole one."""
-    if fault := fault_of(folder, (TRAINER_STATE_NAME,)):
-        return fault
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    for index in (name for name in files if name.endswith(".index.json")):
-        content = json.loads((folder / index).read_bytes())
-        shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
-        if lacking := sorted(set(shards.values()) - files):
-            return f"{lacking[0]} is missing"
-    if any(name.startswith(("pytorch_model_fsdp", "optimizer_", "global_step")) for name in files):
-        return None  # FSDP's and DeepSpeed's own folders
-    if not any(name.endswith((".safetensors", "pytorch_model.bin", "adapter_model.bin")) for name in files):
-        return "the file of weights is missing"
-    # With `save_only_model` there is none of these. Where one is lost, transformers goes on without it.
-    states = ("optimizer.pt", "scheduler.pt", "rng_state")
-    there = {name: any(file.startswith(name) for file in files) for name in states}
-    return next((f"{name} is missing" for name in there if any(there.values()) and not there[name]), None)
-
-
-def check_resumable(folder: str | Path) -> None:
-    """Raises `InputError` for a checkpoint that cannot be resumed, which names the file and the last whole one."""
-    if fault := checkpoint_fault(Path(folder)):
-        whole = last_checkpoint(folder) or last_checkpoint(Path(folder).parent)
-        fix = "nor is another checkpoint beside it whole" if whole is None else f"the last whole checkpoint is {whole}"
-        raise InputError(f"resume_from_checkpoint is {str(folder)!r}, which cannot be resumed: {fault}; {fix}")
 
 
 def load_policy_processor(model: str) -> Any:
