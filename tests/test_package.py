@@ -203,6 +203,16 @@ print(json.dumps({command: run(command) for command in json.loads(sys.argv[-1])}
         assert extra is None or said.endswith(f'pip install "listener-reward[{extra}]"\n'), command
 
 
+def test_a_judge_is_planned_without_trl():
+    script = """
+from listener_reward.cli import main
+
+sys.argv = "listener-reward plan eval --judge tiny --image-size 64x64".split()
+main()
+"""
+    assert "tokens of a pair" in run_python(WITHOUT + script, "trl")
+
+
 def test_the_extras_that_are_asked_for_bring_what_is_missed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from listener_reward.bench.shapes import SHAPES_BY_NAME
@@ -160,3 +161,17 @@ class Checkpoint:
         else:
             least, most = _LIMITS[self.config.model_type]
         return least, min(most, self.max_pixels or most)
+
+
+def dtype_of(name: Any, config: Any) -> torch.dtype:
+    """The dtype that weights are loaded in: float32 where none is given, the checkpoint's own for "auto".
+
+    Raises:
+        InputError: a name that is none.
+    """
+    if name == "auto":
+        name = getattr(config, "dtype", None) or "bfloat16"
+    dtype = getattr(torch, str(name or "float32").removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype is {name!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
+    return dtype

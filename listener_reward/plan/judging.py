@@ -8,12 +8,11 @@ from typing import Any
 from listener_reward.judge import PAIRS_AT_ONCE
 from listener_reward.listener import OWN_BASE, choose_listener
 from listener_reward.models.hub import same_checkpoint
-from listener_reward.plan.checkpoints import Checkpoint
+from listener_reward.plan.checkpoints import Checkpoint, dtype_of
 from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
 from listener_reward.plan.reading import Asked, decoding_parts, listening, looked
 from listener_reward.plan.tokens import Pairs
-from listener_reward.plan.training import dtype_of
 
 
 def plan_judging(

@@ -17,7 +17,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.listener import OWN_BASE, choose_listener
 from listener_reward.models.options import is_address
-from listener_reward.plan.checkpoints import Checkpoint
+from listener_reward.plan.checkpoints import Checkpoint, dtype_of
 from listener_reward.plan.launches import Launch
 from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
@@ -354,20 +354,6 @@ def _given(argv: Sequence[str]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
-
-
-def dtype_of(name: Any, config: Any) -> torch.dtype:
-    """The dtype that weights are loaded in: float32 where none is given, the checkpoint's own for "auto".
-
-    Raises:
-        InputError: a name that is none.
-    """
-    if name == "auto":
-        name = getattr(config, "dtype", None) or "bfloat16"
-    dtype = getattr(torch, str(name or "float32").removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype is {name!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
-    return dtype
 
 
 def bits_of(options: Any) -> int:
