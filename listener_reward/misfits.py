@@ -7,7 +7,7 @@ the first judgements are watched for a checkpoint that was trained to answer oth
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from listener_reward.errors import FormatError, FormatWarning
@@ -27,6 +27,17 @@ def fits(malformed: float, label_mass: float) -> bool:
         label_mass: the labels' total probability at the answer slot, in [0, 1], the mean over the judgements.
     """
     return malformed <= 0.5 and label_mass >= LEAST_MASS
+
+
+def check_format(judge: object) -> None:
+    """Asks `judge` whether its few answers are in its format: no more come. A judge without a format is not asked.
+
+    Raises:
+        FormatError: they are not, and the judge is strict; else that is a `FormatWarning`.
+    """
+    check: Callable[[], None] | None = getattr(judge, "check_format", None)
+    if check is not None:
+        check()
 
 
 class Misfits:

@@ -42,6 +42,28 @@ sys.argv = ["listener-reward", *sys.argv[1:]]
 main()
 """
 
+MISFITS_ON_ONE = """
+import sys
+from listener_reward.cli import journals, main
+from listener_reward.errors import FormatError
+from listener_reward.evaluate.processes import place
+from listener_reward.verdict import Verdict
+
+class Judge:
+    name = "strict"
+
+    def compare_many(self, prompts, firsts, seconds, *, think=None):
+        return [Verdict(0.5, None, (), None, None, 0.0, 0) for _ in prompts]
+
+    def check_format(self):
+        if place()[0] == 1:
+            raise FormatError(f"process {place()[0]} answers in another format")
+
+journals.load_rater = lambda *_, **__: Judge()
+sys.argv = ["listener-reward", *sys.argv[1:]]
+main()
+"""
+
 
 def launched(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`command` by `accelerate launch` on two processes, as its own configuration for one machine has it."""
@@ -76,6 +98,14 @@ def test_what_breaks_on_one_process_ends_all(tmp_path: Path):
     done = launched("half.py", *LINE, cwd=tmp_path)
     assert done.returncode != 0 and done.stdout == ""
     assert done.stderr.count("Error: process 1 of 10 pairs broke") == 1
+
+
+def test_a_strict_judge_of_another_format_on_one_process_ends_all(tmp_path: Path):
+    """Ten pairs a process: fewer judgements than speak for themselves."""
+    (tmp_path / "strict.py").write_text(MISFITS_ON_ONE)
+    done = launched("strict.py", *LINE, cwd=tmp_path)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("Error: process 1 answers in another format") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

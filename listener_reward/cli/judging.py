@@ -9,6 +9,7 @@ import typer
 from listener_reward.cli.options import AsJson, Debug, JudgeName, JudgeOptions, Prompt, judge_options, load_judge
 from listener_reward.cli.printing import print_json, print_ranking, print_verdict
 from listener_reward.cli.terminal import errors_in_one_line, working
+from listener_reward.misfits import check_format
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +33,7 @@ def compare(
         with working("judging"):
             loaded = load_judge(judge, **how)
             verdict = loaded.compare(prompt, first, second)
-            _check_format(loaded)
+            check_format(loaded)
         if as_json:
             print_json(verdict.to_dict())
         else:
@@ -69,7 +70,7 @@ def rank(
         with working("judging"):
             loaded = load_judge(judge, **how)
             ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
-            _check_format(loaded)
+            check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
         else:
@@ -118,16 +119,8 @@ def rank_videos(
             loaded = load_judge(judge, **how)
             chosen: Any = strategy
             ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
-            _check_format(loaded)
+            check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [videos[place] for place in ranking.order]})
         else:
             print_ranking(ranking, videos, "video")
-
-
-def _check_format(judge: Any) -> None:
-    """No more is asked of the judge, so few answers have to do; a peer of one's own has no format."""
-    from listener_reward.judge import Judge
-
-    if isinstance(judge, Judge):
-        judge.check_format()

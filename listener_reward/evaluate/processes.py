@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.misfits import check_format
 from listener_reward.verdict import PairJudge, Verdict
 
 T = TypeVar("T")
@@ -89,6 +90,13 @@ class Divided:
         for number, part in enumerate(parts):
             verdicts[number::world] = part
         return verdicts
+
+    def check_format(self) -> None:
+        """As `Judge.check_format`, of every process's own answers; what a strict judge raises on one is raised on all.
+
+        All processes have to call it.
+        """
+        together(lambda: check_format(self.judge))
 
 
 def divided(load: Callable[[], PairJudge]) -> Callable[[], PairJudge]:

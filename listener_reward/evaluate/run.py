@@ -28,6 +28,7 @@ from listener_reward.evaluate.judged import (
     choose_tie_threshold,
     default_protocols,
 )
+from listener_reward.misfits import check_format
 from listener_reward.progress import progress_bars
 from listener_reward.verdict import PairJudge, Verdict, checked
 
@@ -174,7 +175,7 @@ def evaluate(
             right, decided = right + more[0], decided + more[1]
             bars.update(task, advance=new + again, note=f"{right / decided:.1%} right" if decided else "")
 
-    _check_format(judge)
+    check_format(judge)
     preferred, gaps = np.array(tally.preferred), np.array(tally.position_gap)
     judged = labels.judged(
         2 * np.array(tally.p_first) - 1,
@@ -204,17 +205,6 @@ def evaluate(
         seconds=time.perf_counter() - started,
         verdicts=tuple(kept) if keep else None,
     )
-
-
-def _check_format(judge: PairJudge) -> None:
-    """No more is asked of the judge: few answers have to do to say whether they are in its format.
-
-    Raises:
-        JudgeError: they are not, and the judge is strict.
-    """
-    check: Callable[[], None] | None = getattr(judge, "check_format", None)  # other judges have no format
-    if check is not None:
-        check()
 
 
 def evaluate_scores(
