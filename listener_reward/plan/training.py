@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from trl import get_peft_config
 
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
@@ -24,7 +23,7 @@ from listener_reward.plan.plans import CONTEXT, Phase, Plan
 from listener_reward.plan.reading import Asked, decoding_parts, largest, listening, looked
 from listener_reward.plan.tokens import Pairs, assumed, of_data
 from listener_reward.prefix.rows import budgeted
-from listener_reward.train.run import LORA_TARGETS, parse
+from listener_reward.train.run import parse, peft_config_of
 
 BUCKETS = 2_000_000_000
 """Bytes of DeepSpeed's buckets for communication, at its defaults: two of half a billion numbers in bfloat16."""
@@ -77,9 +76,8 @@ class _Run:
         self.autocast = torch.float16 if str(asked.get("fp16", "false")).lower() == "true" else half
         if self.model_args.model_name_or_path is None:
             raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
-        limit = getattr(self.data, "max_pixels", None) or getattr(self.args, "max_pixels", None)
         name = self.model_args.model_name_or_path
-        self.policy_checkpoint = Checkpoint.of(name, card=getattr(self.args, "card", None), max_pixels=limit)
+        self.policy_checkpoint = Checkpoint.of(name, card=self.args.card, max_pixels=self.args.max_pixels)
         if self.policy_checkpoint.adapter is not None:
             raise InputError(f"{name!r} is an adapter, and new adapters need whole weights under them; merge it first")
         self.thought = self.args.max_completion_length or 256
@@ -96,9 +94,6 @@ class _Run:
 
     def _policy(self) -> Architecture:
         model_args, args, config = self.model_args, self.args, self.policy_checkpoint.config
-        if model_args.lora_target_modules is None:
-            model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue]
-        lora: Any = get_peft_config(model_args)
         given: Any = args.model_init_kwargs or {}
         self.loaded = dtype_of(given.get("dtype") or model_args.dtype, config)
         # FSDP2 gathers weights in the precision of the arithmetic, and DeepSpeed holds them in it.
@@ -106,8 +101,8 @@ class _Run:
         return Architecture(
             config,
             computed,
-            bits=min(bits_of(model_args), bits_of(args)),
-            lora=lora,
+            bits=bits_of(model_args),
+            lora=peft_config_of(model_args),
             trained=True,
             checkpointing=bool(args.gradient_checkpointing),
             autocast=self.autocast,

@@ -102,9 +102,7 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
             "give its folder as model_name_or_path"
         )
     _check_installed(args, model_args)
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
-    peft_config: Any = get_peft_config(model_args)
+    peft_config = peft_config_of(model_args)
     loading: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if bits is not None:
         loading["quantization_config"] = quantized(bits, model_args.dtype or "float32")
@@ -126,6 +124,13 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     )
     _leave(trainer)
     return trainer
+
+
+def peft_config_of(model_args: ModelConfig) -> Any:
+    """PEFT's configuration of the adapters that are trained; None where every weight is."""
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
+    return get_peft_config(model_args)
 
 
 _LIGHTER = (
