@@ -92,10 +92,9 @@ def plan_judging(
         if reader is None:
             continue
         parts, flops = listening(reader, asked)
-        looks = looked(reader, asked.grids).flops
         seen = reader is reasoner  # whose features of these images are kept
         parts["image features"] = kept * (1 if seen else 2)
-        phases.append(Phase(who, held | parts, (flops - looks * seen) * per_pair * share))
+        phases.append(Phase(who, held | parts, (flops - look.flops * seen) * per_pair * share))
     notes = checkpoint.notes
     parameters = {"reasoner": reasoner.parameters}
     if model is not None and model is not reasoner:
