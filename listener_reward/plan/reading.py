@@ -95,20 +95,36 @@ def largest(moments: Sequence[dict[str, int]]) -> dict[str, int]:
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
+def fullest_pass(
+    lengths: Sequence[tuple[int, Sequence[int]]], token_budget: int
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """Groups of a prompt and its continuations in passes of at most `token_budget` tokens.
+
+    Args:
+        lengths: tokens of each group's prompt and of its continuations.
+
+    Returns:
+        of the pass with most tokens the lengths of its prompts and those of each prompt's continuations; and the tokens
+        of every pass.
+    """
+    passes = [
+        [(lengths[group][0], [lengths[group][1][member] for member in members]) for group, members in row]
+        for row in budgeted(lengths, token_budget)
+    ]
+    sizes = [sum(prompt + sum(some) for prompt, some in row) for row in passes]
+    fullest = passes[sizes.index(max(sizes))]
+    return [prompt for prompt, _ in fullest], [some for _, some in fullest], sizes
+
+
 def listening(model: Architecture, asked: Asked) -> tuple[dict[str, int], float]:
     """Bytes of reading thoughts by part, and its operations."""
     written = asked.thought + TAGS
     groups = max(1, min(asked.prompts, asked.batch_size // asked.group))  # in one batch; a group is never cut
     lengths = [(asked.pair.total, [written] * asked.group)] * groups
-    passes = [
-        [(lengths[group][0], [written] * len(some)) for group, some in row]
-        for row in budgeted(lengths, asked.token_budget)
-    ]
-    sizes = [sum(prompt + sum(some) for prompt, some in row) for row in passes]
-    fullest = passes[sizes.index(max(sizes))]
-    found = model.read([prompt for prompt, _ in fullest], [some for _, some in fullest])
+    prompts, continuations, sizes = fullest_pass(lengths, asked.token_budget)
+    found = model.read(prompts, continuations)
     look = looked(model, list(asked.pair.grids) * math.ceil(groups / asked.orders))
-    rows = sum(len(some) for _, some in fullest)
+    rows = sum(map(len, continuations))
     features = {"image features": look.kept}
     size = torch.finfo(model.dtype).bits // 8
     moments: list[dict[str, int]] = [

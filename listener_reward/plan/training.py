@@ -20,9 +20,8 @@ from listener_reward.plan.checkpoints import Checkpoint, dtype_of
 from listener_reward.plan.launches import Launch
 from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
-from listener_reward.plan.reading import Asked, decoding_parts, largest, listening, looked
+from listener_reward.plan.reading import Asked, decoding_parts, fullest_pass, largest, listening, looked
 from listener_reward.plan.tokens import Pairs, assumed, of_data
-from listener_reward.prefix.rows import budgeted
 from listener_reward.train.run import parse, peft_config_of
 
 BUCKETS = 2_000_000_000
@@ -267,14 +266,10 @@ class _Run:
         args, policy = self.args, self.policy
         groups = math.ceil(rows / group)
         lengths = [(asked.pair.total, [self.thought] * min(group, rows - group * n)) for n in range(groups)]
-        passes = [
-            [(lengths[g][0], [self.thought] * len(some)) for g, some in row]
-            for row in budgeted(lengths, args.token_budget)
-        ]
-        fullest = max(passes, key=lambda row: sum(prompt + sum(some) for prompt, some in row))
-        grids = list(asked.pair.grids) * len(fullest)
+        prompts, continuations, sizes = fullest_pass(lengths, args.token_budget)
+        grids = list(asked.pair.grids) * len(prompts)
         again = args.gradient_accumulation_steps > 1
-        learnt, head = policy.learn([p for p, _ in fullest], [some for _, some in fullest], grids, added=again)
+        learnt, head = policy.learn(prompts, continuations, grids, added=again)
         # A micro-batch's own copy of its patches goes before the backward pass, in which torch's head takes more.
         parts = held | {
             "patches": patches + (0 if self.on_cpu else own),
@@ -284,10 +279,9 @@ class _Run:
         }
         if not again and self.launch.sharding in ("fsdp", "zero2", "zero3"):
             parts["gradients"] = self._gradients()
-        sizes = [sum(prompt + sum(some) for prompt, some in row) for row in passes]
         flops = learnt.flops * sum(sizes) / max(sizes)
         forward = learnt.flops / 4 if args.gradient_checkpointing else learnt.flops / 3
-        extra = (len(passes) - 1) / len(passes)  # computed again, because one pass's activations are kept
+        extra = (len(sizes) - 1) / len(sizes)  # computed again, because one pass's activations are kept
         extra += bool(args.beta) + (self.sampled_together * args.num_iterations > args.gradient_accumulation_steps)
         return Phase("loss", parts, flops + extra * forward * sum(sizes) / max(sizes))
 
