@@ -131,13 +131,6 @@ class Architecture:
     def text(self) -> Any:
         return base_model(self.model).config.get_text_config()
 
-    def key_value_bytes(self, tokens: int) -> int:
-        """Keys and values of all layers."""
-        text = self.text
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size = torch.finfo(self.computes).bits // 8
-        return 2 * text.num_hidden_layers * text.num_key_value_heads * width * tokens * size
-
     @property
     def computes(self) -> torch.dtype:
         """The dtype of products."""
@@ -185,8 +178,8 @@ class Architecture:
 
     def learn(
         self, prompts: Sequence[int], continuations: Sequence[Sequence[int]], grids: Sequence[GRID], *, added: bool
-    ) -> tuple[Pass, Pass]:
-        """A forward and backward pass, and what of it is the head's.
+    ) -> tuple[Pass, int]:
+        """A forward and backward pass, and the bytes of its peak that are the head's.
 
         With `added` there are gradients already, which are no part of the peak; without, the peak has those that there
         are by then.
@@ -207,7 +200,7 @@ class Architecture:
             found = Pass(meter.peak, 0, meter.flops)
         for weight in self.trainable:
             weight.grad = None
-        return found, Pass(head.peak, 0, head.flops)
+        return found, head.peak
 
     # ------------------------------------------------------------------------------------------------------- pieces
     def _contexts(self) -> tuple[Any, Any]:
@@ -276,7 +269,6 @@ class _Head:
         self.temporaries = 7 if owner.on_cpu else 0
         """Float32 copies of a tile that torch makes where Triton's kernel makes none."""
         self.peak = 0
-        self.flops = 0.0
 
     def __call__(self, hidden: Tensor, meter: Meter) -> Tensor:
         read = hidden[0] if self.tokens == hidden.shape[1] else hidden[0].index_select(0, _places(self.tokens))
@@ -289,7 +281,6 @@ class _Head:
         made += [torch.empty(rows, words, device="meta") for _ in range(self.temporaries)]
         self.peak = max(self.peak, meter.live - before)
         meter.flops += flops
-        self.flops += flops
 
 
 class _HeadFunction(torch.autograd.Function):

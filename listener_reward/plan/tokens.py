@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,7 +121,3 @@ def _size(image: Any) -> tuple[int, int] | None:
             return (height, width) if turned else (width, height)
     except (OSError, ValueError, TypeError):
         return None
-
-
-def grids_of(pairs: Iterable[Pair]) -> list[GRID]:
-    return [grid for pair in pairs for grid in pair.grids]

@@ -273,8 +273,8 @@ class _Run:
         # A micro-batch's own copy of its patches goes before the backward pass, in which torch's head takes more.
         parts = held | {
             "patches": patches + (0 if self.on_cpu else own),
-            "activations": learnt.peak - head.peak,
-            "logits": head.peak,
+            "activations": learnt.peak - head,
+            "logits": head,
             "gradients": self._gradients() if again else 0,
         }
         if not again and self.launch.sharding in ("fsdp", "zero2", "zero3"):
