@@ -21,6 +21,7 @@ from listener_reward.card import Card
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.plan.checkpoints import BUILT_IN, Checkpoint
+from listener_reward.plan.judging import plan_judging
 from listener_reward.plan.launches import Launch
 from listener_reward.plan.meter import metered
 from listener_reward.plan.passes import Architecture
@@ -118,6 +119,21 @@ def test_data_without_a_readable_image_is_refused(tmp_path: Path):
     checkpoint = Checkpoint.of("tiny")
     with pytest.raises(InputError, match="no image among those looked at can be read; give --image-size"):
         of_data(checkpoint, checkpoint.card.format, str(tmp_path / "pairs.jsonl"), None, 0)
+
+
+def test_pairs_that_cannot_be_read_are_noted(tmp_path: Path):
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "a.png")
+    row = {"prompt": "two red circles", "image_first": "a.png", "image_second": "a.png", "p_first": 1.0}
+    rows = [row, row | {"image_first": "b.png", "image_second": "c.png"}, row]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    note = "1 of 3 pairs looked at have an image that cannot be read, and are left out"
+    data = str(tmp_path / "pairs.jsonl")
+    checkpoint = Checkpoint.of("tiny")
+    pairs = of_data(checkpoint, checkpoint.card.format, data, None, 0)
+    assert (pairs.number, len(pairs.seen), pairs.unread) == (3, 2, 1)
+    assert plan_judging("eval", checkpoint, pairs).notes == [note]
+    argv = ["--model_name_or_path", "tiny-base", "--listener", "base", "--data", data, "--output_dir", "x"]
+    assert plan_training(argv).notes == [note]
 
 
 # --- several GPUs, hours, advice

@@ -95,7 +95,7 @@ def plan_judging(
         seen = reader is reasoner  # whose features of these images are kept
         parts["image features"] = kept * (1 if seen else 2)
         phases.append(Phase(who, held | parts, (flops - look.flops * seen) * per_pair * share))
-    notes = checkpoint.notes
+    notes = [*checkpoint.notes, *pairs.notes]
     parameters = {"reasoner": reasoner.parameters}
     if model is not None and model is not reasoner:
         parameters["listener"] = model.parameters

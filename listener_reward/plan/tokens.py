@@ -47,7 +47,7 @@ class Pairs:
     source: str
     """What they were taken from."""
     unread: int = 0
-    """Images among those looked at whose size could not be read."""
+    """Further pairs that were looked at, of which an image cannot be read."""
 
     @property
     def longest(self) -> Pair:
@@ -56,6 +56,14 @@ class Pairs:
     @property
     def mean(self) -> float:
         return statistics.fmean(pair.total for pair in self.seen)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the plan should know of pairs that are not in it."""
+        if not self.unread:
+            return []
+        looked_at = len(self.seen) + self.unread
+        return [f"{self.unread} of {looked_at} pairs looked at have an image that cannot be read, and are left out"]
 
     def to_dict(self, thought: int) -> dict[str, Any]:
         longest = asdict(self.longest) | {"thought": thought, "total": self.longest.total + thought}
@@ -100,17 +108,15 @@ def of_data(checkpoint: Checkpoint, chat_format: ChatFormat, spec: str, limit: i
     step = max(1, number // SAMPLE)
     asked = checkpoint.question_tokens(chat_format)
     seen: list[Pair] = []
-    unread = 0
     chosen: Any = rows.select(range(0, number, step))
     for row in chosen:
         sizes = [_size(image) for image in row["images"]]
         known = [size for size in sizes if size is not None]
-        unread += len(sizes) - len(known)
         if len(known) == len(sizes):
             seen.append(make_pair(checkpoint, chat_format, row["prompt"], known, asked))
     if not seen:
         raise InputError(f"{spec}: no image among those looked at can be read; give --image-size WIDTHxHEIGHT instead")
-    return Pairs(number, seen, spec, unread)
+    return Pairs(number, seen, spec, len(chosen) - len(seen))
 
 
 def _size(image: Any) -> tuple[int, int] | None:

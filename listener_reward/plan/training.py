@@ -85,6 +85,7 @@ class _Run:
         self.notes = self.policy_checkpoint.notes
         card = self.policy_checkpoint.card
         self.pairs = self._pairs(card.format)
+        self.notes += self.pairs.notes
         self.policy, self.listener = self._policy(), self._listener(card.listener)
 
     # ------------------------------------------------------------------------------------------------- what there is
