@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from listener_reward.cli.options import AsJson, Debug, JudgeName
-from listener_reward.cli.printing import print_json
+from listener_reward.cli.printing import print_json, table_of
 from listener_reward.cli.terminal import errors_in_one_line, plain, working
 from listener_reward.errors import InputError
 from listener_reward.models.options import as_bytes
@@ -244,7 +243,7 @@ def print_plan(plan: Plan, *, memory: float | None, rate: float | None, bandwidt
 def tokens_table(plan: Plan) -> Table:
     """How a pair's tokens come about, and the longest pair's."""
     longest = plan.pairs.longest
-    table = _table("tokens of a pair", "longest")
+    table = table_of("tokens of a pair", "longest")
     table.add_row("question and chat template", f"{longest.question:,}")
     table.add_row("prompt", f"{longest.prompt:,}")
     for place, (grid, tokens, size) in enumerate(zip(longest.grids, longest.images, longest.sizes, strict=True), 1):
@@ -262,18 +261,11 @@ def tokens_table(plan: Plan) -> Table:
 def memory_table(plan: Plan) -> Table:
     """Gigabytes of each part on one GPU, a column for each phase."""
     parts = list(dict.fromkeys(part for phase in plan.phases for part, size in phase.parts.items() if size))
-    table = _table("GB on each GPU", *(phase.name for phase in plan.phases))
+    table = table_of("GB on each GPU", *(phase.name for phase in plan.phases))
     for part in parts:
         table.add_row(part, *(_gigabytes(phase, part) for phase in plan.phases))
     table.add_section()
     table.add_row("together", *(f"{phase.total / 1e9:.1f}" for phase in plan.phases))
-    return table
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
     return table
 
 

@@ -205,16 +205,24 @@ def _add_baselines(table: Table, board: Leaderboard, columns: range) -> None:
         table.add_row("in file order", *(_number(result.always_first_in_file) for result in results))
 
 
-def _table(*names: str) -> Table:
+def table_of(*headers: str) -> Table:
     """Columns of numbers are never cut: what is too long for the terminal is the first column, which is folded."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, header in enumerate(headers):
+        table.add_column(header, no_wrap=column > 0, overflow="fold", justify="left" if column == 0 else "right")
+    return table
+
+
+def _table(*names: str) -> Table:
+    """A header stands on as many lines as it has words, so that it is no wider than its numbers."""
     from listener_reward.evaluate.judged import PROTOCOLS
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column, name in enumerate(names):
-        # A header stands on as many lines as it has words, so that it is no wider than its numbers.
-        words = name.replace("-", "-\n") if name in PROTOCOLS else name if "%" in name else name.replace(" ", "\n")
-        table.add_column(words, no_wrap=column > 0, overflow="fold", justify="left" if column == 0 else "right")
-    return table
+    return table_of(
+        *(
+            name.replace("-", "-\n") if name in PROTOCOLS else name if "%" in name else name.replace(" ", "\n")
+            for name in names
+        )
+    )
 
 
 def _name(judge: str) -> Text:
