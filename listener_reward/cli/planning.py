@@ -17,7 +17,7 @@ from listener_reward.cli.options import AsJson, Debug, JudgeName
 from listener_reward.cli.printing import print_json, table_of
 from listener_reward.cli.terminal import errors_in_one_line, plain, working
 from listener_reward.errors import InputError
-from listener_reward.models.options import as_bytes
+from listener_reward.models.options import as_bytes, check_options
 
 if TYPE_CHECKING:
     from listener_reward.plan.plans import Phase, Plan
@@ -121,8 +121,7 @@ def plan(
         if what not in PLANNED:
             raise InputError(f"what is {what!r}; choose train, eval or serve")
         _check_meant(ctx, what, fields)
-        if quantization not in (None, "4bit", "8bit"):
-            raise InputError(f"quantization is {quantization!r}; choose '4bit' or '8bit', or leave it out")
+        check_options({"quantization": quantization})
         if what == "train":
             import listener_reward.train  # noqa: F401  says which extra is missing before any work is done
         from listener_reward.plan.plans import KNOWN_GPUS
@@ -220,8 +219,7 @@ def print_plan(plan: Plan, *, memory: float | None, rate: float | None, bandwidt
     console.print(memory_table(plan))
     counted = f"{plan.flops / 1e12:,.0f} TFLOP a {plan.unit} on each of {plan.gpus} GPU{'s' * (plan.gpus > 1)}"
     if rate is not None:
-        seconds = sum(phase.seconds(rate, bandwidth) for phase in plan.phases)
-        counted += f": {seconds:,.1f} s at {rate / 1e12:,.0f} TFLOP/s"
+        counted += f": {plan.seconds(rate, bandwidth):,.1f} s at {rate / 1e12:,.0f} TFLOP/s"
         counted += f" and {bandwidth / 1e12:.2f} TB/s" if bandwidth else ", without decoding's reading of the weights"
         if plan.units:
             counted += f", {plan.hours(rate, bandwidth):,.1f} hours for {plan.units:,.0f} {plan.unit}s"
@@ -232,7 +230,7 @@ def print_plan(plan: Plan, *, memory: float | None, rate: float | None, bandwidt
         return
     peak = plan.peak
     sizes = f"{peak.total / 1e9:.1f} of {memory / 1e9:.1f} GB"
-    if not plan.advice(memory) and peak.total <= memory:
+    if peak.total <= memory:
         console.print(Text.assemble(("It fits", "bold green"), f": {sizes}, in {peak.name}"))
         return
     console.print(Text.assemble(("It does not fit", "bold red"), f": {sizes}, in {peak.name}. What to change:"))
@@ -271,7 +269,7 @@ def memory_table(plan: Plan) -> Table:
 
 def _gigabytes(phase: Phase, part: str) -> str:
     size = phase.parts.get(part, 0)
-    return f"{size / 1e9:.1f}" if size >= 5e7 else "" if not size else "0.0"
+    return f"{size / 1e9:.1f}" if size else ""
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -87,8 +87,12 @@ class Plan:
     def flops(self) -> float:
         return sum(phase.flops for phase in self.phases)
 
+    def seconds(self, rate: float, bandwidth: float | None) -> float:
+        """Of one unit, as `Phase.seconds`."""
+        return sum(phase.seconds(rate, bandwidth) for phase in self.phases)
+
     def hours(self, rate: float, bandwidth: float | None) -> float:
-        return self.units * sum(phase.seconds(rate, bandwidth) for phase in self.phases) / 3600
+        return self.units * self.seconds(rate, bandwidth) / 3600
 
     def advice(self, memory: float) -> list[str]:
         """What to change so that the largest phase fits into `memory` bytes; empty where it does."""
