@@ -32,7 +32,7 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         number = disk_error(error)
         if debug or number is None:
             raise
-        stderr().print(Text.assemble(("Error: ", "bold red"), plain(_unwritten(error, number))), soft_wrap=True)
+        print_error(_unwritten(error, number))
         raise typer.Exit(2) from None
 
 
@@ -77,7 +77,7 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: Exception | str) -> None:
     stderr().print(Text.assemble(("Error: ", "bold red"), plain(str(error))), soft_wrap=True)
 
 
