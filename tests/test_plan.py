@@ -161,6 +161,14 @@ def test_a_launch_that_is_none_is_refused():
         Launch.of("fsdp9", None)
 
 
+@pytest.mark.parametrize("content", ["", "- ddp\n", "ddp"])
+def test_a_launch_without_settings_is_refused(content: str, tmp_path: Path):
+    file = tmp_path / "launch.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="neither a name of launch-config nor a readable file"):
+        Launch.of(str(file), None)
+
+
 def test_sharding_divides_what_it_shards():
     """The tiny base, every weight: 4 bytes of weights and gradients and 8 of moments for each of its parameters."""
     argv = "--model_name_or_path tiny-base --listener tiny-listener --data tiny:train --data_limit 8 --output_dir x"

@@ -35,13 +35,16 @@ class Launch:
             raise InputError(f"gpus is {gpus}; give at least 1")
         if name is None:
             return cls(gpus or 1, "ddp" if (gpus or 1) > 1 else "none")
+        neither = f"launch is {name!r}, neither a name of launch-config nor a readable file"
         folder = resources.files("listener_reward") / "train" / "launch"
         packaged = folder.joinpath(f"{name}.yaml")
         try:
             text = packaged.read_text("utf-8") if packaged.is_file() else Path(name).read_text(encoding="utf-8")
             found: Any = yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"launch is {name!r}, neither a name of launch-config nor a readable file") from error
+            raise InputError(neither) from error
+        if not isinstance(found, dict):
+            raise InputError(neither)
         kind = str(found.get("distributed_type", "NO"))
         deepspeed, fsdp = found.get("deepspeed_config") or {}, found.get("fsdp_config") or {}
         stage = deepspeed.get("zero_stage", 2)
