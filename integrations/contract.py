@@ -18,8 +18,8 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.mixture import Mixture
-from listener_reward.pairs import check_company, check_prompts
-from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores
+from listener_reward.pairs import PromptLike, check_company
+from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores, with_sources
 from listener_reward.verdict import PairJudge
 
 CLIENT_OPTIONS = ("scheme", "timeout", "retries", "api_key")
@@ -78,14 +78,15 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
 
 
 def score(
-    reward: Reward, images: Any, prompts: Sequence[str], metadata: Any = None, *, missing: bool = False
+    reward: Reward, images: Any, prompts: Sequence[PromptLike], metadata: Any = None, *, missing: bool = False
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Calls `reward` and checks what goes in and what comes out.
 
     Args:
         images: B images of any kind the reward takes.
         prompts: B prompts; none of them empty.
-        metadata: B entries in a list or tuple, handed on; None becomes B empty dicts.
+        metadata: B entries in a list or tuple, handed on; None becomes B empty dicts. Images that a prompt speaks of
+            are `metadata[i]["sources"]`.
         missing: whether the host has a word for a sample without a score. If it has none, NaN is an error.
 
     Returns:
@@ -96,9 +97,9 @@ def score(
             `group`: there is nothing to compare its image with, and 0 would pass for a score.
         JudgeError: the reward gave something else than B finite scores.
     """
-    check_prompts(prompts, len(images))
+    asked = with_sources(prompts, len(images), metadata)
     if isinstance(reward, (ListenerReward, Mixture)) and reward.scheme == "group":
-        check_company(prompts)
+        check_company(asked)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
     given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)

@@ -18,6 +18,7 @@ from listener_reward.errors import InputError, check_choice
 from listener_reward.media.clips import ClipView, frame_by_frame
 from listener_reward.media.storyboards import as_picture, as_pictures, read_clips, storyboard, to_still
 from listener_reward.media.videos import FRAMES, check_frames, read_clip
+from listener_reward.pairs import PromptLike
 from listener_reward.ranking import Ranking
 from listener_reward.reward import PAPER_CHECKPOINT, ListenerReward
 from listener_reward.verdict import PairJudge, Verdict
@@ -152,7 +153,7 @@ class ClipJudge:
         self.name = judge.name
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """One verdict for each pair of clips. By "frames" it is the mean of the frames' verdicts."""
         ones, others = read_clips(firsts, field="firsts"), read_clips(seconds, field="seconds")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from listener_reward.errors import InputError, JudgeError
     from listener_reward.judge import Judge
     from listener_reward.mixture import Mixture
-    from listener_reward.pairs import PreferencePair
+    from listener_reward.pairs import PreferencePair, Prompt
     from listener_reward.ranking import Ranking
     from listener_reward.remote import RemoteReward
     from listener_reward.reward import ListenerReward
@@ -33,6 +33,7 @@ __all__ = [
     "ListenerReward",
     "Mixture",
     "PreferencePair",
+    "Prompt",
     "Ranking",
     "RemoteReward",
     "Verdict",
@@ -45,6 +46,7 @@ _HOME = {
     "ListenerReward": "reward",
     "Mixture": "mixture",
     "PreferencePair": "pairs",
+    "Prompt": "pairs",
     "Ranking": "ranking",
     "RemoteReward": "remote",
     "Verdict": "verdict",

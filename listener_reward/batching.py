@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.forks import renew
 from listener_reward.media.storyboards import to_visuals
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions
 from listener_reward.ranking import Ranking, RankingJudge, rank_by
 from listener_reward.verdict import PairJudge, Verdict
 
@@ -58,7 +58,7 @@ def while_wanted(check: Callable[[], None]) -> Generator[None]:
 class _Call:
     """A caller, who waits."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[PromptLike]
     firsts: Sequence[Any]
     seconds: Sequence[Any]
     think: bool | None
@@ -158,7 +158,7 @@ class BatchingJudge:
             return sum(map(len, self._queue))
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """As of the judge, which may get the pairs of other callers in the same call.
 
@@ -197,7 +197,7 @@ class BatchingJudge:
                     self._queue.remove(call)
                 self._resign(call)
 
-    def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
+    def rank(self, prompt: PromptLike, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
         """Orders images or clips of one prompt, as the judge does.
 
         The comparisons of a judge that thinks are batched with others'. Any other judge with a `rank` of its own may go

@@ -21,8 +21,9 @@ from typing import Any, TypeAlias, cast
 from listener_reward.errors import InputError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike, Picture, to_picture
+from listener_reward.pairs import PromptLike, as_prompt
 
-_SLOT = re.compile(r"\{(first|second|prompt)\}")
+_SLOT = re.compile(r"\{(source|first|second|prompt|criterion)\}")
 
 QWEN_RESERVED = (
     "<|endoftext|>",
@@ -76,6 +77,10 @@ class Chat:
 
 
 _IMAGE = ({"type": "image"},)
+_IMAGE_SLOTS = ("source", "first", "second")
+
+CRITERIA = ("alignment", "quality", "text", "consistency", "motion")
+"""The criteria that large models are asked by without a card of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,17 @@ class ChatFormat:
     """How a checkpoint is asked and how it answers."""
 
     question: str = field(default_factory=lambda: default_question())
-    """The user's turn, with `{first}` and `{second}` where the images stand and `{prompt}` for the prompt."""
+    """The user's turn, with `{first}` and `{second}` where the images stand and `{prompt}` for the prompt. Images come
+    in this order. `{criterion}` is for the criterion's text; without it the text stands at the end, after the images,
+    so that all criteria of a pair have their beginning in common."""
+
+    edit_question: str | None = None
+    """The user's turn where there are source images, which stand at `{source}`, before `{first}`. None is the question
+    of `prompts/edit.txt` beside the default `question`, and beside another one that this checkpoint knows no edits."""
+
+    criteria: Mapping[str, str] | None = field(default=None, hash=False)
+    """Name of a criterion to the text that asks for it. None is `default_criteria()` beside the default `question`, and
+    no criterion beside another one."""
 
     system: str | None = None
     """The system turn; None leaves it to the chat template."""
@@ -117,50 +132,102 @@ class ChatFormat:
             raise InputError(f"question is a {type(self.question).__name__}; give the text of the question")
         if not isinstance(self.max_prompt_chars, int) or self.max_prompt_chars < 1:
             raise InputError(f"max_prompt_chars is {self.max_prompt_chars!r}; give a number of at least 1")
-        slots = _SLOT.findall(self.question)
-        if sorted(slots) != ["first", "prompt", "second"]:
-            raise InputError(
-                f"question has the slots {slots}; it needs {{first}}, {{second}} and {{prompt}}, once each: "
-                f"{self.question!r}"
-            )
+        _check_slots("question", self.question, ("first", "second"))
+        if self.edit_question is not None:
+            if not isinstance(self.edit_question, str):
+                raise InputError(
+                    f"edit_question is a {type(self.edit_question).__name__}; give the text of it, or null"
+                )
+            _check_slots("edit_question", self.edit_question, ("source", "first", "second"))
+        if self.criteria is not None:
+            if not isinstance(self.criteria, Mapping) or not all(
+                isinstance(text, str) and text.strip() for pair in self.criteria.items() for text in pair
+            ):
+                raise InputError(f"criteria is {self.criteria!r:.80}; give {{name: what is asked}}, both not empty")
+            if slotted := [name for name, text in self.criteria.items() if _SLOT.search(text)]:
+                raise InputError(f"criteria has {slotted[0]!r} with a slot in its text; the question has the slots")
+            object.__setattr__(self, "criteria", dict(self.criteria))
         if len(set(self.labels)) != 2:
             raise InputError(f"labels are {self.labels!r}; two different answers are needed, such as ('1', '2')")
 
-    def messages(self, prompt: str, reserved: Collection[str] = ()) -> list[dict[str, Any]]:
-        """The question about `prompt` as chat messages with two empty image blocks.
+    def messages(
+        self, prompt: str, reserved: Collection[str] = (), *, sources: int = 0, criterion: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The question about `prompt` as chat messages, with an empty image block for each source and each of the two.
 
-        `reserved` are the tokenizer's own special tokens (`reserved_tokens`); none survives in the prompt.
+        Args:
+            prompt: the text.
+            reserved: the tokenizer's own special tokens (`reserved_tokens`); none survives in the prompt.
+            sources: how many source images the prompt has.
+            criterion: see `Prompt.criterion`.
+
+        Raises:
+            InputError: this format has no question about sources, or no such criterion.
         """
-        return self._messages(self._safe(prompt, reserved))
+        question = self._question(sources, criterion)
+        blocks = {"source": _IMAGE * sources, "first": _IMAGE, "second": _IMAGE}
+        return self._messages(question, self._safe(prompt, question, reserved), blocks)
 
-    def chat(self, prompt: str, first: Side, second: Side, reserved: Collection[str] = ()) -> Chat:
-        """The question about two images or clips, in the order in which they are to be shown."""
-        safe = self._safe(prompt, reserved)
-        sides = [_blocks(side) for side in (first, second)]
+    def chat(self, prompt: PromptLike, first: Side, second: Side, reserved: Collection[str] = ()) -> Chat:
+        """The question about two images or clips, in the order in which they are to be shown.
+
+        Raises:
+            InputError: the prompt has sources or a criterion, and this format has no question about them.
+        """
+        asked = as_prompt(prompt)
+        question = self._question(len(asked.sources), asked.criterion)
+        safe = self._safe(asked.text, question, reserved)
+        sides = [_blocks(side) for side in (asked.sources, first, second)]
         visuals = [visual for _, some in sides for visual in some]
         return Chat(
-            self._messages(safe, *(blocks for blocks, _ in sides)),
+            self._messages(
+                question, safe, {name: blocks for name, (blocks, _) in zip(_IMAGE_SLOTS, sides, strict=True)}
+            ),
             tuple(visual for visual in visuals if isinstance(visual, Picture)),
             safe,
             tuple(visual for visual in visuals if isinstance(visual, Clip)),
         )
 
-    def _safe(self, prompt: str, reserved: Collection[str]) -> str:
+    def _question(self, sources: int, criterion: str | None) -> str:
+        """The user's turn for so many sources, with the criterion's text in it."""
+        asks_generally = self.question == default_question()
+        question = self.question
+        if sources:
+            given = self.edit_question or (default_edit_question() if asks_generally else None)
+            if given is None:
+                raise InputError(
+                    f"the prompt has {sources} source images, and the format of this checkpoint has no edit_question; "
+                    "give it one by a card, or take a judge of edits"
+                )
+            question = given
+        text = ""
+        if criterion is not None:
+            known = self.criteria if self.criteria is not None else default_criteria() if asks_generally else {}
+            if criterion not in known:
+                names = ", ".join(map(repr, known)) or "none"
+                raise InputError(f"criterion is {criterion!r}, and this checkpoint has {names}; give it more by a card")
+            text = known[criterion]
+            if "{criterion}" not in question:
+                question += "\n{criterion}"
+        return _SLOT.sub(lambda slot: text if slot[1] == "criterion" else slot[0], question)
+
+    def _safe(self, prompt: str, question: str, reserved: Collection[str]) -> str:
         if len(prompt) > self.max_prompt_chars:
             warnings.warn(
                 f"a prompt of {len(prompt)} characters is cut to max_prompt_chars={self.max_prompt_chars}", stacklevel=3
             )
             prompt = prompt[: self.max_prompt_chars]
-        before, after = self.question.split("{prompt}")
+        before, after = question.split("{prompt}")
         return neutralise(prompt, self.reserved(reserved), before=before, after=after)
 
     def _messages(
-        self, safe: str, first: Sequence[dict[str, Any]] = _IMAGE, second: Sequence[dict[str, Any]] = _IMAGE
+        self, question: str, safe: str, images: Mapping[str, Sequence[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
+        """The turns of `question`, with the blocks `images` in the slots of that name."""
         blocks: list[dict[str, Any]] = []
-        for index, part in enumerate(_SLOT.split(self.question)):
+        for index, part in enumerate(_SLOT.split(question)):
             if index % 2 and part != "prompt":
-                blocks += [dict(block) for block in (first if part == "first" else second)]
+                blocks += [dict(block) for block in images[part]]
             elif text := safe if index % 2 else part:
                 blocks.append({"type": "text", "text": text})
         turns = [{"role": "user", "content": _merge_text(blocks)}]
@@ -186,6 +253,8 @@ class ChatFormat:
     def to_dict(self) -> dict[str, Any]:
         return {
             "question": self.question,
+            "edit_question": self.edit_question,
+            "criteria": None if self.criteria is None else dict(self.criteria),
             "system": self.system,
             "labels": list(self.labels),
             "think": list(self.think),
@@ -204,13 +273,36 @@ class ChatFormat:
         return cls(**values)
 
 
+def _check_slots(field: str, question: str, images: Sequence[str]) -> None:
+    slots = _SLOT.findall(question)
+    given = [slot for slot in slots if slot in _IMAGE_SLOTS]
+    if given != list(images) or slots.count("prompt") != 1 or slots.count("criterion") > 1:
+        needed = ", ".join(f"{{{name}}}" for name in images)
+        raise InputError(
+            f"{field} has the slots {slots}; it needs {needed}, in this order, and {{prompt}}, once each: {question!r}"
+        )
+
+
 def _tupled(value: Any) -> Any:
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
+@cache
 def default_question() -> str:
     """The question that large models are asked (`prompts/question.txt`)."""
     return prompt_text("question")
+
+
+@cache
+def default_edit_question() -> str:
+    """The question that large models are asked about an edit (`prompts/edit.txt`)."""
+    return prompt_text("edit")
+
+
+@cache
+def default_criteria() -> dict[str, str]:
+    """What large models are asked by criterion: name to text (`prompts/criterion_*.txt`)."""
+    return {name: prompt_text(f"criterion_{name}") for name in CRITERIA}
 
 
 def prompt_text(name: str) -> str:

@@ -35,7 +35,7 @@ from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.options import ModelOptions, check_options, is_address, listed
 from listener_reward.models.vlm import VLM, check_finite
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions, key_of, prompt_with
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Masking, Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
@@ -53,7 +53,7 @@ class _Match:
 
     pair: int
     frame: int
-    prompt: str
+    prompt: PromptLike
     sides: tuple[Side, Side]
     digests: tuple[bytes, bytes]
 
@@ -270,15 +270,35 @@ class Judge:
         return other
 
     def compare(
-        self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip, *, think: bool | None = None
+        self,
+        prompt: PromptLike,
+        first: ImageLike | Clip,
+        second: ImageLike | Clip,
+        *,
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        think: bool | None = None,
     ) -> Verdict:
-        """The verdict on one pair of images, or of clips; see `compare_many`."""
+        """The verdict on one pair of images, or of clips; see `compare_many`.
+
+        Args:
+            prompt: what both were made from; for edits the instruction.
+            first: an image, or a clip.
+            second: the other one, of the same kind.
+            sources: what the prompt speaks of: the original of an edit, reference subjects, a first frame.
+            criterion: the name of the question to ask, out of the card's `criteria`; None is the general one.
+            think: another choice than the judge's own.
+
+        Raises:
+            InputError: as `compare_many`; or the card has no question about sources, or no such criterion.
+        """
+        asked = prompt_with(prompt, sources, criterion)
         visuals = to_visual(first, field="first"), to_visual(second, field="second")
-        return self.compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
+        return self.compare_many([asked], [visuals[0]], [visuals[1]], think=think)[0]
 
     def compare_many(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         firsts: Sequence[ImageLike | Clip],
         seconds: Sequence[ImageLike | Clip],
         *,
@@ -286,8 +306,9 @@ class Judge:
     ) -> list[Verdict]:
         """One verdict per pair, judged in batches.
 
-        A pair is two images, or two clips: `Clip`s, as `read_clip` makes them, or video files. `clips` says how clips
-        are looked at. With "frames", the verdict is the mean of the frames' verdicts.
+        A prompt with source images or a criterion is a `Prompt`. A pair is two images, or two clips: `Clip`s, as
+        `read_clip` makes them, or video files. `clips` says how clips are looked at. With "frames", the verdict is the
+        mean of the frames' verdicts.
 
         A malformed completion still counts: its thought is closed where the text ended, and the answer slot after it is
         read. `Verdict.malformed` has the number of such completions. A verdict depends on the pair, the seed and the
@@ -303,7 +324,7 @@ class Judge:
 
     def judgements(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         firsts: Sequence[ImageLike | Clip],
         seconds: Sequence[ImageLike | Clip],
         *,
@@ -374,11 +395,21 @@ class Judge:
         calibration = self._calibration(mode) if calibration is None else calibration
         return verdict_of(self._needed(judgements, mode, calibration), mode, calibration)
 
-    def rank(self, prompt: str, images: Sequence[ImageLike | Clip], *, budget: int | None = None) -> Ranking:
+    def rank(
+        self,
+        prompt: PromptLike,
+        images: Sequence[ImageLike | Clip],
+        *,
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        budget: int | None = None,
+    ) -> Ranking:
         """Orders images or clips of one prompt by comparing every pair, or `budget` pairs chosen one round at a time.
 
-        Equal images are compared as one and get the same score; see `ranking`.
+        Equal images are compared as one and get the same score; see `ranking`. `sources` and `criterion` are those of
+        `compare`.
         """
+        prompt = prompt_with(prompt, sources, criterion)
         visuals = to_visuals(images)
         same = first_equal(visuals)
         distinct = [visual for place, visual in enumerate(visuals) if same[place] == place]
@@ -480,7 +511,7 @@ class Judge:
     def _matches(
         self,
         pair: int,
-        prompt: str,
+        prompt: PromptLike,
         first: ImageLike | Clip,
         second: ImageLike | Clip,
         stills: dict[bytes, Picture],
@@ -520,10 +551,11 @@ class Judge:
         sides are asked in one order only: the same question in two rows of a batch may differ by rounding.
         """
         prompt, digests = match.prompt, match.digests
+        name = key_of(prompt).encode("utf-8", "replace")
         twin = digests[0] == digests[1]
         orders = [(0, 1)] if twin else [(0, 1), (1, 0)] if digests[0] < digests[1] else [(1, 0), (0, 1)]
         if self.card.orders == "one" and not twin:
-            key = f"{self.seed}/order/".encode() + prompt.encode("utf-8", "replace")
+            key = f"{self.seed}/order/".encode() + name
             coin = hashlib.blake2b(key + b"".join(sorted(digests)), digest_size=1).digest()[0] & 1
             orders = orders[coin : coin + 1]
         questions = []
@@ -532,7 +564,7 @@ class Judge:
             chat = self.card.format.chat(*placed, self.reasoner.reserved)
             listener_chat = self.listener and self.listener.chat_format.chat(*placed, self.listener.vlm.reserved)
             for number in range(thoughts):
-                key = f"{self.seed}/{number}/".encode() + prompt.encode("utf-8", "replace")
+                key = f"{self.seed}/{number}/".encode() + name
                 seed = hashlib.blake2b(key + digests[left] + digests[right], digest_size=8).digest()
                 questions.append(
                     _Question(place, left == 1, chat, listener_chat, number, int.from_bytes(seed, "big"), twin)

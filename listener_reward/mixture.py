@@ -24,8 +24,8 @@ import numpy as np
 from listener_reward.advantages import normalised_sum
 from listener_reward.batching import Unwanted
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, check_choice
-from listener_reward.pairs import check_company, check_prompts
-from listener_reward.reward import Reward, Scheme, read_scores
+from listener_reward.pairs import PromptLike, check_company, key_of
+from listener_reward.reward import Reward, Scheme, read_scores, with_sources
 
 Combine = Literal["sum", "group"]
 ComponentFailure = Literal["raise", "nan", "drop-component"]
@@ -90,13 +90,13 @@ class Mixture:
         return next((scheme for scheme in neediest_first if scheme in said), None)
 
     def __call__(
-        self, images: Any, prompts: Sequence[str], metadata: Any = None
+        self, images: Any, prompts: Sequence[PromptLike], metadata: Any = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores a batch by every component, one after the other.
 
         Args:
             images: B images of a kind that every component takes.
-            prompts: their B prompts; images with equal prompts form a group.
+            prompts: their B prompts; images with equal prompts form a group. Prompts with other sources are others.
             metadata: B entries, handed on to every component; None becomes B empty dicts.
 
         Returns:
@@ -114,13 +114,13 @@ class Mixture:
             JudgeError: a component gave something else than B numbers.
             Exception: what a component raised, with `on_failure="raise"`.
         """
-        check_prompts(prompts, len(images))
+        asked = with_sources(prompts, len(images), metadata)
         if self.scheme == "group":
-            check_company(prompts)
+            check_company(asked)
         given = tuple({} for _ in prompts) if metadata is None else metadata
         infos = {name: self._ask(name, images, prompts, given) for name in self.rewards}
         components = {name: info[f"{name}/score"] for name, info in infos.items()}
-        groups = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+        groups = np.unique([key_of(prompt) for prompt in asked], return_inverse=True)[1]
         dropped, scored = self._mask(np.isnan([*components.values()]), groups)
 
         kept = {
@@ -177,7 +177,7 @@ class Mixture:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_told": set()}
 
-    def _ask(self, name: str, images: Any, prompts: Sequence[str], metadata: Any) -> dict[str, np.ndarray]:
+    def _ask(self, name: str, images: Any, prompts: Sequence[PromptLike], metadata: Any) -> dict[str, np.ndarray]:
         """The entries that the component `name` has in the mixture's info."""
         n = len(prompts)
         try:

@@ -30,6 +30,7 @@ from listener_reward.verdict import PairJudge
 
 if TYPE_CHECKING:
     from listener_reward.media.clips import Visual
+    from listener_reward.pairs import PromptLike
 
 PRIOR_STD = 2.0
 """Standard deviation of scores before any comparison: two random images are 2.8 log-odds apart, about 94 to 6."""
@@ -279,12 +280,12 @@ def _best_first(scores: NDArray[np.float64]) -> list[int]:
 class RankingJudge(PairJudge, Protocol):
     """A judge that orders images itself, such as `Judge`; any other is asked by `rank_by`."""
 
-    def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
+    def rank(self, prompt: PromptLike, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
         """Orders images or clips of one prompt; see `rank_images`."""
         ...
 
 
-def rank_by(judge: PairJudge, prompt: str, visuals: Sequence[Visual], *, budget: int | None = None) -> Ranking:
+def rank_by(judge: PairJudge, prompt: PromptLike, visuals: Sequence[Visual], *, budget: int | None = None) -> Ranking:
     """Orders pictures or clips of one prompt by `judge.compare_many`; equal pictures are compared as one.
 
     Raises:

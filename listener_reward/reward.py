@@ -32,7 +32,7 @@ from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.models.options import MODEL_OPTIONS, check_options
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import Prompt, PromptLike, as_prompt, check_prompts, key_of, prompt_with, read_sources
 from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
 from listener_reward.verdict import PairJudge, Verdict, checked
@@ -70,8 +70,8 @@ P_MARGIN = 1e-4
 MANY_REFERENCES = 1000
 """Keeping the first image of more prompts than this in memory is worth a word in the log; see `state`."""
 
-Reward = Callable[[Any, Sequence[str], Any], tuple[Any, Mapping[str, Any]]]
-"""B images, B prompts and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
+Reward = Callable[[Any, Sequence[Any], Any], tuple[Any, Mapping[str, Any]]]
+"""B images, B prompts (texts or `Prompt`s) and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
 
 logger = logging.getLogger(__name__)
 
@@ -155,19 +155,21 @@ class ListenerReward:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()  # of all that is kept here; not held while the judge works
-        self._opening: set[str] = set()  # prompts whose first image is being scored, and not their reference yet
+        self._opening: set[PromptLike] = set()  # prompts whose first image is being scored, and not their reference yet
         self._opened = threading.Condition(self._lock)
 
     def __call__(
-        self, images: Any, prompts: Sequence[str], metadata: Any = None
+        self, images: Any, prompts: Sequence[PromptLike], metadata: Any = None, *, sources: Any = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores a batch.
 
         Args:
             images: B images: a tensor or array, NCHW float in [0, 1] or NHWC uint8, or a sequence of anything that
                 `images.to_pil` reads; or a sequence of `Clip`s.
-            prompts: their B prompts; images with equal prompts form a group.
-            metadata: not read; here because trainers pass it.
+            prompts: their B prompts; images with equal prompts form a group. Prompts with other sources are others.
+            metadata: None, or what a trainer knows of each image. Read of it are `metadata[i]["sources"]`.
+            sources: the source images of each prompt, B entries of one image, several, or None; they belong to the
+                prompt, see `Prompt.sources`.
 
         Returns:
             Scores, float32 `(B,)`, in log-odds (higher is better), and a dict of float32 arrays `(B,)`, NaN where a
@@ -184,12 +186,12 @@ class ListenerReward:
             - `failed`: 1 where the judge broke on every comparison of the image, else 0.
 
         Raises:
-            InputError: unusable images or prompts, or lengths that differ.
+            InputError: unusable images, sources or prompts, or lengths that differ.
             JudgeError: the judge broke, and `on_failure` is "raise"; or it is strict, and its answers are not in its
                 format.
         """
         pictures = to_visuals(images)
-        groups = _group_by_prompt(prompts, len(pictures))
+        groups = _group_by_prompt(with_sources(prompts, len(pictures), metadata, sources))
         with self._planned({prompt: [pictures[b] for b in members] for prompt, members in groups.items()}) as tasks:
             verdicts = iter(self._ask(self._get_judge(), [match for task in tasks for match in task.matches()]))
             # Only now: a call that raised must not leave its image as the prompt's reference.
@@ -211,14 +213,31 @@ class ListenerReward:
         if str(device) != "cuda":  # which says nothing that was not known
             self._device = str(device)
 
-    def rank(self, prompt: str, images: Any, *, budget: int | None = None) -> Ranking:
+    def rank(
+        self,
+        prompt: PromptLike,
+        images: Any,
+        *,
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        budget: int | None = None,
+    ) -> Ranking:
         """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
-        return self._get_judge().rank(prompt, to_visuals(images), budget=budget)
+        asked = prompt_with(prompt, sources, criterion)
+        return self._get_judge().rank(asked, to_visuals(images), budget=budget)
 
     def compare(
-        self, prompt: str, first: ImageLike | Clip, second: ImageLike | Clip, *, think: bool | None = None
+        self,
+        prompt: PromptLike,
+        first: ImageLike | Clip,
+        second: ImageLike | Clip,
+        *,
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        think: bool | None = None,
     ) -> Verdict:
         """Judges one pair; see `Judge.compare`."""
+        prompt = prompt_with(prompt, sources, criterion)
         visuals = to_visual(first, field="first"), to_visual(second, field="second")
         return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
 
@@ -290,7 +309,7 @@ class ListenerReward:
         return Judge.from_pretrained(str(self.judge), **options)
 
     @contextmanager
-    def _planned(self, groups: Mapping[str, list[Visual]]) -> Iterator[list[_Task]]:
+    def _planned(self, groups: Mapping[PromptLike, list[Visual]]) -> Iterator[list[_Task]]:
         """What is to be compared. Whoever comes with a prompt whose first image is being scored waits for its end."""
         with self._opened:
             self._opened.wait_for(lambda: self._opening.isdisjoint(groups))
@@ -304,7 +323,7 @@ class ListenerReward:
                 self._opening -= opening
                 self._opened.notify_all()
 
-    def _plan(self, prompt: str, pictures: list[Visual]) -> _Task:
+    def _plan(self, prompt: PromptLike, pictures: list[Visual]) -> _Task:
         if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
             same = first_equal(pictures)  # equal images are compared as one, and share its score
             distinct = sorted(set(same))
@@ -315,19 +334,23 @@ class ListenerReward:
         met = range(1 if opens else 0, len(pictures))
         return _Task(prompt, pictures, [(i, REFERENCE) for i in met], reference or pictures[0], opens)
 
-    def _reference_of(self, prompt: str) -> Visual | None:
+    def _reference_of(self, prompt: PromptLike) -> Visual | None:
         """The image to beat for `prompt`; None where its first image has yet to be seen."""
         if self.reference is None:
-            kept = self._kept.get(prompt)
+            kept = self._kept.get(key_of(prompt))
             return None if kept is None else unpacked(kept)
-        given = self.reference.get(prompt) if isinstance(self.reference, Mapping) else self.reference(prompt)
+        text = as_prompt(prompt).text
+        if isinstance(self.reference, Mapping):
+            given = self.reference.get(text)
+        else:
+            given = self.reference(prompt)  # pyright: ignore[reportArgumentType] - texts for those who have only texts
         if given is None:
-            raise InputError(f"reference has no image for prompt {prompt!r}; add one, or leave reference out")
-        return to_visual(given, field=f"reference[{prompt!r}]")
+            raise InputError(f"reference has no image for prompt {text!r}; add one, or leave reference out")
+        return to_visual(given, field=f"reference[{text!r}]")
 
-    def _keep(self, firsts: Mapping[str, Visual]) -> None:
+    def _keep(self, firsts: Mapping[PromptLike, Visual]) -> None:
         before = len(self._kept)
-        _add(self._kept, {prompt: packed(visual) for prompt, visual in firsts.items()})
+        _add(self._kept, {key_of(prompt): packed(visual) for prompt, visual in firsts.items()})
         if isinstance(self._kept, dict) and before <= MANY_REFERENCES < len(self._kept):
             logger.warning(
                 "%d prompts have their first image kept in memory (%.0f MiB); with this many prompts, give state= to "
@@ -351,7 +374,7 @@ class ListenerReward:
             if self.on_failure == "raise" or isinstance(error, FormatError):
                 raise
             if len(matches) == 1:
-                logger.warning("no verdict for prompt %r: %s", matches[0][0], error)
+                logger.warning("no verdict for prompt %r: %s", as_prompt(matches[0][0]).text, error)
                 return [None]
             half = len(matches) // 2
             return self._ask(judge, matches[:half]) + self._ask(judge, matches[half:])
@@ -369,7 +392,7 @@ def _current_gpu() -> str | None:
     return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `default_device` decides
 
 
-_Match = tuple[str, Visual, Visual]
+_Match = tuple[PromptLike, Visual, Visual]
 
 
 def _add(kept: dict[str, Kept] | ReferenceFile, images: Mapping[str, Kept]) -> None:
@@ -385,7 +408,7 @@ REFERENCE = -1
 class _Task:
     """The images of one prompt in a call, and their comparisons."""
 
-    prompt: str
+    prompt: PromptLike
     pictures: list[Visual]
     meetings: list[tuple[int, int]]
     """Positions in `pictures`; the second is `REFERENCE` for all or for none."""
@@ -459,12 +482,45 @@ def _mean(values: Iterable[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _group_by_prompt(prompts: Sequence[str], n: int) -> dict[str, list[int]]:
-    """The positions of each prompt in a batch of `n`, in order of first appearance."""
+def with_sources(prompts: Sequence[PromptLike], n: int, metadata: Any = None, sources: Any = None) -> list[PromptLike]:
+    """The prompts of a batch of `n`, each with the sources that a call hands over for it.
+
+    Args:
+        prompts: `n` texts or `Prompt`s.
+        n: the number of images.
+        metadata: what a trainer knows of each image. `metadata[i]["sources"]` are read, where it is such a sequence.
+        sources: `n` entries of one image, several, or None.
+
+    Raises:
+        InputError: unusable prompts or sources, or sources that come twice for a prompt.
+    """
     check_prompts(prompts, n)
-    groups: dict[str, list[int]] = {}
+    found = [entry.get("sources") if isinstance(entry, Mapping) else None for entry in _entries(metadata, n)]
+    if sources is not None:
+        given = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str | bytes) else None
+        if given is None or len(given) != n:
+            size = f"is a {type(sources).__name__}" if given is None else f"has {len(given)} entries"
+            raise InputError(f"sources {size} for {n} images; give a list with one image, several or None for each")
+        if any(entry is not None for entry in found):
+            raise InputError("sources is given, and metadata has sources too; leave one of them out")
+        found = given
+    pictures = {id(entry): read_sources(entry, field=f"sources[{b}]") for b, entry in enumerate(found)}
+    return [
+        prompt_with(prompt if isinstance(prompt, Prompt) else str(prompt), pictures[id(entry)])
+        for prompt, entry in zip(prompts, found, strict=True)
+    ]
+
+
+def _entries(metadata: Any, n: int) -> Sequence[Any]:
+    fits = isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes) and len(metadata) == n
+    return metadata if fits else [None] * n
+
+
+def _group_by_prompt(prompts: Sequence[PromptLike]) -> dict[PromptLike, list[int]]:
+    """The positions of each prompt in a batch, in order of first appearance."""
+    groups: dict[PromptLike, list[int]] = {}
     for position, prompt in enumerate(prompts):
-        groups.setdefault(str(prompt), []).append(position)
+        groups.setdefault(prompt, []).append(position)
     return groups
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.pairs import PromptLike, as_prompt
 
 Aggregate = Literal["mean", "majority", "listener", "both"]
 Orders = Literal["both", "one"]
@@ -133,9 +134,12 @@ class PairJudge(Protocol):
     """The judge's name in tables and logs."""
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[Any], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """One verdict for each pair of images or clips.
+
+        A prompt is a text, or a `Prompt` with source images or a criterion; a judge that knows none of them refuses it
+        by `pairs.plain_texts`.
 
         Swapping the two gives exactly `1 - p_first`. `think` None is the judge's own setting; a judge that cannot think
         ignores it.
@@ -147,7 +151,7 @@ class PairJudge(Protocol):
         ...
 
 
-def checked(verdicts: Sequence[Verdict], prompts: Sequence[str], who: str) -> list[Verdict]:
+def checked(verdicts: Sequence[Verdict], prompts: Sequence[PromptLike], who: str) -> list[Verdict]:
     """The verdicts on pairs of these prompts, of a judge that may be anybody's.
 
     Raises:
@@ -157,5 +161,5 @@ def checked(verdicts: Sequence[Verdict], prompts: Sequence[str], who: str) -> li
         raise JudgeError(f"{who} gave {len(verdicts)} verdicts on {len(prompts)} pairs")
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         if not 0 <= verdict.p_first <= 1:
-            raise JudgeError(f"{who} answered p_first = {verdict.p_first} for prompt {prompt!r}")
+            raise JudgeError(f"{who} answered p_first = {verdict.p_first} for prompt {as_prompt(prompt).text!r}")
     return list(verdicts)

@@ -83,9 +83,12 @@ def test_tiny_rendered_word_for_word():
     assert chat.prompt == "two red circles"
 
 
-def test_the_question_may_show_the_second_image_first():
-    swapped = ChatFormat(question="{prompt}{second}{first}")
-    assert [block["type"] for block in swapped.messages("x")[0]["content"]] == ["text", "image", "image"]
+def test_a_question_shows_the_images_in_the_order_in_which_a_chat_has_them():
+    """Blocks are filled one after the other: with the second image's slot first it would get the first image."""
+    with pytest.raises(InputError, match=r"question has the slots .*it needs \{first\}, \{second\}, in this order"):
+        ChatFormat(question="{prompt}{second}{first}")
+    first = ChatFormat(question="{prompt}{first}{second}")
+    assert [block["type"] for block in first.messages("x")[0]["content"]] == ["text", "image", "image"]
 
 
 def test_system_turn_comes_first():

@@ -82,7 +82,7 @@ def test_the_tiny_world_is_its_pairs_and_pictures_in_their_order():
     data: Any = load_pairs("tiny:ood", limit=6, seed=3)
     assert data.features == FEATURES
     for row, pair in zip(data, split_pairs("ood", 6, seed=3), strict=True):
-        assert (row["prompt"], row["p_first"], row["source"]) == (pair.wording, pair.p_first, "tiny:ood")
+        assert (row["prompt"], row["p_first"], row["dataset"]) == (pair.wording, pair.p_first, "tiny:ood")
         for undecoded, drawn in zip(row["images"], draw_pair(pair), strict=True):
             np.testing.assert_array_equal(np.asarray(to_pil(undecoded)), np.asarray(drawn))
     assert len(set(data["id"])) == 6
@@ -185,7 +185,7 @@ def test_every_kind_of_file(folder, name):
     Path(path).rename(folder / name)
     data = load_pairs(str(folder / name))
     assert data.features == FEATURES
-    assert data["id"] == ["a", "b"] and data["source"] == [name] * 2 and data["prompt"] == ["a red circle"] * 2
+    assert data["id"] == ["a", "b"] and data["dataset"] == [name] * 2 and data["prompt"] == ["a red circle"] * 2
     assert [dark_wins(row) for row in data] == pytest.approx([0.75, 1.0])
 
 
@@ -331,7 +331,7 @@ def test_a_hub_data_set_with_embedded_images(hub):
     asked = hub(datasets.Dataset.from_list([entry(*images, label=1)] * 3, features=features))
     data = load_pairs("org/name:test", limit=2)
     assert asked == [("org/name", "test")]
-    assert len(data) == 2 and data["source"] == ["org/name:test"] * 2
+    assert len(data) == 2 and data["dataset"] == ["org/name:test"] * 2
     assert [dark_wins(row) for row in data] == [1.0, 1.0]
     load_pairs("org/name")
     assert asked[-1] == ("org/name", "train")

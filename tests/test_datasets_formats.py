@@ -59,7 +59,7 @@ def as_published(row: Any) -> dict:
 
 def rows_of(spec: str, **options) -> list[dict]:
     data = load_pairs(spec, **options)
-    assert data.features.keys() == FEATURES.keys() | PUBLISHED.keys() | FORMATS[data[0]["source"]].columns.keys()
+    assert data.features.keys() == FEATURES.keys() | PUBLISHED.keys() | FORMATS[data[0]["dataset"]].columns.keys()
     return [as_published(row) for row in data]
 
 

@@ -234,5 +234,5 @@ def test_a_published_hub_set_is_recognised_and_streamed(monkeypatch):
     data = datasets.Dataset.from_list([row] * 100).to_iterable_dataset()
     monkeypatch.setattr("datasets.load_dataset", lambda path, **options: data)
     found = list(load_pairs("org/name:test", stream=True, limit=70))
-    assert len(found) == 70 and {one["source"] for one in found} == {"pickapic"}
+    assert len(found) == 70 and {one["dataset"] for one in found} == {"pickapic"}
     assert {one["p_first"] for one in found if one["swapped"]} == {0.0}

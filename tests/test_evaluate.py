@@ -120,14 +120,14 @@ def make_pairs(shade):
             images=datasets.List(datasets.Image(decode=False), length=2),
             p_first=datasets.Value("float64"),
             id=datasets.Value("string"),
-            source=datasets.Value("string"),
+            dataset=datasets.Value("string"),
         )
         columns = {
             "prompt": [f"prompt {k}" for k in range(len(rows))],
             "images": [[png(first), png(second)] for first, second, _ in rows],
             "p_first": [p for _, _, p in rows],
             "id": [str(k) for k in range(len(rows))],
-            "source": [source] * len(rows),
+            "dataset": [source] * len(rows),
         }
         return datasets.Dataset.from_dict(columns, features=features)
 

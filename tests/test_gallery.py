@@ -34,7 +34,7 @@ def rows(people: list[float], content: bytes | None = None) -> dict[str, list[An
         "images": [[image, image]] * n,
         "p_first": people,
         "id": [str(number) for number in range(n)],
-        "source": ["some"] * n,
+        "dataset": ["some"] * n,
         "swapped": [False] * n,
     }
 

@@ -33,7 +33,7 @@ ROWS = {
     "prompt": ["a fox", "a fox", "a fox", "a cat"],
     "p_first": [1.0, 0.2, 0.5, 0.0],
     "id": ["0/0-1", "0/0-2", "0/1-2", "1/0-1"],
-    "source": ["imagereward"] * 4,
+    "dataset": ["imagereward"] * 4,
     "group": ["0", "0", "0", "1"],
     "swapped": [False, True, False, True],
     "item_first": ["a.png", "c.png", "b.png", "y.png"],
@@ -63,13 +63,13 @@ def test_labels_beside_margins():
     assert found.ranks is not None and found.ranks.tolist() == [1, -1, 0, -8]
     assert found.swapped is not None and found.swapped.tolist() == [False, True, False, True]
     assert found.firsts == ROWS["item_first"] and found.unit == "score" and len(found) == 4
-    assert labels().source == "imagereward"
+    assert labels().data == "imagereward"
 
 
 def test_the_group_is_the_prompt_where_there_is_none():
     rows = {name: ROWS[name] for name in ("prompt", "p_first", "images")}
     found = labels(rows | {"images": [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}]] * 4})
-    assert found.prompts == [0, 0, 0, 1] and found.source == "unnamed"
+    assert found.prompts == [0, 0, 0, 1] and found.data == "unnamed"
     whole = found.judged(np.zeros(4))
     assert whole.swapped is whole.ranks is whole.both_bad is None
     assert whole.firsts is not None and whole.seconds is not None and whole.firsts[0] != whole.seconds[0]

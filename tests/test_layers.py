@@ -20,7 +20,8 @@ FLOORS = (
     ("errors", "files", "progress", "addresses", "forks"),
     ("clusters",),
     ("media", "checkpoints"),
-    ("pairs", "verdict"),
+    ("pairs",),
+    ("verdict",),
     ("chat",),
     ("trace", "misfits"),
     # arithmetic on what models say

@@ -34,7 +34,7 @@ def test_the_folder_is_a_judge(formed_judge: Path, random_judge: Path):
 
 def test_examples_answer_as_most_people_do_and_leave_ties_out(random_judge: Path):
     card = Card.load(random_judge)
-    pairs = load_pairs("tiny:train", limit=4).remove_columns(["p_first", "source"])
+    pairs = load_pairs("tiny:train", limit=4).remove_columns(["p_first", "dataset"])
     pairs = pairs.add_column("p_first", [1.0, 0.5, 0.49, 0.51])
     examples: Any = as_examples(pairs, card, frozenset())
     said = [row["completion"][0]["content"][0]["text"] for row in examples]

@@ -206,6 +206,6 @@ def test_the_generated_split_is_seeded_and_its_prompts_are_those_of_training():
     rows = load_pairs("tiny:generated", limit=8).to_list()
     again, others = (load_pairs("tiny:generated", limit=8, seed=seed).to_list() for seed in (0, 1))
     assert rows == again != others
-    assert {row["source"] for row in rows} == {"tiny:generated"}
+    assert {row["dataset"] for row in rows} == {"tiny:generated"}
     groups = [group for _, group in zip(range(40), samples(seed=3, each=2), strict=False)]
     assert not any(held_out(group[0].prompt.color, group[0].prompt.shape) for group in groups)

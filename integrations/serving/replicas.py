@@ -23,7 +23,7 @@ from listener_reward.batching import BatchingJudge
 from listener_reward.clusters import connected, last_line
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, missing
 from listener_reward.media.storyboards import to_visuals
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions
 from listener_reward.ranking import Ranking, RankingJudge, rank_by
 from listener_reward.verdict import PairJudge, Verdict
 
@@ -92,7 +92,7 @@ class Replica:
         """Verdicts, or the error, which does not travel as Ray's."""
         return await self._run("compare_many", *pairs, think=think)
 
-    async def rank(self, prompt: str, images: Sequence[Any], budget: int | None) -> Any:
+    async def rank(self, prompt: PromptLike, images: Sequence[Any], budget: int | None) -> Any:
         """A ranking, or the error."""
         return await self._run("rank", prompt, images, budget=budget)
 
@@ -171,7 +171,7 @@ class ReplicatedJudge:
         self._ranks: bool = described["ranks"]
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """As of the judge, by as many replicas as are free.
 
@@ -197,7 +197,7 @@ class ReplicatedJudge:
             with self._lock:
                 self._busy -= shares
 
-    def rank(self, prompt: str, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
+    def rank(self, prompt: PromptLike, images: Sequence[Any], *, budget: int | None = None) -> Ranking:
         """As of the judge: by one replica, where the judge ranks by itself."""
         if not self._ranks:
             return rank_by(self, prompt, to_visuals(images), budget=budget)

@@ -156,7 +156,7 @@ def _pairs(data: str | None, n: int) -> list[PreferencePair]:
 
     rows: Any = load_pairs(data, limit=n)
     return [
-        PreferencePair(row["prompt"], row["images"][0], row["images"][1], row["p_first"], row["id"], row["source"])
+        PreferencePair(row["prompt"], row["images"][0], row["images"][1], row["p_first"], row["id"], row["dataset"])
         for row in rows
     ]
 

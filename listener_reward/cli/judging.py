@@ -69,7 +69,7 @@ def rank(
     with errors_in_one_line(debug):
         with working("judging"):
             loaded = load_judge(judge, **how)
-            ranking = loaded.rank(prompt, images, **({} if budget is None else {"budget": budget}))
+            ranking = loaded.rank(prompt, images, budget=budget)
             check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})

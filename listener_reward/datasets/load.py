@@ -96,7 +96,7 @@ FEATURES = datasets.Features(
         "images": datasets.List(datasets.Image(decode=False)),
         "p_first": datasets.Value("float64"),
         "id": datasets.Value("string"),
-        "source": datasets.Value("string"),
+        "dataset": datasets.Value("string"),
         "swapped": datasets.Value("bool"),
     }
 )
@@ -241,7 +241,7 @@ class Opened:
         shown = one.exchanged() if self.shuffled and is_swapped(one.pair.id, seed) else one
         pair = shown.pair
         row = {"prompt": pair.prompt, "images": [pair.first, pair.second], "p_first": pair.p_first}
-        row |= {"id": pair.id, "source": pair.source, "swapped": shown.swapped} | dict(shown.columns)
+        row |= {"id": pair.id, "dataset": pair.dataset, "swapped": shown.swapped} | dict(shown.columns)
         return {name: row[name] for name in self.features}
 
 

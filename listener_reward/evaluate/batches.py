@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from listener_reward.errors import InputError
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import Picture, identity, to_picture
+from listener_reward.pairs import prompt_with
 
 if TYPE_CHECKING:
     import datasets
@@ -43,7 +44,8 @@ def batches_of(pairs: datasets.Dataset | datasets.IterableDataset, size: int) ->
 def load_batches(batches: Iterable[Batch], labels: Labels | None = None) -> Iterator[Batch]:
     """The batches, or parts of them, with their pictures decoded; `labels` gets each as it was, its images named.
 
-    A picture that cannot be decoded is left as it is, so that the judge which asks for it says so.
+    A batch has a column more, `asked`: the prompts with what belongs to them, for whoever asks a judge. A picture that
+    cannot be decoded is left as it is, so that the judge which asks for it says so.
 
     Raises:
         InputError: a video that cannot be read, or an image that is neither undecoded nor one of PIL's.
@@ -54,17 +56,26 @@ def load_batches(batches: Iterable[Batch], labels: Labels | None = None) -> Iter
             filmed = any(_is_film(image) for pair in rows["images"] for image in pair)
             start, size = 0, _FILMED if filmed else len(rows["images"])
             while start < len(rows["images"]):
-                seen = _decoded(rows["images"][start : start + size], kept, pool)
+                end = start + size
+                sources = rows.get("sources", [None] * len(rows["images"]))[start:end]
+                shown = [[*pair, *(some or ())] for pair, some in zip(rows["images"][start:end], sources, strict=True)]
+                seen = _decoded(shown, kept, pool)
                 part = {name: values[start : start + len(seen)] for name, values in rows.items()}
                 if labels is not None:
                     first, second = ([pair[side][0] for pair in seen] for side in (0, 1))
                     labels.add({"item_first": first, "item_second": second} | part)
-                yield part | {"images": [[visual for _, visual in pair] for pair in seen]}
+                visuals = [[visual for _, visual in pair] for pair in seen]
+                criteria = part.get("criterion", [None] * len(seen))
+                asked = [
+                    prompt_with(text, tuple(some[2:]), criterion)
+                    for text, some, criterion in zip(part["prompt"], visuals, criteria, strict=True)
+                ]
+                yield part | {"images": [some[:2] for some in visuals], "asked": asked}
                 start += len(seen)
 
 
 def _decoded(pairs: list[list[Any]], kept: dict[str, Visual], pool: ThreadPoolExecutor) -> list[list[tuple[str, Any]]]:
-    """Identity and picture of both images, for as many of the pairs as fit into `AT_ONCE`, but at least `_AHEAD`.
+    """Identity and picture of every image of a pair, for as many pairs as fit into `AT_ONCE`, but at least `_AHEAD`.
 
     Pictures come from `kept` and go into it, the latest used at its end.
     """

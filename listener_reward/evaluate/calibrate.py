@@ -137,7 +137,7 @@ def calibrate(
         task = bars.add_task("judging", total=len(pairs))
         for rows in load_batches(batches_of(pairs, batch_size)):
             firsts, seconds = map(list, zip(*rows["images"], strict=True))
-            judgements += judge.judgements(rows["prompt"], firsts, seconds)
+            judgements += judge.judgements(rows["asked"], firsts, seconds)
             bars.update(task, completed=len(judgements))
 
     def verdicts(calibration: Calibration, aggregate: Aggregate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

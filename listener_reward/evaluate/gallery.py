@@ -119,7 +119,7 @@ def pair_entry(model: str, row: Mapping[str, Any], verdict: Mapping[str, Any]) -
     thoughts = [dict(thought) | {"text": _cut(thought["text"])} for thought in verdict["thoughts"]]
     return {
         "model": model,
-        "split": row.get("source"),
+        "split": row.get("dataset"),
         "id": _cut(str(row["id"])) if row.get("id") is not None else None,
         "prompt": _cut(row["prompt"]),
         "p_first": float(row["p_first"]),

@@ -21,7 +21,7 @@ from listener_reward.conclude import Judgement
 from listener_reward.errors import InputError
 from listener_reward.files import quoted, write_text
 from listener_reward.media.images import identity
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions, key_of
 from listener_reward.trace import Trace
 from listener_reward.verdict import PairJudge, Thought, Verdict
 
@@ -75,14 +75,14 @@ class Journal:
         return getattr(self.judge, name)
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         """The verdicts, read back where they are known; contract and errors of the judge itself."""
         how = {"think": think}
         return self._said("verdict", self.judge.compare_many, (prompts, firsts, seconds), how)
 
     def judgements(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], **how: Any
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], **how: Any
     ) -> list[list[Judgement]]:
         """The same for `Judge.judgements`, which `calibrate` asks for."""
         judge: Any = self.judge
@@ -175,9 +175,11 @@ def forget_old(folder: Path) -> None:
                 path.unlink()
 
 
-def _key(kind: str, prompt: str, first: Any, second: Any, how: Mapping[str, Any]) -> str:
+def _key(kind: str, prompt: PromptLike, first: Any, second: Any, how: Mapping[str, Any]) -> str:
     sides = [image.digest.hex() if hasattr(image, "digest") else identity(image) for image in (first, second)]
-    return hashlib.sha256(json.dumps([kind, prompt, *sides, how], default=str, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([kind, key_of(prompt), *sides, how], default=str, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _plain(value: Any) -> Any:

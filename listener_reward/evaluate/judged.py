@@ -267,7 +267,7 @@ class Labels:
 
     p_first: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
-    sources: dict[str, None] = field(default_factory=dict)
+    datasets: dict[str, None] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)
 
@@ -276,7 +276,7 @@ class Labels:
     @classmethod
     def read(cls, column_names: Sequence[str]) -> list[str]:
         """Which of a data set's columns are read, the pictures left out."""
-        return [name for name in column_names if name in ("prompt", "p_first", "group", "source", *cls.KEPT)]
+        return [name for name in column_names if name in ("prompt", "p_first", "group", "dataset", *cls.KEPT)]
 
     def add(self, rows: Mapping[str, list[Any]]) -> None:
         """A batch: column to list.
@@ -291,7 +291,7 @@ class Labels:
         for group, prompt in zip(groups, rows["prompt"], strict=True):
             # The prompt's text where there is no group: then pairs that only share their words share a cluster.
             self.prompts.append(self._numbers.setdefault(prompt if group is None else f"\0{group}", len(self._numbers)))
-        self.sources |= dict.fromkeys(rows.get("source", []))
+        self.datasets |= dict.fromkeys(rows.get("dataset", []))
         for name in self.KEPT:
             if name in rows:
                 self.columns.setdefault(name, []).extend(rows[name])
@@ -319,9 +319,9 @@ class Labels:
         )
 
     @property
-    def source(self) -> str:
-        """The sources in words, the first three by name."""
-        names = sorted(self.sources) or ["unnamed"]
+    def data(self) -> str:
+        """The data sets in words, the first three by name."""
+        names = sorted(self.datasets) or ["unnamed"]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

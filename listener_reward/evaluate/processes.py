@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.misfits import check_format
+from listener_reward.pairs import PromptLike
 from listener_reward.verdict import PairJudge, Verdict
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ class Divided:
         self.judge = loaded[0]
 
     def compare_many(
-        self, prompts: Sequence[str], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
+        self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None
     ) -> list[Verdict]:
         rank, world = place()
         mine = [column[rank::world] for column in (prompts, firsts, seconds)]

@@ -159,7 +159,7 @@ def evaluate(
     with progress_bars(visible=progress) as bars:
         task = bars.add_task("judging", total=None if n is None else n + min(swap_check, n))
         for rows in load_batches(batches_of(pairs, batch_size), labels):
-            prompts, firsts, seconds = rows["prompt"], *map(list, zip(*rows["images"], strict=True))
+            prompts, firsts, seconds = rows["asked"], *map(list, zip(*rows["images"], strict=True))
             verdicts = _judge(judge, prompts, firsts, seconds, think)
             tally.add(verdicts)
             if keep:
@@ -272,7 +272,7 @@ def _judged_threshold(
 def _threshold(labels: Labels, protocols: Sequence[str] | None, columns: Mapping[str, Any] | None) -> float:
     """The tie threshold from a judge's margins. With `columns` None, only checks that some protocol uses a
     threshold."""
-    names = default_protocols(list(labels.sources)) if protocols is None else protocols
+    names = default_protocols(list(labels.datasets)) if protocols is None else protocols
     if "pickscore" not in names:
         raise InputError(
             f"validation is given, for which {', '.join(names)} has no use; ask for the protocol pickscore"
@@ -292,10 +292,10 @@ def _record(
     p_first = judged.judge / 2 + 0.5
     known = ~np.isnan(p_first)
     calibrated = judged.unit == "probability" and bool(known.any())
-    names = default_protocols(list(labels.sources)) if protocols is None else protocols
+    names = default_protocols(list(labels.datasets)) if protocols is None else protocols
     return Evaluation(
         judge=name,
-        data=labels.source,
+        data=labels.data,
         n=len(fractions),
         n_ties=len(fractions) - decided,
         accuracy=_rate(right, decided),

@@ -21,7 +21,7 @@ from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.models.openai_client import ContentRefused, OpenAIClient
 from listener_reward.models.options import split_address
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions
 from listener_reward.verdict import Thought, Verdict
 
 OPENAI = "https://api.openai.com/v1"
@@ -86,7 +86,7 @@ class EndpointJudge:
 
     def compare_many(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         firsts: Sequence[ImageLike],
         seconds: Sequence[ImageLike],
         *,
@@ -111,8 +111,9 @@ class EndpointJudge:
 
         return self._client.map(both, range(len(prompts)))
 
-    def _ask(self, prompt: str, first: Picture, second: Picture) -> _Reply:
-        messages = self._client.messages(self._format.messages(prompt, FOREIGN_RESERVED), (first, second))
+    def _ask(self, prompt: PromptLike, first: Picture, second: Picture) -> _Reply:
+        chat = self._format.chat(prompt, first, second, FOREIGN_RESERVED)
+        messages = self._client.messages(chat.messages, chat.images)
         body = {"model": self._model, "messages": messages}
         try:
             response = self._client.post("/chat/completions", body, self._options)

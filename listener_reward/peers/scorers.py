@@ -26,7 +26,7 @@ from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
 from listener_reward.models.hub import hub_options
-from listener_reward.pairs import check_questions
+from listener_reward.pairs import PromptLike, check_questions, plain_texts
 from listener_reward.verdict import Verdict
 
 Score = Callable[[list[str], list[Image]], Sequence[float]]
@@ -67,7 +67,7 @@ class ScoreJudge:
 
     def compare_many(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptLike],
         firsts: Sequence[ImageLike],
         seconds: Sequence[ImageLike],
         *,
@@ -76,16 +76,17 @@ class ScoreJudge:
         """One verdict for each pair; `think` changes nothing.
 
         Raises:
-            InputError: unequal lengths, or an image that cannot be read.
+            InputError: unequal lengths, an image that cannot be read, or a prompt with sources or a criterion.
             JudgeError: the model gave a score that is no finite number.
         """
         check_questions(prompts, firsts, seconds)
+        texts = plain_texts(prompts, self.name)
         asked: dict[tuple[str, bytes], Image] = {}
         keys: list[list[tuple[str, bytes]]] = []
         read: dict[int, Picture] = {}  # by object: whoever shows a picture in many pairs may hand over one
         for place, images in (("firsts", firsts), ("seconds", seconds)):
             keys.append([])
-            for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            for number, (prompt, image) in enumerate(zip(texts, images, strict=True)):
                 if id(image) not in read:
                     read[id(image)] = to_still(to_visual(image, field=f"{place}[{number}]"))
                 picture = read[id(image)]

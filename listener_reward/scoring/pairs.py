@@ -109,4 +109,4 @@ def score_batch(judge: PairJudge, batch: Sequence[Asked]) -> list[dict[str, Any]
 
 def _judged(judge: PairJudge, part: Batch) -> list[Verdict]:
     firsts, seconds = map(list, zip(*part["images"], strict=True))
-    return checked(judge.compare_many(part["prompt"], firsts, seconds), part["prompt"], judge.name)
+    return checked(judge.compare_many(part["asked"], firsts, seconds), part["asked"], judge.name)

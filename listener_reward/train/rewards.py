@@ -1,6 +1,7 @@
 """The three parts of the shaped reward as trl reward functions.
 
-They also work with a stock `GRPOTrainer` whose data set has the columns `caption`, `images`, `p_first` and `id`.
+They also work with a stock `GRPOTrainer` whose data set has the columns `caption`, `images`, `p_first` and `id`. In
+`images` stand a prompt's sources, where it has some, and then the two.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from listener_reward.errors import JudgeError
 from listener_reward.listener import Listener
 from listener_reward.media.images import to_picture
 from listener_reward.models.vlm import check_finite
+from listener_reward.pairs import prompt_with
 from listener_reward.shaping import accuracy_reward, contradicted, format_reward, listener_reward
 from listener_reward.trace import Trace, parse
 
@@ -73,24 +75,40 @@ class ShapedReward:
         """One completion of the batch that was read last, as it was parsed; "" before the first."""
         return self.opened + text_of(self._last[0][0]) if self._last is not None and len(self._last[0]) else ""
 
-    def _read(self, completions: Sequence[Any], *, caption: Sequence[str], images: Sequence[Any], **_: Any) -> Scored:
+    def _read(
+        self,
+        completions: Sequence[Any],
+        *,
+        caption: Sequence[str],
+        images: Sequence[Any],
+        criterion: Sequence[str | None] | None = None,
+        **_: Any,
+    ) -> Scored:
         traces = [parse(self.opened + text_of(completion), self.chat_format) for completion in completions]
         p_listener: list[float | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]
         if self.listener is not None and rows:
-            for row, p in zip(rows, self._listen(self.listener, rows, traces, caption, images), strict=True):
+            asked = caption, images, criterion or [None] * len(traces)
+            for row, p in zip(rows, self._listen(self.listener, rows, traces, *asked), strict=True):
                 p_listener[row], failed[row] = p, p is None
         return Scored(traces, p_listener, failed)
 
     def _listen(
-        self, listener: Listener, rows: list[int], traces: list[Trace], caption: Sequence[str], images: Sequence[Any]
+        self,
+        listener: Listener,
+        rows: list[int],
+        traces: list[Trace],
+        caption: Sequence[str],
+        images: Sequence[Any],
+        criterion: Sequence[str | None],
     ) -> list[float | None]:
         pictures = {id(image): to_picture(image) for row in rows for image in images[row]}  # a group's rows share them
         chats = []
         for row in rows:
-            first, second = (pictures[id(image)] for image in images[row])
-            chats.append(listener.chat_format.chat(caption[row], first, second, listener.vlm.reserved))
+            *sources, first, second = (pictures[id(image)] for image in images[row])
+            asked = prompt_with(caption[row], tuple(sources), criterion[row])
+            chats.append(listener.chat_format.chat(asked, first, second, listener.vlm.reserved))
         readable = [traces[row] for row in rows]
         try:
             return check_finite(listener.p_first(chats, readable), "the listener").tolist()

@@ -46,6 +46,7 @@ from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor, opened_by_template
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
+from listener_reward.pairs import prompt_with
 from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, take_layouts, unsupported
 from listener_reward.trace import Trace
@@ -206,7 +207,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
     def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
         """Asks the listener once before training, so that a broken listener stops the run here."""
         first, second = (to_pil(image, field="images") for image in pair["images"])
-        chat = listener.chat_format.chat(pair["prompt"], first, second, listener.vlm.reserved)
+        asked = prompt_with(pair["prompt"], pair.get("sources"), pair.get("criterion"))
+        chat = listener.chat_format.chat(asked, first, second, listener.vlm.reserved)
         check_finite(listener.p_first([chat], [Trace("", None)]), "the listener")
         _forget_images(listener)
 
@@ -474,7 +476,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
 
 def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bool = False) -> Dataset:
-    """Pairs in trl's form: `prompt` becomes messages, `caption` keeps the text. With `decode`, `datasets` decodes the
+    """Pairs in trl's form: `prompt` becomes messages, `caption` keeps the text, and `images` begin with the prompt's
+    sources where the pairs have some. With `decode`, `datasets` decodes the
     images each time that a row is read; without, images stay encoded.
 
     Raises:
@@ -487,9 +490,21 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
         )
     if len(pairs) == 0:
         raise InputError("train_dataset has no pairs")
-    messages = [card.format.messages(prompt, reserved) for prompt in pairs["prompt"]]
+    sources = pairs["sources"] if "sources" in pairs.column_names else [()] * len(pairs)
+    criteria = pairs["criterion"] if "criterion" in pairs.column_names else [None] * len(pairs)
+    messages = [
+        card.format.messages(text, reserved, sources=len(some or ()), criterion=criterion)
+        for text, some, criterion in zip(pairs["prompt"], sources, criteria, strict=True)
+    ]
+    if "sources" in pairs.column_names:  # a chat's images stand in one list
+        pairs = pairs.map(_with_sources, remove_columns="sources", desc="sources before images")
     pairs = pairs.cast_column("images", List(Image(decode=decode))).rename_column("prompt", "caption")
     return pairs.add_column("prompt", messages)
+
+
+def _with_sources(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose images are those of its chat."""
+    return {"images": [*(row["sources"] or ()), *row["images"]]}
 
 
 def load_policy_processor(model: str) -> Any:
