@@ -116,9 +116,12 @@ class Processors:
 
 
 def rate(seconds: float) -> dict[str, Any]:
-    """In turns of a few seconds. Where others work on the machine, the second core is theirs: the quietest count."""
+    """In turns of ten seconds, so that the last requests of a turn weigh little.
+
+    Where others work on the machine, the second core is theirs: the quietest turns count.
+    """
     # Four thoughts an order: the embedded judge is so small that carrying the pictures would be what is measured.
-    more, turns, span = ("--thoughts", "4"), int(seconds / 5), 2.5
+    more, turns, span = ("--thoughts", "4"), max(1, int(seconds / 20)), 10.0
     measured: list[list[tuple[float, float, float]]] = [[], []]
     with served(*command(1, *more)) as (one, _), served(*command(2, *more)) as (two, _):
         loads = [Load(url, 16, 4) for url in (one, two)]
