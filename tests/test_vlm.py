@@ -22,7 +22,10 @@ from listener_reward.models.head import next_token_logprobs
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
 from listener_reward.models.vlm import check_finite
+from listener_reward.pairs import Prompt
 from listener_reward.prefix.attention import ATTENTION, Layout
+from listener_reward.prefix.rows import Prompt as Tokenised
+from listener_reward.prefix.rows import fork
 from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.models import QUESTION, build_model, build_processor
 from listener_reward.tiny.world import split_pairs
@@ -279,6 +282,69 @@ def test_a_prompt_is_read_once_for_all_its_thoughts(random_judge, chats):
     with counted(vlm) as passes:
         vlm.label_logprobs(asked, prefixes, ("1", "2"))
     assert passes == [sum(expected)]
+
+
+CRITERIA = {"color": "judge by color : red or blue ?", "count": "by count .", "shape": "by shape : circle or square ?"}
+LAST = ChatFormat(question=QUESTION, criteria=CRITERIA)
+FIRST = ChatFormat(question="{criterion} " + QUESTION, criteria=CRITERIA)
+
+
+def by_criteria(chat_format: ChatFormat, reserved) -> list[Chat]:
+    """The general question and each criterion, about a pair in both orders."""
+    red, blue = Image.new("RGB", (80, 56), "red"), Image.new("RGB", (56, 90), "blue")
+    names = (None, *CRITERIA) if chat_format is LAST else CRITERIA
+    orders = ((red, blue), (blue, red))
+    return [chat_format.chat(Prompt("a red circle", (), n), *order, reserved) for order in orders for n in names]
+
+
+@pytest.mark.parametrize("chat_format", [LAST, FIRST], ids=["last", "first"])
+def test_criteria_of_a_pair_are_read_as_if_each_were_alone(random_judge, chats, chat_format):
+    """With several thoughts about some, another chat between them, whether or not they can share their beginning."""
+    shared, plain = (
+        TransformersVLM.from_pretrained(random_judge, device="cpu", shared_prefix=on) for on in (True, False)
+    )
+    thoughts = ["", "image 1 : two clean red circles ."]
+    asked = [(chat, thought) for chat in by_criteria(chat_format, shared.reserved) for thought in thoughts]
+    asked.insert(3, (chats[0], "so"))
+    some, prefixes = [chat for chat, _ in asked], [chat_format.answer_slot(thought) for _, thought in asked]
+    log_probs, means = shared.read(some, prefixes, ("1", "2"))
+    alone = [shared.read([chat], [prefix], ("1", "2")) for chat, prefix in zip(some, prefixes, strict=True)]
+    for expected in ([torch.cat(parts) for parts in zip(*alone, strict=True)], plain.read(some, prefixes, ("1", "2"))):
+        torch.testing.assert_close(log_probs, expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(means, expected[1], atol=1e-5, rtol=1e-5)
+    assert (log_probs[:2] - log_probs[4:6]).abs().min() > 1e-4, "each criterion is another question"
+    torch.testing.assert_close(shared.label_logprobs(some, prefixes, ("1", "2")), log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_criteria_of_a_pair_share_images_and_prompt(vlm):
+    """To the token: their beginning once, then what each asks. In a pass of its own where images come after it."""
+    chats = by_criteria(LAST, vlm.reserved)
+    texts = [vlm.tokenizer(text)["input_ids"] for text in vlm.turns.texts(chats[:4])]
+    common = next(place for place, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1)
+    ends = [len(text) - common for text in texts]
+    images = tokens_of(vlm, chats[0]) - len(texts[0])
+    answer = len(vlm.tokenizer(LAST.answer_slot(""), add_special_tokens=False)["input_ids"])
+    with counted(vlm) as passes:
+        vlm.label_logprobs(chats, [LAST.answer_slot("")] * 8, ("1", "2"))
+    assert passes == [common + images - 1 + sum(1 + end + answer for end in ends)] * 2, "one for each order"
+    first = by_criteria(FIRST, vlm.reserved)[:3]
+    with counted(vlm) as passes:
+        vlm.label_logprobs(first, [LAST.answer_slot("")] * 3, ("1", "2"))
+    assert passes == [sum(tokens_of(vlm, chat) + answer for chat in first)]
+
+
+def test_prompts_part_where_sharing_would_repeat_more_than_it_saves(vlm):
+    model = vlm.model
+    ids = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([5, 6, 7, 11, 12]), torch.tensor([5, 6, 7, 8])]
+    prompts = [Tokenised(own, torch.arange(len(own)).expand(3, -1)) for own in ids]
+    trunk, ends = fork(model, prompts, [1, 1, 1]) or pytest.fail("they share three tokens")
+    assert trunk.ids.tolist() == [5, 6, 7] and trunk.positions.shape == (3, 3)
+    assert [end.tolist() for end in ends] == [[8, 9, 10], [11, 12], [8]]
+    assert fork(model, prompts, [2, 2, 1]) is not None, "six saved for five repeated"
+    assert fork(model, prompts, [2, 2, 2]) is None, "six saved for six repeated"
+    assert fork(model, prompts[:1] * 2, [1, 1]) is not None, "the last token is each prompt's own"
+    other = Tokenised(torch.tensor([5, 6, 7, model.config.image_token_id]), torch.arange(4).expand(3, -1))
+    assert fork(model, [prompts[0], other], [1, 1]) is None
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(random_judge, chats):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from listener_reward.errors import missing
 
@@ -37,7 +37,7 @@ from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_out
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
 from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, check_used, take_layouts, unsupported
-from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, prompt_positions, read_only_at
+from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, fork, pack, prompt_positions, read_only_at
 from listener_reward.prefix.sampling import prefill, sample
 
 logger = logging.getLogger(__name__)
@@ -317,8 +317,11 @@ class TransformersVLM:
     def _read_groups(
         self, chats: list[Chat], texts: list[str], slots: list[list[int]], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        prompts, groups = self._prompts(chats, texts)
-        tokens = [torch.tensor(slot, dtype=torch.long, device=self.model.device) for slot in slots]
+        prompts, groups, ends = self._forked(chats, *self._prompts(chats, texts))
+        answers = [torch.tensor(slot, dtype=torch.long, device=self.model.device) for slot in slots]
+        tokens = [
+            answer if end is None else torch.cat([end, answer]) for end, answer in zip(ends, answers, strict=True)
+        ]
         lengths = [(len(p.ids), [len(tokens[row]) for row in rows]) for p, rows in zip(prompts, groups, strict=True)]
         log_probs, means = torch.empty(ids.shape), torch.zeros(len(chats))
         core = base_model(self.model)
@@ -327,16 +330,20 @@ class TransformersVLM:
             members = [[groups[group][member] for member in some] for group, some in row]
             written = [[tokens[m] for m in some] for some in members]
             packed = pack(asked, written, open_end=True, kernel=self.attention)
+            flat = [m for some in members for m in some]
             own = packed.labels[0] != IGNORED
+            if likelihood and any(ends[m] is not None for m in flat):
+                lasts: list[int] = cast("Any", packed.ends).tolist()
+                for m, last in zip(flat, lasts, strict=True):
+                    own[last - len(tokens[m]) : last - len(answers[m])] = False  # the end of the chat is no answer
             wanted = own.index_fill(0, packed.ends, True).nonzero()[:, 0] if likelihood else packed.ends
             with read_only_at(core, packed, wanted):
                 hidden = core.model(**packed.inputs, **_images(asked), use_cache=False).last_hidden_state[0]
             check_used(packed.inputs["shared_prefix"], core)
-            flat = [m for some in members for m in some]
             log_probs[flat] = next_token_logprobs(core.lm_head, hidden[packed.ends], ids[flat]).cpu()
             if likelihood:
                 chosen = token_logprobs(core.lm_head, hidden[own], packed.labels[0, own]).clamp(min=LEAST_LOGPROB)
-                parts = torch.split(chosen, [len(tokens[m]) for m in flat])
+                parts = torch.split(chosen, [len(answers[m]) for m in flat])
                 means[flat] = torch.stack([part.mean() for part in parts]).cpu()
         return log_probs, means
 
@@ -350,6 +357,34 @@ class TransformersVLM:
         firsts = [rows[0] for rows in groups.values()]
         self.turns.warn_of_unknown_words(chats[row].prompt for row in firsts)
         return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
+
+    def _forked(
+        self, chats: Sequence[Chat], prompts: list[Prompt], groups: list[list[int]]
+    ) -> tuple[list[Prompt], list[list[int]], list[Tensor | None]]:
+        """`_prompts`, those of one pair in one order as one: their common beginning, such as all criteria have.
+
+        Also gives what follows the beginning in each row, (B); None where the row's prompt stands alone.
+        """
+        kin: dict[Any, list[int]] = {}
+        for number, rows in enumerate(groups):
+            chat = chats[rows[0]]
+            times = (clip.times for clip in chat.videos)
+            kin.setdefault((chat.prompt, *map(id, prompts[number].images), *times), []).append(number)
+        shared: list[Prompt] = []
+        members: list[list[int]] = []
+        ends: list[Tensor | None] = [None] * len(chats)
+        for numbers in kin.values():
+            some, rows = [prompts[number] for number in numbers], [groups[number] for number in numbers]
+            forked = fork(self.model, some, [*map(len, rows)]) if len(some) > 1 else None
+            if forked is None:
+                shared, members = shared + some, members + rows
+                continue
+            shared.append(forked[0])
+            members.append([row for own in rows for row in own])
+            for own, end in zip(rows, forked[1], strict=True):
+                for row in own:
+                    ends[row] = end
+        return shared, members, ends
 
     def _prompt(self, text: str, media: list[Encoded], clips: Sequence[Clip]) -> Prompt:
         """The chat `text` with its placeholders written out; `shown` are its images and then its videos, `clips`."""
@@ -373,19 +408,20 @@ class TransformersVLM:
         return self.turns.texts(chats)
 
     def _batches(self, chats: Sequence[Chat], texts: Sequence[str], new: int = 0) -> Iterator[list[int]]:
-        """The chats' places in batches of at most `batch_size`, those of equal chats next to one another.
+        """The chats' places in batches of at most `batch_size`, those of one prompt and its images next to one another.
 
-        With a shared prefix equal chats are never parted, since their prompt would be paid for again. What a batch
+        With a shared prefix they are never parted, since what they share would be paid for again. What a batch
         keeps while completions of at most `new` tokens are sampled fits half of the memory, if one chat does.
         """
         groups: dict[Any, list[int]] = {}
-        for row, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-            groups.setdefault((text, *(visual.digest for visual in chat.visuals)), []).append(row)
+        for row, chat in enumerate(chats):
+            groups.setdefault((chat.prompt, *(visual.digest for visual in chat.visuals)), []).append(row)
         whole = groups.values() if self.shared_prefix else ([row] for rows in groups.values() for row in rows)
         batch: list[int] = []
         used = 0
         for rows in whole:
-            size = self._kept_for(chats[rows[0]], texts[rows[0]], min(len(rows), self.batch_size) if new else 0, new)
+            drawn = min(len(rows), self.batch_size) if new else 0
+            size = self._kept_for(chats[rows[0]], {texts[row] for row in rows}, drawn, new)
             if batch and (len(batch) + len(rows) > self.batch_size or used + size > self.memory // 2):
                 yield batch
                 batch, used = [], 0
@@ -393,9 +429,13 @@ class TransformersVLM:
         if batch:
             yield batch
 
-    def _kept_for(self, chat: Chat, text: str, rows: int, new: int) -> int:
-        """About how many bytes a batch keeps for `chat`, its text at one token a character, and for its completions."""
-        prompt = len(text) + sum(tokens_of(self.processor, visual) for visual in chat.visuals)
+    def _kept_for(self, chat: Chat, texts: Collection[str], rows: int, new: int) -> int:
+        """About how many bytes a batch keeps for `chat`, written as `texts`, and for its completions.
+
+        A character counts as one token.
+        """
+        visuals = sum(tokens_of(self.processor, visual) for visual in chat.visuals)
+        prompt = sum(map(len, texts)) + len(texts) * visuals
         kept = self.footprint.chat(prompt, rows, new)
         if self.shared_prefix:
             return kept
