@@ -125,9 +125,10 @@ def _check_policy(reward: ListenerReward) -> None:
 
 
 def logged(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What a host that logs means gets of an info: those of `ALWAYS_FINITE`, and the components of a `Mixture`.
+    """What a host that logs means gets of an info: those of `ALWAYS_FINITE`, and each component or criterion.
 
-    A component's score is NaN only where `on_failure="drop-component"` left it out.
+    In a score that is a number, a component is NaN only where a `Mixture` with `on_failure="drop-component"` left it
+    out.
     """
     return {name: values for name, values in info.items() if name in ALWAYS_FINITE or name.endswith("/score")}
 

@@ -188,6 +188,13 @@ class ChatFormat:
             tuple(visual for visual in visuals if isinstance(visual, Clip)),
         )
 
+    @property
+    def known_criteria(self) -> Mapping[str, str]:
+        """`criteria`, and where they are None those that go with the question."""
+        if self.criteria is not None:
+            return self.criteria
+        return default_criteria() if self.question == default_question() else {}
+
     def _question(self, sources: int, criterion: str | None) -> str:
         """The user's turn for so many sources, with the criterion's text in it."""
         asks_generally = self.question == default_question()
@@ -202,7 +209,7 @@ class ChatFormat:
             question = given
         text = ""
         if criterion is not None:
-            known = self.criteria if self.criteria is not None else default_criteria() if asks_generally else {}
+            known = self.known_criteria
             if criterion not in known:
                 names = ", ".join(map(repr, known)) or "none"
                 raise InputError(f"criterion is {criterion!r}, and this checkpoint has {names}; give it more by a card")

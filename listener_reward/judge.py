@@ -223,6 +223,12 @@ class Judge:
             warnings.warn(limit, stacklevel=2)
         return judge
 
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria that reasoner and listener both have a question about, by name."""
+        formats = [self.card.format, *([] if self.listener is None else [self.listener.chat_format])]
+        return tuple(name for name in formats[0].known_criteria if all(name in f.known_criteria for f in formats))
+
     def sleep(self, level: int = 1) -> None:
         """Has every vLLM engine of this judge free its GPU memory; see `VllmVLM.sleep`. Other backends stay awake."""
         for vlm in self._vlms():

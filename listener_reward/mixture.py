@@ -12,17 +12,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from listener_reward.advantages import normalised_sum
 from listener_reward.batching import Unwanted
+from listener_reward.criteria import check_weight
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, check_choice
 from listener_reward.pairs import PromptLike, check_company, key_of
 from listener_reward.reward import Reward, Scheme, read_scores, with_sources
@@ -260,9 +259,7 @@ def _read(rewards: Any) -> tuple[dict[str, Reward], dict[str, float]]:
             raise InputError(
                 f"component {name!r} is a {type(reward).__name__}; give a callable, such as ListenerReward('tiny')"
             )
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight == 0:
-            raise InputError(f"the weight of {name!r} is {weight!r:.80}; give a finite number other than 0")
-        components[name], weights[name] = reward, float(weight)
+        components[name], weights[name] = reward, check_weight(name, weight)
     return components, weights
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from listener_reward.batching import BatchingJudge
+from listener_reward.criteria import check_asked, combined, read_criteria, summed
 from listener_reward.errors import FormatError, InputError, JudgeError, check_choice
 from listener_reward.forks import renew
 from listener_reward.media.clips import Clip, Visual
@@ -94,6 +95,7 @@ class ListenerReward:
         reference: Mapping[str, ImageLike] | Callable[[str], ImageLike] | str | os.PathLike[str] | None = None,
         on_failure: FailurePolicy = "raise",
         state: str | os.PathLike[str] | None = None,
+        criteria: Mapping[str, float] | str | None = None,
         **judge_options: Any,
     ):
         """
@@ -110,6 +112,9 @@ class ListenerReward:
             state: a file that keeps the first images seen, made where it is missing, so that memory does not grow with
                 the prompts and the next run has the same zeros; see `references.ReferenceFile`. Left out, they are kept
                 in memory.
+            criteria: what to judge by, each with its weight: `{"alignment": 1.0, "quality": 0.5}`, or as a text
+                "alignment=1,quality=0.5". Each comparison is asked once for each criterion, and the score is the
+                weighted sum of the criteria's scores: weights are not normalised. None asks the general question.
             judge_options: passed on to `Judge.from_pretrained`. Without a `device`, or with "cuda", the judge goes to
                 the GPU that is current where the reward is made: the first call may come from a thread with another
                 current GPU.
@@ -130,7 +135,7 @@ class ListenerReward:
         if isinstance(judge, (str, os.PathLike)):
             judge = os.fspath(judge)
             if unknown := [name for name in judge_options if name not in JUDGE_OPTIONS]:
-                known = ", ".join(("scheme", "reference", "on_failure", "state", *JUDGE_OPTIONS))
+                known = ", ".join(("scheme", "reference", "on_failure", "state", "criteria", *JUDGE_OPTIONS))
                 raise InputError(f"{', '.join(unknown)}: no option of a ListenerReward, which has {known}")
             check_options({name: value for name, value in judge_options.items() if name in MODEL_OPTIONS})
         elif not isinstance(judge, PairJudge):
@@ -140,6 +145,9 @@ class ListenerReward:
                 f"{', '.join(judge_options)} would have no effect on a judge already loaded; give it to "
                 "Judge.from_pretrained, or give the judge by name"
             )
+        self.criteria = {} if criteria is None else read_criteria(criteria)
+        if not isinstance(judge, str):
+            check_asked(judge, self.criteria)
         self.judge = judge
         self.scheme = scheme
         self.reference = read_references(reference) if isinstance(reference, (str, os.PathLike)) else reference
@@ -185,6 +193,11 @@ class ListenerReward:
             - `label_mass`: the two labels' total probability at the judge's answer slot, see `Verdict.label_mass`;
             - `failed`: 1 where the judge broke on every comparison of the image, else 0.
 
+            With `criteria` these are of the whole: errors taken as independent, comparisons counted, other entries the
+            means over them, `failed` where a criterion failed. Beside them each criterion has its own, unweighted:
+            `NAME/score`, `NAME/missing` (its `failed`), `NAME/standard_error` and so on. An image that a criterion
+            gave no score has none, unless `on_failure="group-mean"` gives it that criterion's mean.
+
         Raises:
             InputError: unusable images, sources or prompts, or lengths that differ.
             JudgeError: the judge broke, and `on_failure` is "raise"; or it is strict, and its answers are not in its
@@ -192,20 +205,26 @@ class ListenerReward:
         """
         pictures = to_visuals(images)
         groups = _group_by_prompt(with_sources(prompts, len(pictures), metadata, sources))
+        names: Sequence[str | None] = [*self.criteria] or [None]
         with self._planned({prompt: [pictures[b] for b in members] for prompt, members in groups.items()}) as tasks:
-            verdicts = iter(self._ask(self._get_judge(), [match for task in tasks for match in task.matches()]))
+            matches = [match for task in tasks for match in task.matches(names)]
+            verdicts = iter(self._ask(self._get_judge(), matches))
             # Only now: a call that raised must not leave its image as the prompt's reference.
             with self._lock:
                 self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
 
-        table = np.zeros((len(pictures), 1 + len(INFO)), dtype=np.float32)
+        tables = np.zeros((len(names), len(pictures), 1 + len(INFO)), dtype=np.float32)
         for task, members in zip(tasks, groups.values(), strict=True):
-            table[members] = _score(task, [next(verdicts) for _ in task.meetings])
-            if self.on_failure == "group-mean":
-                scores = table[members, 0]
-                if not np.isnan(scores).all():
-                    table[members, 0] = np.where(np.isnan(scores), np.nanmean(scores), scores)
-        return table[:, 0].copy(), {name: table[:, 1 + k].copy() for k, name in enumerate(INFO)}
+            said = [next(verdicts) for _ in task.meetings for _ in names]
+            for number, table in enumerate(tables):
+                table[members] = _score(task, said[number :: len(names)])
+                if self.on_failure == "group-mean":
+                    scores = table[members, 0]
+                    if not np.isnan(scores).all():
+                        table[members, 0] = np.where(np.isnan(scores), np.nanmean(scores), scores)
+        parts = [{name: table[:, k].copy() for k, name in enumerate(("score", *INFO))} for table in tables]
+        columns = combined(dict(zip(self.criteria, parts, strict=True)), self.criteria) if self.criteria else parts[0]
+        return columns.pop("score"), columns
 
     def prefer_device(self, device: Any) -> None:
         """For hosts that name a device: where to load the judge. No effect if the judge is loaded, or `judge_options`
@@ -222,9 +241,18 @@ class ListenerReward:
         criterion: str | None = None,
         budget: int | None = None,
     ) -> Ranking:
-        """Orders images of one prompt; see `Judge.rank`. `images` as in a call."""
-        asked = prompt_with(prompt, sources, criterion)
-        return self._get_judge().rank(asked, to_visuals(images), budget=budget)
+        """Orders images of one prompt; see `Judge.rank`. `images` as in a call.
+
+        A reward with `criteria` ranks by each of them, with a budget of its own, and orders by the weighted sum. A
+        `criterion` named here is the only one.
+        """
+        asked, visuals = prompt_with(prompt, sources, criterion), to_visuals(images)
+        if not self.criteria or as_prompt(asked).criterion is not None:
+            return self._get_judge().rank(asked, visuals, budget=budget)
+        by_criterion = {
+            name: self._get_judge().rank(prompt_with(asked, (), name), visuals, budget=budget) for name in self.criteria
+        }
+        return summed(by_criterion, self.criteria)
 
     def compare(
         self,
@@ -236,7 +264,7 @@ class ListenerReward:
         criterion: str | None = None,
         think: bool | None = None,
     ) -> Verdict:
-        """Judges one pair; see `Judge.compare`."""
+        """Judges one pair; see `Judge.compare`. Without `criterion` it is by the general question."""
         prompt = prompt_with(prompt, sources, criterion)
         visuals = to_visual(first, field="first"), to_visual(second, field="second")
         return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
@@ -266,7 +294,8 @@ class ListenerReward:
 
     def __repr__(self) -> str:
         judge = repr(self.judge) if isinstance(self.judge, str) else self.judge.name
-        return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r})"
+        by = f", criteria={self.criteria!r}" if self.criteria else ""
+        return f"ListenerReward({judge}, scheme={self.scheme!r}, on_failure={self.on_failure!r}{by})"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._kept if isinstance(self._kept, ReferenceFile) else dict(self._kept)
@@ -294,6 +323,7 @@ class ListenerReward:
                 self._forked = False
             if self._loaded is None:
                 judge = self._load() if isinstance(self.judge, str) else self.judge
+                check_asked(judge, self.criteria)
                 self._loaded = (
                     judge if isinstance(judge, BatchingJudge) else BatchingJudge(judge, wait=0, own_thread=False)
                 )
@@ -419,10 +449,14 @@ class _Task:
     same: Sequence[int] = ()
     """For each picture the first that is equal to it, where the pictures meet one another."""
 
-    def matches(self) -> list[_Match]:
-        """What to ask the judge: one `(prompt, first, second)` for each meeting."""
+    def matches(self, criteria: Sequence[str | None]) -> list[_Match]:
+        """What to ask the judge: one `(prompt, first, second)` for each meeting and criterion.
+
+        The criteria of a meeting stand next to one another, so that a judge looks at its images once for all of them.
+        """
         opponents = [*self.pictures, self.reference]  # REFERENCE is the last position
-        return [(self.prompt, self.pictures[i], opponents[j]) for i, j in self.meetings]
+        asked = [prompt_with(self.prompt, (), criterion) for criterion in criteria]
+        return [(prompt, self.pictures[i], opponents[j]) for i, j in self.meetings for prompt in asked]
 
 
 def log_odds(p: float, *, prior_std: float = PRIOR_STD) -> tuple[float, float]:

@@ -40,7 +40,7 @@ FLOORS = (
     ("evaluate",),
     ("report", "scoring"),
     # the reward, and training a judge
-    ("references",),
+    ("references", "criteria"),
     ("reward",),
     ("remote", "mixture"),
     ("train",),
