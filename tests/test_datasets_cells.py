@@ -31,6 +31,7 @@ def png(level: int) -> bytes:
 IMAGE = {"bytes": png(10), "path": None}
 ROWS = {
     "generic": {"prompt": "x", "image_first": "1.png", "image_second": "2.png", "label": 1, "id": "a"}
+    | {"sources": ["3.png"], "criterion": "text"}
     | {name: 1 if kind == "float64" else "m" for name, kind in OPTIONAL.items()},
     "hpdv2": {"prompt": "x", "image_path": ["1.png", "2.png"], "rank": [0, 1], "raw_annotations": [{"rank": [0, 1]}]},
     "imagereward": {"id": "a", "prompt": "x", "generations": ["1.png", "2.png"], "ranking": [2, 1]},
@@ -93,7 +94,7 @@ def test_any_cell_may_be_anything(kind):
             except Exception as error:
                 raise AssertionError(f"{name}={odd!r:.60} raises {type(error).__name__}: {error}") from error
             for one in found:
-                images: list[Any] = [one.pair.first, one.pair.second]
+                images: list[Any] = [one.pair.first, one.pair.second, *one.pair.sources]
                 for image in images:
                     assert isinstance(image["bytes"], bytes | None) and isinstance(image["path"], str | None)
                 for text in (one.pair.prompt, one.pair.id, *filter(None, (images[-1]["path"],))):

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 from listener_reward.chat import QWEN_RESERVED, ChatFormat
 from listener_reward.datasets.format import Labelled, Skipped, stored_as_video
-from listener_reward.datasets.load import MAX_BROKEN, Opened, fault, is_swapped, open_pairs
+from listener_reward.datasets.load import ASKED, MAX_BROKEN, Opened, fault, is_swapped, open_pairs, pictures_of
 from listener_reward.errors import InputError
 from listener_reward.media.images import identity, to_pil
 from listener_reward.progress import progress_bars
@@ -47,14 +47,22 @@ class DataCheck:
     order_leaks: bool
     """Whether always answering "the first" beats chance as published (binomial test, p < 0.001)."""
     images: int
-    """Different images, videos among them."""
+    """Different images, videos and source images among them."""
     broken_images: int
     broken_named: list[str]
     broken_pairs: int
     sizes: dict[str, list[int]] | None
     """Width and height of the smallest, median and largest image by area, as a judge gets them; None for videos."""
+    pairs_with_sources: int
+    """Pairs whose prompt speaks of source images."""
+    sources: int
+    """Different source images."""
+    missing_sources: int
+    """Those of them that are not there or cannot be read; they are among the broken images."""
+    criteria: dict[str, int]
+    """Pairs by the criterion that people were asked; those of the general question are not among them."""
     duplicate_pairs: int
-    """Pairs whose prompt, dimension and images have been there before, in either order."""
+    """Pairs whose prompt, sources, criterion, dimension and images have been there before, in either order."""
     contradicting_duplicates: int
     """Those of them that prefer another image than the first such pair."""
     repeated_ids: int
@@ -98,6 +106,13 @@ class DataCheck:
         if self.sizes is not None:
             sizes = {name: " x ".join(map(str, size)) for name, size in self.sizes.items()}
             lines.append(("sizes", f"{sizes['least']} to {sizes['greatest']}, median {sizes['median']}"))
+        if self.pairs_with_sources:
+            found = f"{self.sources:,} in {self.pairs_with_sources:,} pairs"
+            lines.append(("source images", f"{found}; {self.missing_sources:,} missing or broken"))
+        if self.criteria:
+            asked = [f"{count:,} by {name}" for name, count in sorted(self.criteria.items())]
+            general = self.pairs - sum(self.criteria.values())
+            lines.append(("criteria", "; ".join([*asked, *([f"{general:,} as a whole"] if general else [])])))
         lines.append(("duplicates", f"{self.duplicate_pairs:,}; {self.contradicting_duplicates:,} of them contradict"))
         lines.append(("repeated ids", f"{self.repeated_ids:,}"))
         if self.prompt_characters is not None:
@@ -125,6 +140,7 @@ def check_data(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; give at least 1, or None for all pairs")
     opened = open_pairs(spec, limit=limit, seed=seed, columns=None, stream=True)
+    opened = replace(opened, asks=frozenset(ASKED))
     tally = _Tally(seed, opened)
     with ThreadPoolExecutor() as pool, progress_bars(visible=progress, transient=True) as bars:
         pairs = iter(bars.track(islice(opened.pairs(), limit), description="checking pairs"))
@@ -146,7 +162,10 @@ class _Tally:
         self.broken_pairs = 0
         self.before: dict[tuple[int, int, int], float] = {}
         """Pairs by their question and their two images, the lower key first, to the fraction that prefers that image.
-        The question is the prompt and, where a format labels several, the dimension: visual quality, motion quality."""
+        The question is the prompt, its sources, the criterion and, where a format labels several, the dimension."""
+        self.with_sources = 0
+        self.sources: set[int] = set()
+        self.criteria: Counter[str] = Counter()
         self.duplicates = self.contradicting = 0
         self.ids: set[int] = set()
         self.prompts: set[int] = set()
@@ -158,7 +177,7 @@ class _Tally:
         images = {}
         for one in pairs:
             self.opened.row(one, self.seed)  # what no row can be made of is found here, and not by whoever loads it
-            for image in (one.pair.first, one.pair.second):
+            for image in pictures_of(one.pair):
                 images.setdefault(_image_key(image), (one.pair.id, image))
         new = {key: named for key, named in images.items() if key not in self.looked}
         self.looked |= zip(new, pool.map(lambda named: _look(*named), new.values()), strict=True)
@@ -170,9 +189,13 @@ class _Tally:
         self.first.append(pair.p_first)
         self.flipped.append(self.opened.shuffled and is_swapped(pair.id, self.seed))
         self.ids.add(_hash(pair.id.encode()))
-        first, second = _image_key(pair.first), _image_key(pair.second)
-        self.broken_pairs += any(self.looked[key][0] is not None for key in (first, second))
-        question = _hash(repr((pair.prompt, one.columns.get("dimension"))).encode())
+        first, second, *sources = map(_image_key, pictures_of(pair))
+        self.broken_pairs += any(self.looked[key][0] is not None for key in (first, second, *sources))
+        self.with_sources += bool(sources)
+        self.sources.update(sources)
+        if pair.criterion is not None:
+            self.criteria[pair.criterion] += 1
+        question = _hash(repr((pair.prompt, sources, pair.criterion, one.columns.get("dimension"))).encode())
         p_low = pair.p_first if first <= second else 1 - pair.p_first
         known = self.before.setdefault((question, min(first, second), max(first, second)), p_low)
         if len(self.before) + self.duplicates < len(self.first):
@@ -207,6 +230,10 @@ class _Tally:
             broken_named=faults[:NAMED],
             broken_pairs=self.broken_pairs,
             sizes=_three([list(size) for size in sizes]),
+            pairs_with_sources=self.with_sources,
+            sources=len(self.sources),
+            missing_sources=sum(self.looked[key][0] is not None for key in self.sources),
+            criteria=dict(self.criteria),
             duplicate_pairs=self.duplicates,
             contradicting_duplicates=int(self.contradicting),
             repeated_ids=n - len(self.ids),

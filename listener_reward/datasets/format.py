@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from listener_reward.errors import InputError
 from listener_reward.media.containers import demuxer, head_of
-from listener_reward.media.images import ImageLike
+from listener_reward.media.images import ImageLike, identity
 from listener_reward.pairs import PreferencePair, check_text
 
 Row: TypeAlias = "Mapping[str, Any]"
@@ -65,6 +65,8 @@ class Unlabelled:
     first: ImageLike
     second: ImageLike
     id: str
+    sources: tuple[ImageLike, ...] = ()
+    criterion: str | None = None
 
     def __post_init__(self) -> None:
         check_text(self.prompt, field="prompt")
@@ -82,11 +84,13 @@ class Format:
     """How one publisher writes preferences."""
 
     kind: str
-    """The word before the colon of a spec, and the `source` of its pairs."""
+    """The word before the colon of a spec, and the `dataset` of its pairs."""
     pairs: Callable[[Row, Place], Iterator[Labelled | Unlabelled | Skipped]]
     """Every pair of one row, in the published order. Raises InputError for a row that cannot be used."""
     columns: Mapping[str, str]
     """Its own columns beside `PUBLISHED`, to their Arrow types."""
+    asks: frozenset[str] = frozenset()
+    """Those of `sources` and `criterion` that its data has whatever the first rows show."""
     signs: tuple[frozenset[str], ...] = ()
     """Fields by which a file of this format is recognised: all those of one set."""
     files: tuple[str, ...] = ()
@@ -114,17 +118,21 @@ def read_pairs(source: Iterable[tuple[Place, Row]], form: Format) -> Iterator[La
 def published(pair: PreferencePair, group: str | None = None, **columns: Any) -> Labelled:
     """A pair of a published format. A column given as a pair of values becomes `_first` and `_second`.
 
-    `group` is the record that the pair belongs to; without one, all pairs with the same prompt are a group.
+    `group` is the record that the pair belongs to; without one, all pairs with the same prompt and sources are a group.
     """
-    if group is None:
-        group = hashlib.blake2b(pair.prompt.encode(), digest_size=8).hexdigest()
-    values: dict[str, Any] = {"group": group}
+    values: dict[str, Any] = {"group": group_of(pair) if group is None else group}
     for name, value in {"item": (None, None), **columns}.items():
         if isinstance(value, tuple):
             values[f"{name}_first"], values[f"{name}_second"] = value
         else:
             values[name] = value
     return Labelled(pair, values)
+
+
+def group_of(pair: PreferencePair) -> str:
+    """A name for all pairs of the same prompt and sources: one instruction on two sources is two groups."""
+    named = [pair.prompt, *map(identity, pair.sources)]
+    return hashlib.blake2b("\x1f".join(named).encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 def field(row: Row, name: str) -> Any:

@@ -1,11 +1,18 @@
 """The generic schema: anybody's own pairs, one a row.
 
 `prompt`; `image_first` and `image_second`, or `images` with two entries; `p_first` in [0, 1], or `label` among 1, 2,
-"first", "second", "tie"; and, where the file has them, `id` and the columns of `OPTIONAL`.
+"first", "second", "tie"; and, where the file has them:
+
+- `sources`, the images that the prompt speaks of, as a list or as one image; or `image_source`, or `source_image`, one;
+- `criterion`, the name of the question that people were asked;
+- `id`, and the columns of `OPTIONAL`.
+
+A cell that is empty is a pair without sources, or one that was judged as a whole.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +25,7 @@ from listener_reward.datasets.format import (
     Place,
     Row,
     Unlabelled,
+    group_of,
     is_empty,
     names,
     number,
@@ -37,7 +45,11 @@ OPTIONAL = {
 }
 """Columns that are kept where the file has them; they mean what they mean in the published formats."""
 
-_FIELDS = ("prompt", "image_first", "image_second", "images", "p_first", "label", "id", *OPTIONAL)
+SOURCES = ("sources", "image_source", "source_image")
+"""What a file may call its source images."""
+
+_FIELDS = ("prompt", "image_first", "image_second", "images", *SOURCES, "criterion", "p_first", "label", "id")
+_FIELDS += tuple(OPTIONAL)
 _LABELS = {"1": 1.0, "first": 1.0, "2": 0.0, "second": 0.0, "tie": 0.5}
 
 
@@ -53,11 +65,15 @@ def generic_format(
     """
     if unknown := [name for name in columns if name not in _FIELDS]:
         raise InputError(f"columns names the field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
-    kept = {name: kind for name, kind in OPTIONAL.items() if name in fields or name in columns}
+    has = {*fields, *columns}
+    asks = frozenset([*(["sources"] if has & set(SOURCES) else []), *(["criterion"] if "criterion" in has else [])])
+    # The group tells one instruction on two sources apart.
+    kept = {name: kind for name, kind in OPTIONAL.items() if name in has or (name == "group" and "sources" in asks)}
     for name in kept:
         if (other := other_side(name)) not in kept and other != name:
             raise InputError(f"{source} has a column {name} and no {other}; add it, or give {name} another name")
-    return Format("generic", partial(_pairs, source=source, columns=columns, kept=kept, labelled=labelled), kept)
+    read = partial(_pairs, source=source, columns=columns, kept=kept, labelled=labelled)
+    return Format("generic", read, kept, asks)
 
 
 def _pairs(
@@ -72,14 +88,19 @@ def _pairs(
     if "prompt" not in row:
         raise InputError(f"prompt is missing from {names(row)}; add it, or name it by columns={{'prompt': ...}}")
     first, second = (undecoded(image, place) for image in _two_images(row))
+    sources = _sources(row, place)
+    criterion = text(row.get("criterion"), "criterion")
     name = text(row.get("id"), "id") or str(place.index)
     if not labelled and is_empty(row.get("p_first")) and is_empty(row.get("label")):
-        yield Unlabelled(row["prompt"], first, second, name)
+        yield Unlabelled(row["prompt"], first, second, name, sources, criterion)
         return
     extra = {
         key: text(row.get(key), key) if kind == "string" else number(row.get(key), key) for key, kind in kept.items()
     }
-    yield Labelled(PreferencePair(row["prompt"], first, second, _label_of(row), name, source), extra)
+    pair = PreferencePair(row["prompt"], first, second, _label_of(row), name, source, sources, criterion)
+    if sources and extra.get("group") is None:
+        extra["group"] = group_of(pair)
+    yield Labelled(pair, extra)
 
 
 def _two_images(row: Row) -> Sequence[Any]:
@@ -91,6 +112,32 @@ def _two_images(row: Row) -> Sequence[Any]:
     if not isinstance(images, list) or len(images) != 2:
         raise InputError(f"images is {reprlib.repr(images)}; give a list of two")
     return images
+
+
+def _sources(row: Row, place: Place) -> tuple[dict[str, Any], ...]:
+    """The source images, undecoded, under whichever name the row has them. CSV holds several as a JSON list."""
+    given = [name for name in SOURCES if not _is_nothing(row.get(name))]
+    if not given:
+        return ()
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} are both there; give the source images once")
+    value = row[given[0]]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{given[0]} is {reprlib.repr(value)}, which is no list in JSON ({error})") from error
+    several: list[Any] = value if isinstance(value, list) else [value]
+    if any(_is_nothing(one) for one in several):
+        raise InputError(f"{given[0]} is {reprlib.repr(value)}, with an empty place; leave out what is no source image")
+    return tuple(undecoded(one, place) for one in several)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell has no image: empty, or what Parquet has for one, an object of nothing."""
+    if isinstance(value, dict):
+        return value.get("bytes") is None and value.get("path") is None
+    return is_empty(value) or value == []
 
 
 def _label_of(row: Row) -> float:

@@ -15,16 +15,20 @@
 | `FILE.jsonl`, `.json`, `.csv`, `.parquet` | any of the above, by its fields; else the generic schema |
 | `org/name`, `org/name:split`, `org/name:configuration/split` | the same on the Hugging Face Hub |
 
-PATH is a file, a folder that holds one under its published name or as Parquet, or a pattern such as `data/test-*`.
-The generic schema is in `listener_reward.datasets.generic`.
+PATH is a file, a folder that holds one under its published name, as Parquet or as `save_to_disk` writes it, or a
+pattern such as `data/test-*`. The generic schema is in `listener_reward.datasets.generic`. `#general` at the end, or
+`,general` after a dimension, leaves the criteria out: every pair is then judged by the general question.
 
 **Columns.** Always: `prompt` (string), `images` (two, undecoded), `p_first` (float64 in [0, 1], 0.5 is a tie), `id`
-(string), `source` (string, the word before the colon) and `swapped` (bool, whether the shuffle exchanged the two, so
+(string), `dataset` (string, the word before the colon) and `swapped` (bool, whether the shuffle exchanged the two, so
 that the label in the file's own order is 1 - p_first). Those ending in `_first` and `_second` belong to the images as
 they come out, after the shuffle; `rank_*` is short for both.
 
+Where the data has them: `sources` (the images that the prompt speaks of, undecoded; an empty list for none) and
+`criterion` (string, the question that people were asked, a name of `ChatFormat.criteria`; null for the general one).
+
 - `tiny`: no more.
-- generic: those of the columns below that the file has under these names.
+- generic: those of the columns below that the file has under these names; `group` where it has sources.
 - every published format: `group` (string, the record that the pair belongs to, or a hash of its prompt) and `item_*`
   (string, the image's published name, or null).
 - `imagereward`: and `rank_*` (float64, 1 is best, equal is a tie), `place_*` (int64, where in the published list).
@@ -47,7 +51,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heappop, heappush, heappushpop
 from itertools import islice
@@ -80,7 +84,8 @@ from listener_reward.datasets.videogen import VIDEOGEN
 from listener_reward.errors import InputError
 from listener_reward.files import quoted
 from listener_reward.media.containers import demuxer, head_of
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import ImageLike, to_pil
+from listener_reward.pairs import PreferencePair
 
 __all__ = ["FEATURES", "FORMATS", "MAX_BROKEN", "TINY_PAIRS", "is_swapped", "load_pairs"]
 
@@ -101,6 +106,11 @@ FEATURES = datasets.Features(
     }
 )
 """The columns that all data has."""
+
+ASKED = datasets.Features(
+    {"sources": datasets.List(datasets.Image(decode=False)), "criterion": datasets.Value("string")}
+)
+"""The columns that belong to a question, which only some data has."""
 
 MAX_BROKEN = 0.2
 """Above this fraction of pairs with an unreadable image the data set is refused: its folder is wrong or incomplete."""
@@ -175,29 +185,30 @@ def load_pairs(
     if not 0 <= max_broken <= 1:
         raise InputError(f"max_broken is {max_broken}; give a fraction of pairs from 0 to 1")
     opened = open_pairs(spec, limit=limit, seed=seed, columns=columns, stream=stream)
-    features = opened.features
     if not stream:
         pairs = _sample(_labelled(opened.pairs()), limit, seed)
         if not pairs:
             raise InputError(_no_pairs(spec, opened.pairs()))
+        opened = opened.with_columns_of(pairs)
         if check_images and opened.shuffled:
             pairs = _readable(pairs, spec, max_broken)
             if not pairs:
                 raise InputError(f"{spec}: no pair has two images that can be read; complete the images")
-        return _dataset([opened.row(pair, seed) for pair in pairs], features)
+        return _dataset([opened.row(pair, seed) for pair in pairs], opened.features)
     if next(_labelled(opened.pairs()), None) is None:
         raise InputError(_no_pairs(spec, opened.pairs()))
+    opened = opened.looked_at()
 
     # Plain arguments: `datasets` makes a fingerprint of them, for which a closure would have to be pickled.
     arguments = {"spec": spec, "limit": limit, "seed": seed, "columns": columns}
     arguments |= {"max_broken": max_broken, "check_images": check_images}
-    return datasets.IterableDataset.from_generator(_stream, features=features, gen_kwargs=arguments)
+    return datasets.IterableDataset.from_generator(_stream, features=opened.features, gen_kwargs=arguments)
 
 
 def _stream(
     spec: str, limit: int | None, seed: int, columns: Mapping[str, str] | None, max_broken: float, check_images: bool
 ) -> Iterator[dict[str, Any]]:
-    opened = open_pairs(spec, limit=limit, seed=seed, columns=columns, stream=True)
+    opened = open_pairs(spec, limit=limit, seed=seed, columns=columns, stream=True).looked_at()
     pairs = islice(_labelled(opened.pairs()), limit)
     if check_images and opened.shuffled:
         pairs = _readable_stream(pairs, spec, max_broken)
@@ -217,31 +228,59 @@ class Opened:
     source: Iterable[tuple[Place, Row]] | None
     form: Format | None
     tiny: tuple[str, int | None, int] | None = None
+    general: bool = False
+    """Whether every pair is judged by the general question, whatever people were asked."""
+    asks: frozenset[str] = frozenset()
+    """Those columns of `ASKED` that the data is known to have."""
 
     def pairs(self) -> Iterator[Labelled | Unlabelled | Skipped]:
         """From the start, in the published order."""
         if self.tiny is not None:
-            return iter(tiny_pairs(*self.tiny))
-        assert self.source is not None and self.form is not None
-        return read_pairs(self.source, self.form)
+            pairs: Iterator[Labelled | Unlabelled | Skipped] = iter(tiny_pairs(*self.tiny))
+        else:
+            assert self.source is not None and self.form is not None
+            pairs = read_pairs(self.source, self.form)
+        return map(_by_the_general_question, pairs) if self.general else pairs
+
+    def with_columns_of(self, pairs: Iterable[Labelled]) -> Opened:
+        """The same with the columns of `ASKED` that these pairs need."""
+        found = {name for one in pairs for name in ASKED if getattr(one.pair, name)}
+        return replace(self, asks=self.asks | found)
+
+    def looked_at(self) -> Opened:
+        """The same with the columns of `ASKED` that the first pairs need."""
+        return self.with_columns_of(islice(_labelled(self.pairs()), 1 if self.tiny else _HEAD))
 
     @cached_property
     def features(self) -> datasets.Features:
         columns = dict(self.form.columns) if self.form else {}
         if self.kind in FORMATS:
             columns = PUBLISHED | columns
-        return datasets.Features({**FEATURES, **{name: datasets.Value(kind) for name, kind in columns.items()}})
+        asked = {name: kind for name, kind in ASKED.items() if name in self.asks}
+        values = {name: datasets.Value(kind) for name, kind in columns.items()}
+        return datasets.Features({**FEATURES, **asked, **values})
 
     @property
     def shuffled(self) -> bool:
         return self.tiny is None
 
     def row(self, one: Labelled, seed: int) -> dict[str, Any]:
-        """The pair as `load_pairs` gives it, its images in the seeded order. What checks data makes these rows too."""
+        """The pair as `load_pairs` gives it, its images in the seeded order. What checks data makes these rows too.
+
+        Raises:
+            InputError: the pair has sources or a criterion, for which the first pairs showed no need.
+        """
         shown = one.exchanged() if self.shuffled and is_swapped(one.pair.id, seed) else one
         pair = shown.pair
+        for name in ASKED:
+            if getattr(pair, name) and name not in self.asks:
+                raise InputError(
+                    f"pair {pair.id} has {name}, which none of the first {_HEAD} pairs of this stream has; put a pair "
+                    "that has it first, or read without stream"
+                )
         row = {"prompt": pair.prompt, "images": [pair.first, pair.second], "p_first": pair.p_first}
         row |= {"id": pair.id, "dataset": pair.dataset, "swapped": shown.swapped} | dict(shown.columns)
+        row |= {"sources": list(pair.sources), "criterion": pair.criterion}
         return {name: row[name] for name in self.features}
 
 
@@ -261,32 +300,49 @@ def open_pairs(
     Raises:
         InputError: nothing is there, or it is of no format read here.
     """
+    spec, general = _general(spec)
     kind, colon, rest = spec.partition(":")
     if columns and (kind == "tiny" or (colon and kind in FORMATS)):
         raise InputError(f"columns is {dict(columns)!r}, but {kind} has names of its own; leave it out")
     if kind == "tiny":
-        return Opened("tiny", None, None, (rest, limit, seed))
+        return Opened("tiny", None, None, (rest, limit, seed), general)
     if colon and kind in FORMATS:
         form = FORMATS[kind]
         target, _, dimension = rest.partition("#")
-        return Opened(kind, _open(target, form, dimension or None, stream), form)
+        return _opened(kind, _open(target, form, dimension or None, stream), form, general)
     path = Path(spec)
     hub = HUB_NAME.fullmatch(spec)
     if path.suffix.lower() in SUFFIXES:
         source, name = Files(find_files(spec)), path.name
+    elif os.path.isdir(spec):
+        source, name = Files(find_files(spec)), path.resolve().name
     elif hub is not None and not os.path.exists(path):
         source = open_hub(hub[1], hub[2] or "train", stream=stream)
         name = source.name
     else:
         raise InputError(
             f"data is {quoted(spec)}; give tiny:SPLIT, {', '.join(f'{kind}:PATH' for kind in FORMATS)}, a file of type "
-            f"{', '.join(SUFFIXES)}, or org/name:split"
+            f"{', '.join(SUFFIXES)}, a folder of Parquet or Arrow files, or org/name:split"
         )
     head = [row for _, row in islice(source, _HEAD)]
     fields = {field for row in head for field in row}
     form = None if columns else next((form for form in FORMATS.values() if form.recognises(fields)), None)
     form = form or generic_format(name, fields, columns or {}, labelled=labelled)
-    return Opened(form.kind, source, form)
+    return _opened(form.kind, source, form, general)
+
+
+def _general(spec: str) -> tuple[str, bool]:
+    """A spec without the word that asks for the general question, and whether it had that word."""
+    target, _, words = spec.rpartition("#")
+    named = words.split(",")
+    if not target or "general" not in named:
+        return spec, False
+    named.remove("general")
+    return (f"{target}#{','.join(named)}" if named else target), True
+
+
+def _opened(kind: str, source: Iterable[tuple[Place, Row]], form: Format, general: bool) -> Opened:
+    return Opened(kind, source, form, None, general, form.asks - ({"criterion"} if general else set()))
 
 
 def _open(target: str, form: Format, dimension: str | None, stream: bool) -> Files | Hub:
@@ -313,6 +369,17 @@ def _no_pairs(spec: str, pairs: Iterator[Labelled | Unlabelled | Skipped]) -> st
 
 def _labelled(pairs: Iterable[Labelled | Unlabelled | Skipped]) -> Iterator[Labelled]:
     return (pair for pair in pairs if isinstance(pair, Labelled))
+
+
+def _by_the_general_question(one: Labelled | Unlabelled | Skipped) -> Labelled | Unlabelled | Skipped:
+    if isinstance(one, Labelled):
+        return replace(one, pair=replace(one.pair, criterion=None))
+    return replace(one, criterion=None) if isinstance(one, Unlabelled) else one
+
+
+def pictures_of(pair: PreferencePair) -> tuple[ImageLike, ...]:
+    """Every image that a judge of this pair is shown."""
+    return (pair.first, pair.second, *pair.sources)
 
 
 def _sample(pairs: Iterable[Labelled], limit: int | None, seed: int) -> list[Labelled]:
@@ -372,12 +439,12 @@ class _Group:
 
 
 def _readable(pairs: Sequence[Labelled], spec: str, max_broken: float) -> list[Labelled]:
-    """The pairs whose images both decode. Every distinct image is decoded once, so that no run breaks on one later."""
-    images = {_key(image): (one.pair.id, image) for one in pairs for image in (one.pair.first, one.pair.second)}
+    """The pairs whose images all decode. Every distinct image is decoded once, so that no run breaks on one later."""
+    images = {_key(image): (one.pair.id, image) for one in pairs for image in pictures_of(one.pair)}
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda named: fault(*named), images.values())
         faults = dict(zip(images, found, strict=True))
-    kept = [one for one in pairs if not (faults[_key(one.pair.first)] or faults[_key(one.pair.second)])]
+    kept = [one for one in pairs if not any(faults[_key(image)] for image in pictures_of(one.pair))]
     _report_broken(spec, len(pairs) - len(kept), len(pairs), [fault for fault in faults.values() if fault], max_broken)
     return kept
 
@@ -387,7 +454,7 @@ def _readable_stream(pairs: Iterable[Labelled], spec: str, max_broken: float) ->
     seen = broken = 0
     messages: list[str] = []
     for seen, one in enumerate(pairs, start=1):
-        faults = [why for image in (one.pair.first, one.pair.second) if (why := fault(one.pair.id, image))]
+        faults = [why for image in pictures_of(one.pair) if (why := fault(one.pair.id, image))]
         if not faults:
             yield one
             continue

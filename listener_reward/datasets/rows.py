@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import config
 from datasets.exceptions import DatasetsError
@@ -22,11 +23,11 @@ from listener_reward.datasets.format import Place, Row
 from listener_reward.errors import InputError
 from listener_reward.files import quoted
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::((?:[\w.-]+/)?[\w.-]+))?")
 
 BATCH = 64
-"""Rows of a Parquet file or Hub data set decoded from Arrow at a time; each may hold two images of a megabyte."""
+"""Rows of a Parquet or Arrow file or Hub data set decoded at a time; each may hold two images of a megabyte."""
 
 _CHUNK = 2**20
 _LONGEST_ENTRY = 2**27
@@ -71,10 +72,11 @@ class Hub:
 
 
 def find_files(spec: str, wanted: tuple[str, ...] = ()) -> tuple[Path, ...]:
-    """The files that a path, a pattern with `*`, or a folder means; in a folder, the first of `wanted` that is there.
+    """The files that a path, a pattern with `*`, or a folder means; in a folder, the first of `wanted` that is there,
+    else its Parquet files, else the Arrow files that `save_to_disk` wrote.
 
     Raises:
-        InputError: there is none, or a folder holds the Parquet shards of several splits.
+        InputError: there is none, or a folder holds the shards of several splits.
     """
     path = Path(spec)
     if has_magic(spec) and not os.path.exists(path):
@@ -94,7 +96,13 @@ def find_files(spec: str, wanted: tuple[str, ...] = ()) -> tuple[Path, ...]:
     if len(splits) > 1:
         raise InputError(f"{spec} holds the splits {', '.join(splits)}; name one by a pattern: {spec}/**/{splits[0]}-*")
     if not shards:
-        looked = " or ".join(wanted) or "Parquet files"
+        # Beside the shards lie the caches of whoever worked with the data.
+        shards = tuple(shard for shard in sorted(path.rglob("*.arrow")) if not shard.name.startswith("cache-"))
+        splits = sorted({str(shard.parent.relative_to(path)) for shard in shards})
+        if len(splits) > 1:
+            raise InputError(f"{spec} holds the splits {', '.join(splits)}; name one: {spec}/{splits[0]}")
+    if not shards:
+        looked = " or ".join(wanted) or "Parquet or Arrow files"
         raise InputError(f"folder {quoted(spec)} is without {looked}; check the path, or give the file itself")
     return shards
 
@@ -107,6 +115,7 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
     """
     readers: dict[str, Callable[[Path], Iterator[Any]]] = {
         ".parquet": _parquet,
+        ".arrow": _arrow,
         ".csv": _csv,
         ".jsonl": _jsonl,
         ".json": _json,
@@ -131,6 +140,19 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=BATCH):
             yield from batch.to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[dict[str, Any]]:
+    """What the `datasets` library writes, a stream, or a file with an index at its end."""
+    with pa.memory_map(str(path)) as file:
+        try:
+            batches: Any = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH):
+                yield from batch.slice(start, BATCH).to_pylist()
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:

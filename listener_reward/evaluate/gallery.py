@@ -122,6 +122,8 @@ def pair_entry(model: str, row: Mapping[str, Any], verdict: Mapping[str, Any]) -
         "split": row.get("dataset"),
         "id": _cut(str(row["id"])) if row.get("id") is not None else None,
         "prompt": _cut(row["prompt"]),
+        "criterion": row.get("criterion"),
+        "source_pngs": [_shrunken(source) for source in row.get("sources") or ()],
         "p_first": float(row["p_first"]),
         "first_png": _shrunken(first),
         "second_png": _shrunken(second),

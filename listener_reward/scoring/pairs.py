@@ -27,11 +27,13 @@ class Asked:
     id: str
     prompt: str
     images: list[Any]
+    sources: list[Any]
+    criterion: str | None
     label: float | None
 
     @property
     def known(self) -> dict[str, Any]:
-        return {"index": self.index, "id": self.id, "prompt": self.prompt, "label": self.label}
+        return {name: getattr(self, name) for name in ("index", "id", "prompt", "criterion", "label")}
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Source:
             else:
                 if found % of == part:
                     pair, label = (one.pair, one.pair.p_first) if isinstance(one, Labelled) else (one, None)
-                    yield Asked(found, pair.id, pair.prompt, [pair.first, pair.second], label)
+                    images, sources = [pair.first, pair.second], list(pair.sources)
+                    yield Asked(found, pair.id, pair.prompt, images, sources, pair.criterion, label)
                 found += 1
 
     def count(self) -> int | None:
@@ -92,7 +95,8 @@ class Source:
 def score_batch(judge: PairJudge, batch: Sequence[Asked]) -> list[dict[str, Any]]:
     """A row for each pair. A batch that fails is halved until the failing pairs stand alone: one costs no other."""
     started = time.perf_counter()
-    rows: dict[str, list[Any]] = {"images": [one.images for one in batch], "prompt": [one.prompt for one in batch]}
+    columns = ("images", "prompt", "sources", "criterion")
+    rows: dict[str, list[Any]] = {name: [getattr(one, name) for one in batch] for name in columns}
     try:
         verdicts = [verdict for part in load_batches([rows]) for verdict in _judged(judge, part)]
     except FormatError:  # every pair would fail

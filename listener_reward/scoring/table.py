@@ -34,6 +34,7 @@ COLUMNS = pa.schema(
         ("index", pa.int64()),  # the pair's place in the data, counted from 0
         ("id", pa.string()),
         ("prompt", pa.string()),
+        ("criterion", pa.string()),  # the question that was asked; null for the general one
         ("label", pa.float64()),  # the fraction of people who prefer the first image; null without votes
         ("p_first", pa.float64()),  # null where there is no verdict, and then `error` says why
         ("preferred", pa.int8()),  # 1, 2, or null for neither
