@@ -9,26 +9,29 @@ host sends, from all of them first. A request that the host repeats because that
 by its `idempotency_key`. Keep `request_batch_size` unset or at a whole number of groups: the host sends the parts of a
 batch one after another, so a group in two of them would wait for itself.
 
-The host puts a source image into the history as a turn of its own. Edits are not judged yet, so such an item fails.
+Of an edit the host sends two turns, the source image and the result, both with the instruction. Whatever turns come
+before the last are sources. One whose text is another than the last one's fails: what it asked for would be lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
+from listener_reward.media.images import Picture
 from listener_reward.pairs import check_prompts
 
-from .checks import check_no_source
 from .contract import Reward, score
+from .serving.asked import Asked, Uploads, sources_of
 from .serving.collector import GroupCollector
 from .serving.computing import kept
 from .serving.limits import Intake
 from .serving.schemes import check_scheme
-from .serving.uploads import Upload, bare, readable, tried, upload
+from .serving.uploads import Upload, bare, largest, readable, tried, upload
 
 _IDENTITY = ("request_id", "sample_id", "group_id", "source_rank", "policy_version", "idempotency_key")
 
@@ -69,9 +72,10 @@ def answer(
             raise InputError(
                 f"requests[{position}].required_rewards is {item.get('required_rewards')!r}; this server has [{name!r}]"
             )
-    check_scheme(reward, scheme, [str(_last(item.get("history")).get("text")) for item in items])
-    read = [_read(item.get("history"), f"requests[{position}]") for position, item in enumerate(items)]
-    intake.check([prompt for _, prompt in read], readable([one for one, _ in read]))
+    uploads = Uploads()
+    read = [_read(item.get("history"), f"requests[{position}]", uploads) for position, item in enumerate(items)]
+    check_scheme(reward, scheme, [asked.key for _, asked in read])
+    intake.check([asked for _, asked in read], readable([one for one, _ in read]))
     if isinstance(reward, GroupCollector):
         outcomes = _collect(reward, items, read, request, gone, intake)
     else:
@@ -83,23 +87,26 @@ def answer(
 
 
 def _score(
-    reward: Reward, read: list[tuple[Any, Any]], gone: Callable[[], bool] | None, intake: Intake
+    reward: Reward, read: list[_Read], gone: Callable[[], bool] | None, intake: Intake
 ) -> list[float | Exception]:
     """Each item's score, or why it has none."""
     outcomes: list[Any] = [None] * len(read)
-    with intake.room(readable([one for one, _ in read]), gone):
-        pictures, places = [], []
-        for place, (one, _) in enumerate(read):
+    with intake.room(_all(read), gone):
+        decoded: dict[int, Picture] = {}
+        pictures, prompts, places = [], [], []
+        for place, (one, asked) in enumerate(read):
             picture = one if isinstance(one, InputError) else tried(one.picture)
-            if isinstance(picture, InputError):
-                outcomes[place] = picture
+            prompt = tried(partial(asked.prompt, decoded))
+            if isinstance(picture, InputError) or isinstance(prompt, InputError):
+                outcomes[place] = picture if isinstance(picture, InputError) else prompt
             else:
                 pictures.append(picture)
+                prompts.append(prompt)
                 places.append(place)
         results: list[Any] = []
         if places:
             try:
-                scores, _ = score(reward, pictures, [read[k][1] for k in places], missing=True)
+                scores, _ = score(reward, pictures, prompts, missing=True)
             except (InputError, JudgeError) as error:
                 results = [bare(error)] * len(places)
             else:
@@ -113,23 +120,14 @@ def _score(
 def _collect(
     collector: GroupCollector,
     items: list[Mapping],
-    read: list[tuple[Any, Any]],
+    read: list[_Read],
     request: str | None,
     gone: Callable[[], bool] | None,
     intake: Intake,
 ) -> list[float | Exception]:
     """As `_score`. All items take their places before the first is waited for, unreadable ones, too."""
-    futures: list[Any] = []
-    for position, (item, (one, prompt)) in enumerate(zip(items, read, strict=True)):
-        group, key = item.get("group_id"), item.get("idempotency_key")
-        if key is None and request is not None:
-            key = f"{request}/{position}"
-        try:
-            group, key = (None if value is None else str(value) for value in (group, key))
-            with intake.room(readable([one]), gone):
-                futures.append(collector.submit(kept(one), prompt, group=group, name=key))
-        except InputError as error:  # without a prompt and a group there is no place to take
-            futures.append(bare(error))
+    with intake.room(_all(read, largest([one for one, _ in read])), gone):
+        futures = _submit(collector, items, read, request)
     collector.settle([future for future in futures if not isinstance(future, InputError)], gone)
     outcomes: list[float | Exception] = []
     for future in futures:
@@ -140,13 +138,62 @@ def _collect(
     return outcomes
 
 
-def _read(history: Any, field: str) -> tuple[Any, Any]:
-    """What was sent as picture, or the `InputError` that it is none, and prompt of the last turn, or None."""
-    text = _last(history).get("text")
+def _submit(collector: GroupCollector, items: list[Mapping], read: list[_Read], request: str | None) -> list[Any]:
+    """For each item its future, or the `InputError` that there is no place for it."""
+    decoded: dict[int, Picture] = {}
+    futures: list[Any] = []
+    for position, (item, (one, asked)) in enumerate(zip(items, read, strict=True)):
+        group, key = item.get("group_id"), item.get("idempotency_key")
+        if key is None and request is not None:
+            key = f"{request}/{position}"
+        group, key = (None if value is None else str(value) for value in (group, key))
+        picture, prompt = kept(one), tried(partial(asked.prompt, decoded))
+        if isinstance(prompt, InputError):  # with unreadable sources, nobody knows which prompt it is
+            picture, prompt = prompt, None
+        try:
+            futures.append(collector.submit(picture, prompt, group=group, name=key))
+        except InputError as error:  # without a prompt and a group there is no place to take
+            futures.append(bare(error))
+    return futures
+
+
+_Read = tuple[Upload | InputError, Asked]
+"""Of an item the picture, or the `InputError` that it is none, and the prompt, whose text is None where it is lost."""
+
+
+def _all(read: Sequence[_Read], pictures: Sequence[Upload] | None = None) -> list[Upload]:
+    """The pictures of all items, or those given, and the items' sources."""
+    given = readable([one for one, _ in read]) if pictures is None else pictures
+    return [*sources_of([asked for _, asked in read]), *given]
+
+
+def _read(history: Any, field: str, uploads: Uploads) -> _Read:
+    turn = _last(history)
+    text = turn.get("text")
+    lost = Asked(text if isinstance(text, str) and text.strip() else None)
     try:
-        return _upload(history, field), text
+        if not turn:
+            raise InputError(f"{field}.history is empty; its last turn is the generated image with its prompt")
+        check_prompts([text], 1)
+        earlier = [
+            _source(one, str(text), f"{field}.history[{position}]", uploads)
+            for position, one in enumerate(history[:-1])
+        ]
     except InputError as error:
-        return bare(error), text if isinstance(text, str) and text.strip() else None
+        return bare(error), Asked(None) if isinstance(history, list) and history[:-1] else lost
+    try:
+        return _media(turn, field, upload), Asked(text, tuple(earlier))
+    except InputError as error:
+        return bare(error), Asked(text, tuple(earlier))
+
+
+def _source(turn: Any, text: str, field: str, uploads: Uploads) -> Upload:
+    """The picture of a turn before the last."""
+    if not isinstance(turn, Mapping):
+        raise InputError(f"{field} is a {type(turn).__name__}; a turn is an object")
+    if turn.get("text") not in (None, "", text):
+        raise InputError(f"{field} has another text than the last turn; a source image comes with the instruction")
+    return _media(turn, field, uploads.get)
 
 
 def _last(history: Any) -> Mapping:
@@ -154,14 +201,8 @@ def _last(history: Any) -> Mapping:
     return history[-1] if isinstance(history, list) and history and isinstance(history[-1], Mapping) else {}
 
 
-def _upload(history: Any, field: str) -> Upload:
-    """The picture of the only turn, which is the generated one."""
-    turn = _last(history)
-    if not turn:
-        raise InputError(f"{field}.history is empty; its last turn is the generated image with its prompt")
-    check_no_source(**{f"{field}.history[0]": history[:-1]})
-    check_prompts([turn.get("text")], 1)
+def _media(turn: Mapping, field: str, read: Callable[[Any, str], Upload]) -> Upload:
     for key in ("image_b64", "video_b64"):
         if turn.get(key) is not None:
-            return upload(turn[key], f"{field}.{key}")
+            return read(turn[key], f"{field}.{key}")
     raise InputError(f"{field} has neither image_b64 nor video_b64; files and memory of another process are not read")

@@ -19,12 +19,13 @@ from urllib import error, request
 from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
 from listener_reward.addresses import is_here
 from listener_reward.errors import InputError, JudgeError, check_choice
 from listener_reward.media.images import png_of, to_pil_batch
-from listener_reward.pairs import check_prompts
-from listener_reward.reward import Scheme
+from listener_reward.pairs import PromptLike, as_prompt
+from listener_reward.reward import Scheme, with_sources
 
 API_KEY_VARIABLE = "LISTENER_REWARD_API_KEY"
 """The environment variable with the token of a server, for its clients and for `listener-reward serve` itself."""
@@ -92,23 +93,39 @@ class RemoteReward:
         self.api_key = api_key
 
     def __call__(
-        self, images: Any, prompts: Sequence[str], metadata: Any = None
+        self, images: Any, prompts: Sequence[PromptLike], metadata: Any = None, *, sources: Any = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Contract as in `ListenerReward`; NaN for an image on which the judge broke.
+        """Contract as in `ListenerReward`, sources included; NaN for an image on which the judge broke.
+
+        Of the metadata only the sources are sent. A source of several prompts is sent once.
 
         Raises:
-            InputError: unusable images or prompts, found here or there, or a server that answers by another scheme.
+            InputError: unusable images, sources or prompts, found here or there, or a server that answers by another
+                scheme, or that has not read the sources or criteria of the prompts.
             JudgeError: the judge broke, or no server answered.
         """
         pictures = to_pil_batch(images)
-        check_prompts(prompts, len(pictures))
-        body = {
-            "prompt": [str(prompt) for prompt in prompts],
-            "image": [base64.b64encode(png_of(picture)).decode("ascii") for picture in pictures],
+        asked = [as_prompt(prompt) for prompt in with_sources(prompts, len(pictures), metadata, sources)]
+        body: dict[str, Any] = {
+            "prompt": [prompt.text for prompt in asked],
+            "image": [_base64(picture) for picture in pictures],
         }
+        read: dict[str, list[Any]] = {}  # what the answer has to say of what was sent
+        if any(prompt.sources for prompt in asked):
+            distinct = list(dict.fromkeys(source for prompt in asked for source in prompt.sources))
+            number = {source: k for k, source in enumerate(distinct)}
+            body["pictures"] = [_base64(source.image) for source in distinct]
+            body["condition_images"] = [[number[source] for source in prompt.sources] for prompt in asked]
+            read["sources"] = [len(prompt.sources) for prompt in asked]
+        if any(prompt.criterion is not None for prompt in asked):
+            body["criterion"] = read["criterion"] = [prompt.criterion for prompt in asked]
         answer = self._post(json.dumps(body).encode())
         if answer.get("error") and answer.get("rewards") is None:
             raise (InputError if answer.get("kind") == "input" else JudgeError)(f"{self.url}: {answer['error']}")
+        for name, sent in read.items():
+            if answer.get(name) != sent:
+                what = "source images" if name == "sources" else "criteria"
+                raise InputError(f"{self.url} has not read the {what} of the prompts; it needs a newer listener-reward")
         try:
             scores = np.array(answer["rewards"], dtype=np.float32)
             info = {name: np.array(values, dtype=np.float32) for name, values in answer.get("info", {}).items()}
@@ -152,6 +169,10 @@ class RemoteReward:
         return JudgeError(
             f"{self.url} did not answer{through}{often} ({failed}); is `listener-reward serve` running there?"
         )
+
+
+def _base64(picture: Image.Image) -> str:
+    return base64.b64encode(png_of(picture)).decode("ascii")
 
 
 def _opener(url: str) -> request.OpenerDirector:

@@ -222,8 +222,8 @@ def http(url: str, body: Any = None, raw: bytes | None = None, raises: bool = Fa
         return refused.code, json.load(refused)
 
 
-def flow_factory_client(url: str, prompt, image=None, video=None) -> list[float]:
-    payload = {"prompt": prompt, "image": image, "video": video, "condition_images": None, "kwargs": None}
+def flow_factory_client(url: str, prompt, image=None, video=None, condition_images=None) -> list[float]:
+    payload = {"prompt": prompt, "image": image, "video": video, "condition_images": condition_images, "kwargs": None}
     try:
         _, data = http(f"{url}/compute", payload, raises=True)
     except HTTPError as refused:  # requests' raise_for_status shows the status line, and not the body

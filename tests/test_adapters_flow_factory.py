@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import edits
 import pytest
 import torch
 from adapter_hosts import (
@@ -32,6 +33,7 @@ from PIL import Image
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.integrations.serving.collector import GroupCollector
 from listener_reward.integrations.serving.computing import compute
+from listener_reward.media.images import png_of
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,13 +253,23 @@ def test_flow_factory_remote_asks_for_its_scheme_by_its_url(FakeJudge):
             flow_factory_client(f"{url}/reference", ["a"] * 4, images)
 
 
-def test_flow_factory_remote_condition_images_are_refused(FakeJudge):
-    body = {"prompt": ["a", "a"], "image": [b64(png(11)), b64(png(12))], "video": None}
-    for key, given in (("condition_images", [[b64(png(1))]] * 2), ("condition_videos", [[[b64(png(1))]]] * 2)):
-        reply = compute(ListenerReward(FakeJudge()), body | {key: given})
-        assert reply["rewards"] is None and reply["kind"] == "input" and f"{key} is given" in reply["error"]
-    reply = compute(ListenerReward(FakeJudge()), body | {"condition_images": None, "condition_videos": None})
-    assert reply["rewards"][1] > reply["rewards"][0]
+def test_flow_factory_remote_edits():
+    """_build_payload: a list of base64 for each image, whatever it has in common with the others'."""
+    images = [b64(png_of(one)) for one in (edits.HALF, edits.GOOD, edits.WRONG)]
+    dark, bright = ([b64(png_of(source))] for source in (edits.DARK, edits.BRIGHT))
+    with serving(ListenerReward(edits.EditJudge(), scheme="group")) as url:
+        assert order(flow_factory_client(url, [edits.INSTRUCTION] * 3, images, condition_images=[dark] * 3)) == [
+            1,
+            0,
+            2,
+        ]
+        both = [b64(png_of(one)) for one in (edits.GOOD, edits.BRIGHT_GOOD)] * 2
+        first, second, third, fourth = flow_factory_client(
+            url, [edits.INSTRUCTION] * 4, both, condition_images=[dark, dark, bright, bright]
+        )
+        assert first > second and third < fourth
+        with pytest.raises(RuntimeError, match=r"Server error: condition_images has 1 entries for 3 prompts"):
+            flow_factory_client(url, [edits.INSTRUCTION] * 3, images, condition_images=[dark])
 
 
 @pytest.mark.parametrize(

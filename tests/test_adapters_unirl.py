@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 from adapter_hosts import BETTER, REDS, REFERENCE, WatchedCollector, b64, broken, http, order, png, serving
 
 from listener_reward.integrations import unirl
 from listener_reward.integrations.serving.collector import GroupCollector
+from listener_reward.media.images import png_of
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,11 +54,22 @@ def unirl_host(url: str, requests: list[dict]) -> tuple[list[Any], list[str | No
 def test_unirl(FakeJudge):
     with serving(ListenerReward(FakeJudge(), scheme="reference", reference=REFERENCE, on_failure="nan")) as url:
         rewards, errors = unirl_host(url, [unirl_request(red) for red in REDS])
-        condition = unirl_request(9)["history"][0]
-        edit = unirl_request(REDS[0]) | {"history": [condition, *unirl_request(REDS[0])["history"]]}
-        given, reasons = unirl_host(url, [edit, unirl_request(REDS[0])])
-        assert given == [None, pytest.approx(rewards[0])] and "edits are not judged yet" in str(reasons[0])
     assert order(rewards) == BETTER and errors == [None] * 4
+
+
+def test_unirl_edit():
+    """_build_score_payload: the source, then the result, both with the instruction."""
+
+    def edit(source, image) -> dict:
+        media = [{"image_b64": b64(png_of(one))} for one in (source, image)]
+        return unirl_request() | {"history": [{"text": edits.INSTRUCTION} | one for one in media]}
+
+    with serving(ListenerReward(edits.EditJudge(), scheme="group")) as url:
+        rewards, errors = unirl_host(url, [edit(edits.DARK, one) for one in (edits.HALF, edits.GOOD, edits.WRONG)])
+        assert order(rewards) == [1, 0, 2] and errors == [None] * 3
+        both = [edit(source, one) for source in (edits.DARK, edits.BRIGHT) for one in (edits.GOOD, edits.BRIGHT_GOOD)]
+        dark, dark_too_much, bright_none, bright = unirl_host(url, both)[0]
+        assert dark > dark_too_much and bright > bright_none
 
 
 def test_unirl_video(FakeJudge, shade, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from adapter_hosts import serving
+from edits import DARK, GOOD, HALF, INSTRUCTION, WRONG, EditJudge
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -34,6 +36,7 @@ from listener_reward.integrations.serving.replicas import (
     attach,
     start,
 )
+from listener_reward.media.images import to_picture
 from listener_reward.media.storyboards import as_picture
 from listener_reward.remote import RemoteReward
 from listener_reward.reward import ListenerReward
@@ -118,7 +121,8 @@ class Handle:
 
     def __init__(self, ray: Any, dies: Sequence[int] = ()):
         self.died, self.dies = ray.exceptions.ActorDiedError, dies
-        self.judge, self.asked = Redness(), []
+        self.judge: Any = Redness()
+        self.asked: list[int] = []
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=partial(self.answer, method))
@@ -144,6 +148,15 @@ def test_pairs_are_shared_out_among_the_replicas_and_come_back_in_order(ray: Any
     assert judge.compare_many(*pairs(2)) == Redness().compare_many(*pairs(2)) and handle.asked[3:] == [1, 1]
     assert judge.compare_many([], [], []) == [] and judge.name == "redness"
     assert judge.rank("a", [red(9), red(200), red(70)]).order == [1, 2, 0]
+
+
+def test_replicas_get_the_sources_of_a_prompt(ray: Any):
+    handle = Handle(ray)
+    handle.judge = EditJudge()
+    with serving(ListenerReward(ReplicatedJudge(handle, most=2), scheme="group")) as url:
+        scores, _ = RemoteReward(url)([HALF, GOOD, WRONG], [INSTRUCTION] * 3, sources=[DARK] * 3)
+    assert scores.argsort().tolist() == [2, 0, 1]
+    assert [prompt.sources for prompt in pickle.loads(pickle.dumps(handle.judge.asked))] == [(to_picture(DARK),)] * 3
 
 
 def test_pairs_of_a_dead_replica_go_to_another_one(ray: Any):

@@ -710,12 +710,12 @@ def threads() -> int:
 def test_three_hundred_mutated_bodies_and_dying_clients_leave_nothing_behind(FakeJudge, collects):
     chance = random.Random(0)
     turn = {"text": "a", "image_b64": b64(png(5))}
-    item = {"history": [turn], "required_rewards": ["listener"], "metadata": None, "group_id": "g"}
+    item = {"history": [turn, turn], "required_rewards": ["listener"], "metadata": None, "group_id": "g"}
     bodies = {
-        "/compute": BODY | {"video": None, "condition_images": None},
+        "/compute": BODY | {"video": None, "condition_images": [[0], [b64(png(3))]], "pictures": [b64(png(3))]},
         "/score": {"protocol_version": "1", "requests": [item, item]},
-        "/v1/compare": {"prompt": "a", "first": b64(png(1)), "second": b64(png(2)), "think": None},
-        "/v1/rank": {"prompt": "a", "images": [b64(png(1)), b64(png(2))], "budget": None},
+        "/v1/compare": {"prompt": "a", "first": b64(png(1)), "second": b64(png(2)), "think": None, "sources": []},
+        "/v1/rank": {"prompt": "a", "images": [b64(png(1)), b64(png(2))], "budget": None, "criterion": None},
     }
     reward = ListenerReward(FakeJudge(), scheme="group", on_failure="nan")
     served: Any = GroupCollector(reward, 2, timeout=0.2) if collects else reward

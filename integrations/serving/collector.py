@@ -20,8 +20,9 @@ import numpy as np
 from listener_reward.batching import Unwanted
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.forks import renew
-from listener_reward.media.images import ImageLike, to_pil
-from listener_reward.pairs import check_prompts
+from listener_reward.media.images import ImageLike, png_of, to_pil
+from listener_reward.pairs import Prompt, PromptLike, as_prompt, check_prompts, key_of, prompt_with
+from listener_reward.reward import with_sources
 
 from ..contract import Reward, score
 from .callers import ClientGone, Ending
@@ -45,16 +46,36 @@ ADVICE = (
 class _Member:
     picture: Any
     """A PIL image, or the bytes of an image file, which are a tenth of that; None where it cannot be read."""
-    prompt: str | None
+    asked: str
+    """The prompt's key, of `_Group.prompts`."""
     future: Future
     name: str | None
     gone: bool = False
     """Whether its client hung up. It counts for nothing, unless the client comes again under the same name."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt while its group fills, its sources as files."""
+
+    text: str
+    sources: tuple[bytes, ...]
+    criterion: str | None
+
+    @classmethod
+    def of(cls, prompt: PromptLike) -> _Prompt:
+        asked = as_prompt(prompt)
+        return cls(asked.text, tuple(png_of(source.image) for source in asked.sources), asked.criterion)
+
+    def decoded(self) -> PromptLike:
+        return prompt_with(self.text, self.sources, self.criterion)
+
+
 @dataclass(slots=True)
 class _Group:
     members: list[_Member] = field(default_factory=list)
+    prompts: dict[str, _Prompt] = field(default_factory=dict)
+    """Each prompt of the members once: one, unless clients mix groups up."""
     timer: threading.Timer | None = None
 
     def present(self) -> list[_Member]:
@@ -109,7 +130,12 @@ class GroupCollector:
         self._begin()
 
     def submit(
-        self, image: ImageLike | InputError, prompt: str | None, *, group: str | None = None, name: str | None = None
+        self,
+        image: ImageLike | InputError,
+        prompt: PromptLike | None,
+        *,
+        group: str | None = None,
+        name: str | None = None,
     ) -> Future[tuple[float, dict[str, float]]]:
         """A future of the image's score and info.
 
@@ -120,7 +146,7 @@ class GroupCollector:
             image: any that `to_pil` reads, or the `InputError` that came of reading it. The bytes of a file are kept as
                 they are while the group fills.
             prompt: the image's. It may be None with an `InputError` that says so, if `group` is given.
-            group: tells groups of one prompt apart; left out, the prompt names the group.
+            group: tells groups of one prompt apart; left out, the prompt, with its sources, names the group.
             name: tells requests apart. What is submitted again under a name, as clients do whose patience is shorter
                 than the wait for a group, takes no second place: it has the future of the first time. Names are
                 forgotten `timeout` seconds after their group was answered.
@@ -134,18 +160,22 @@ class GroupCollector:
             decoded = to_pil(image)
             picture = image if isinstance(image, bytes) else decoded
         except InputError as error:
-            if group is None and not (isinstance(prompt, str) and prompt.strip()):
+            text = prompt.text if isinstance(prompt, Prompt) else prompt
+            if group is None and not (isinstance(text, str) and text.strip()):
                 raise  # nobody can say whose place it is
             future.set_exception(bare(error))  # without the picture that its traceback holds
             picture = None
-        key = ("prompt", str(prompt)) if group is None else ("group", group)
+        asked = prompt if isinstance(prompt, Prompt) else str(prompt)
+        key = ("prompt", key_of(asked)) if group is None else ("group", group)
         with self._lock:
             self._forget()
             earlier = None if name is None else self._named.get(name)
             if earlier and not earlier[1].gone:
                 return earlier[1].future
-            key, member = earlier or (key, _Member(picture, prompt, future, name))
+            key, member = earlier or (key, _Member(picture, key_of(asked), future, name))
             waiting = self._waiting.setdefault(key, _Group())
+            if member.asked not in waiting.prompts:
+                waiting.prompts[member.asked] = _Prompt.of(asked)
             if earlier:
                 member.gone = False
             else:
@@ -201,11 +231,11 @@ class GroupCollector:
                     member.gone |= member.future in futures
 
     def __call__(
-        self, images: Any, prompts: Sequence[str], metadata: Any = None
+        self, images: Any, prompts: Sequence[PromptLike], metadata: Any = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Waits until the groups of all the images are full. Contract and errors as in `contract.score`."""
-        check_prompts(prompts, len(images))
-        return self.wait([self.submit(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
+        asked = with_sources(prompts, len(images), metadata)
+        return self.wait([self.submit(image, prompt) for image, prompt in zip(images, asked, strict=True)])
 
     def settle(self, futures: Sequence[Future], gone: Callable[[], bool] | None = None) -> None:
         """Waits until all of these are done.
@@ -249,14 +279,15 @@ class GroupCollector:
         try:
             if len(readable) < 2:
                 raise JudgeError(f"only {len(readable)} of {self.group_size} images of the group can be read")
-            pictures, prompts = [to_pil(one.picture) for one in readable], [str(one.prompt) for one in readable]
-            if len(several := sorted(set(prompts))) > 1:
-                some = ", ".join(repr(prompt[:40]) for prompt in several[:3])
+            pictures = [to_pil(one.picture) for one in readable]
+            if len(several := sorted({one.asked for one in readable})) > 1:
+                some = ", ".join(repr(group.prompts[key].text[:40]) for key in several[:3])
                 raise InputError(
-                    f"the group has {len(several)} different prompts, {some}; images of one prompt are compared, so "
-                    "each needs a group id of its own"
+                    f"the group has {len(several)} different prompts, {some}; images of one prompt, with the same "
+                    "source images, are compared, so each needs a group id of its own"
                 )
-            scores, info = score(self.reward, pictures, prompts, missing=True)
+            prompt = group.prompts[several[0]].decoded()
+            scores, info = score(self.reward, pictures, [prompt] * len(pictures), missing=True)
         except Exception as error:  # whatever it is, those who wait must hear of it
             for future in futures:
                 future.set_exception(error)
@@ -285,7 +316,7 @@ class GroupCollector:
                 return
             del self._waiting[key]
         message = (
-            f"{len(group.present())} of {self.group_size} images of {key[0]} {key[1][:80]!r} came in "
+            f"{len(group.present())} of {self.group_size} images of {key[0]} {_shown(key)!r} came in "
             f"{self.timeout:g} s; {ADVICE}"
         )
         if group.present():
@@ -294,3 +325,8 @@ class GroupCollector:
             if not member.future.done():
                 member.future.set_exception(JudgeError(message))
         self._close(group)
+
+
+def _shown(key: tuple[str, str]) -> str:
+    """Of a prompt the text, of a group the id."""
+    return key[1].partition("\x1f")[0][:80]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import PromptLike, check_prompts
 
-from ..checks import check_no_source
 from ..contract import Reward, score
+from .asked import Asked, echo, prompts_of, read_asked, sources_of
 from .collector import GroupCollector
 from .limits import Intake, TooMuch
 from .schemes import OtherScheme, check_scheme
-from .uploads import Upload, readable, tried, upload
+from .uploads import Upload, largest, readable, tried, upload
 
 
 def compute(
@@ -31,6 +31,8 @@ def compute(
     intake: Intake | None = None,
 ) -> dict[str, Any]:
     """The response to `POST /compute`: `{"prompt": [...], "image": [base64]}`, or `"video": [[base64 of a frame]]`.
+
+    What prompts may have beside their texts is `asked.read_asked`'s. The answer says what was read of it.
 
     `rewards` has one number for each prompt. Where one is missing (`null`, for the judge broke on it), or all are,
     there is an `error` too, on which Flow-Factory's client stops; `kind` says whose fault it was. `request` names the
@@ -49,15 +51,15 @@ def compute(
         media = images if images is not None else videos
         if not isinstance(media, list) or (images is not None and videos is not None):
             raise InputError("image or video has to be a list, one of the two")
-        check_no_source(**{key: body.get(key) for key in ("condition_images", "condition_videos")})
-        check_scheme(reward, scheme, body["prompt"])
+        asked = read_asked(body, body["prompt"])
+        check_scheme(reward, scheme, [one.key for one in asked])
         kind = "image" if images is not None else "video"
         uploads = [tried(partial(upload, item, f"{kind}[{i}]")) for i, item in enumerate(media)]
-        intake.check(body["prompt"], readable(uploads))
+        intake.check(asked, readable(uploads))
         if isinstance(reward, GroupCollector):
-            scores, info = _collect(reward, uploads, body["prompt"], request, gone, intake)
+            scores, info = _collect(reward, uploads, asked, request, gone, intake)
         else:
-            scores, info = _score(reward, uploads, body["prompt"], gone, intake)
+            scores, info = _score(reward, uploads, asked, gone, intake)
     except (OtherScheme, TooMuch):
         raise
     except (InputError, JudgeError) as error:
@@ -65,6 +67,7 @@ def compute(
     reply: dict[str, Any] = {
         "rewards": without_nan(scores.tolist()),
         "info": {name: without_nan(values.tolist()) for name, values in info.items()},
+        **echo(asked),
     }
     if missing := int(np.isnan(scores).sum()):
         reply |= {"error": f"the judge broke on {missing} of {len(scores)} images", "kind": "judge"}
@@ -74,38 +77,48 @@ def compute(
 def _score(
     reward: Reward,
     uploads: Sequence[Upload | InputError],
-    prompts: Sequence[Any],
+    asked: Sequence[Asked],
     gone: Callable[[], bool] | None,
     intake: Intake,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    with intake.room(readable(uploads), gone):
+    with intake.room([*sources_of(asked), *readable(uploads)], gone):
         pictures = []
         for one in uploads:
             if isinstance(one, InputError):
                 raise one
             pictures.append(one.picture())
-        return score(reward, pictures, prompts, missing=True)
+        return score(reward, pictures, prompts_of(asked), missing=True)
 
 
 def _collect(
     collector: GroupCollector,
     uploads: Sequence[Upload | InputError],
-    prompts: Sequence[Any],
+    asked: Sequence[Asked],
     request: str | None,
     gone: Callable[[], bool] | None,
     intake: Intake,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """All images take their places before the first is waited for, unreadable ones, too."""
-    check_prompts(prompts, len(uploads))
-    futures: list[Future[tuple[float, dict[str, float]]]] = []
-    for position, (one, prompt) in enumerate(zip(uploads, prompts, strict=True)):
-        name = None if request is None else f"{request}/{position}"
-        with intake.room(readable([one]), gone):
-            futures.append(collector.submit(kept(one), prompt, name=name))
+    with intake.room([*sources_of(asked), *largest(uploads)], gone):
+        futures = _submit(collector, uploads, prompts_of(asked), request)
     for one in uploads:
         if isinstance(one, InputError):
             raise one
     return collector.wait(futures, gone)
+
+
+def _submit(
+    collector: GroupCollector,
+    uploads: Sequence[Upload | InputError],
+    prompts: Sequence[PromptLike],
+    request: str | None,
+) -> list[Future[tuple[float, dict[str, float]]]]:
+    check_prompts(prompts, len(uploads))
+    names = [None if request is None else f"{request}/{position}" for position in range(len(uploads))]
+    return [
+        collector.submit(kept(one), prompt, name=name)
+        for one, prompt, name in zip(uploads, prompts, names, strict=True)
+    ]
 
 
 def kept(one: Upload | InputError) -> Any:

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from listener_reward.errors import InputError
 from listener_reward.pairs import check_text
 
+from .asked import Asked, sources_of
 from .uploads import Upload
 
 
@@ -23,11 +23,13 @@ class Limits:
     body: int = 2**28
     """Bytes of a request's body: 256 pictures of a megabyte."""
     images: int = 512
-    """Pictures of a request, each frame of a video counted."""
+    """Pictures of a request, each frame of a video counted, and each source image that differs from the others."""
     pixels: int = 2**28
     """Pixels of a request's pictures, as the files claim them: 256 pictures of 1024 x 1024. A pixel takes 4 bytes."""
     prompt: int = 20_000
     """Characters of a prompt."""
+    sources: int = 16
+    """Source images of a prompt."""
     waiting: int = 512
     """Requests under way at once; each has a thread. The next is told to come again."""
     held: int = 2**31
@@ -133,21 +135,34 @@ class Intake:
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
 
-    def check(self, prompts: Iterable[Any], uploads: Sequence[Upload]) -> None:
+    def check(self, asked: Iterable[Asked], uploads: Sequence[Upload]) -> None:
         """Before anything is decoded.
+
+        Args:
+            asked: the request's prompts.
+            uploads: its pictures beside the prompts' sources.
 
         Raises:
             TooMuch: more than a request may have.
-            InputError: a prompt that is no text that can be encoded.
+            InputError: a prompt or a criterion that is no text that can be encoded.
         """
-        for position, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if len(prompt) > self.limits.prompt:
+        asked = [*asked]
+        for position, one in enumerate(asked):
+            if isinstance(one.text, str):
+                if len(one.text) > self.limits.prompt:
                     raise TooMuch(
-                        f"prompts[{position}] has {len(prompt):,} characters, more than {self.limits.prompt:,}; "
+                        f"prompts[{position}] has {len(one.text):,} characters, more than {self.limits.prompt:,}; "
                         "shorten it, or start the server with a larger --max-prompt"
                     )
-                check_text(prompt, field=f"prompts[{position}]")
+                check_text(one.text, field=f"prompts[{position}]")
+            if one.criterion is not None:
+                check_text(one.criterion, field=f"criterion[{position}]")
+            if len(one.sources) > self.limits.sources:
+                raise TooMuch(
+                    f"prompts[{position}] has {len(one.sources):,} source images, more than {self.limits.sources}; "
+                    "send those that its text speaks of"
+                )
+        uploads = [*uploads, *sources_of(asked)]
         self._at_most(self.limits.images, sum(one.count for one in uploads), "pictures", "--max-images")
         self._at_most(self.limits.pixels, sum(one.pixels for one in uploads), "pixels", "--request-pixels")
 

@@ -24,27 +24,38 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class CompareRequest(_Body):
+class _Question(_Body):
+    """What is asked of images."""
+
+    prompt: Annotated[str, Field(description="The text that all images were made from; for edits the instruction.")]
+    sources: Annotated[
+        list[Base64],
+        Field(description="What the prompt speaks of: an edit's original, reference subjects, a first frame."),
+    ] = []
+    criterion: Annotated[
+        str | None, Field(description="The name of a question of the judge's; null is the general one.")
+    ] = None
+
+
+class CompareRequest(_Question):
     """Two images of one prompt."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "two red circles", "first": PIXEL, "second": PIXEL}]}
     )
 
-    prompt: Annotated[str, Field(description="The text that both images were generated from.")]
     first: Base64
     second: Base64
     think: Annotated[bool | None, Field(description="Whether to think first; null is the judge's own setting.")] = None
 
 
-class RankRequest(_Body):
+class RankRequest(_Question):
     """Images of one prompt."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "two red circles", "images": [PIXEL, PIXEL], "budget": None}]}
     )
 
-    prompt: Annotated[str, Field(description="The text that all images were generated from.")]
     images: Annotated[list[Base64], Field(min_length=1)]
     budget: Annotated[
         int | None, Field(ge=1, le=10**6, description="Comparisons to make; null compares every pair.")
@@ -97,6 +108,20 @@ class ComputeRequest(BaseModel):
     video: Annotated[
         list[list[Base64]] | None, Field(description="Frames of each video; one of image and video is given.")
     ] = None
+    condition_images: Annotated[
+        list[list[Base64 | int] | None] | None,
+        Field(description="The source images of each prompt: themselves, or their numbers in pictures."),
+    ] = None
+    condition_videos: Annotated[
+        list[list[list[Base64]] | None] | None,
+        Field(description="Source videos of each prompt, as frames; each becomes a storyboard, after the images."),
+    ] = None
+    pictures: Annotated[
+        list[Base64] | None, Field(description="Pictures that condition_images names by their numbers, from 0.")
+    ] = None
+    criterion: Annotated[
+        list[str | None] | None, Field(description="For each prompt a question of the judge's, or null.")
+    ] = None
 
 
 class ComputeReply(BaseModel):
@@ -104,6 +129,12 @@ class ComputeReply(BaseModel):
 
     rewards: list[float | None] | None
     info: dict[str, list[float | None]] | None = None
+    sources: Annotated[
+        list[int] | None, Field(description="How many source images each prompt was judged with, where any has some.")
+    ] = None
+    criterion: Annotated[
+        list[str | None] | None, Field(description="The criteria that were asked by, where there are any.")
+    ] = None
     error: str | None = None
     kind: Annotated[Literal["input", "judge"] | None, Field(description="Whose fault a missing score is.")] = None
 

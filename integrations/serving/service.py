@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from .. import unirl
 from ..contract import Reward
+from .asked import Asked
 from .callers import Caller, ClientGone, DeadlineOver, Ending, Retries
 from .collector import GroupCollector
 from .computing import compute, without_nan
@@ -105,19 +106,21 @@ class Service:
     def compare(self, raw: bytes, caller: Caller) -> Any:
         """`POST /v1/compare`."""
         asked = CompareRequest.model_validate_json(raw)
+        judge, prompt = self._judge(), _asked(asked)
         sides = [upload(asked.first, "first"), upload(asked.second, "second")]
-        self.intake.check([asked.prompt], sides)
-        with self.intake.room(sides, caller.checked):
-            verdict = self._judge().compare(asked.prompt, *(side.visual() for side in sides), think=asked.think)
+        self.intake.check([prompt], sides)
+        with self.intake.room([*prompt.sources, *sides], caller.checked):
+            verdict = judge.compare(prompt.prompt({}), *(side.visual() for side in sides), think=asked.think)
         return without_nan(verdict.to_dict())
 
     def rank(self, raw: bytes, caller: Caller) -> Any:
         """`POST /v1/rank`."""
         asked = RankRequest.model_validate_json(raw)
+        judge, prompt = self._judge(), _asked(asked)
         images = [upload(image, f"images[{k}]") for k, image in enumerate(asked.images)]
-        self.intake.check([asked.prompt], images)
-        with self.intake.room(images, caller.checked):
-            ranking = self._judge().rank(asked.prompt, [image.visual() for image in images], budget=asked.budget)
+        self.intake.check([prompt], images)
+        with self.intake.room([*prompt.sources, *images], caller.checked):
+            ranking = judge.rank(prompt.prompt({}), [image.visual() for image in images], budget=asked.budget)
         return ranking.to_dict()
 
     async def answer(self, request: Request, work: Work) -> Reply:
@@ -189,6 +192,11 @@ class Service:
     def _answered(self, request: str | None, caller: Caller) -> None:
         if request is not None:
             self.retries.answered(request, caller)
+
+
+def _asked(request: CompareRequest | RankRequest) -> Asked:
+    sources = [upload(source, f"sources[{k}]") for k, source in enumerate(request.sources)]
+    return Asked(request.prompt, tuple(sources), request.criterion)
 
 
 class NotOffered(Exception):

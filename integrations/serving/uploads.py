@@ -97,3 +97,8 @@ def tried(make: Callable[[], T]) -> T | InputError:
 def readable(uploads: Sequence[Upload | InputError]) -> list[Upload]:
     """Those that are there."""
     return [one for one in uploads if isinstance(one, Upload)]
+
+
+def largest(uploads: Sequence[Upload | InputError]) -> list[Upload]:
+    """The one of most pixels, for those who decode one after the other; none where none is there."""
+    return sorted(readable(uploads), key=lambda one: one.pixels)[-1:]
