@@ -20,7 +20,7 @@ from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError, check_choice
 from listener_reward.files import quoted, write_text
-from listener_reward.models.adapters import base_of
+from listener_reward.models.adapters import base_of, options_of_base
 from listener_reward.models.hub import find_file
 from listener_reward.trace import Masking
 from listener_reward.verdict import Aggregate, Mode, Orders
@@ -182,7 +182,9 @@ class Card:
         path = find_file(name, CARD, **options)
         if path is None:
             base = base_of(name, **options)
-            return cls() if base is None else cls.load(base)
+            if base is None:
+                return cls()
+            return cls.load(base, revision=options_of_base(base, options, name).get("revision"))
         return cls.from_dict(_read(path), str(path))._beside(name, path.parent)
 
     def _beside(self, name: str | Path, folder: Path | None) -> Card:

@@ -156,7 +156,8 @@ def load_listener(
         reasoner: the judge's model. A listener that is the same checkpoint, or the base under its adapters, runs on its
             weights.
         shared: False gives the listener weights of its own, for other options than the reasoner's.
-        options: those of `load_vlm`.
+        options: those of `load_vlm`. The reasoner's own checkpoint, or its base, has the reasoner's revision by
+            default.
 
     Raises:
         InputError: a checkpoint that cannot be had, "base" for a reasoner without adapters, or a server that cannot
@@ -171,13 +172,21 @@ def load_listener(
             )
         name = base
     folder = resolve(name)
-    asked = Card.load(folder, own)
+    if reasoner is not None and _is_reasoner(reasoner, folder):
+        options = {"revision": reasoner.revision} | options
+    asked = Card.load(folder, own, revision=options.get("revision"))
     chat_format: ChatFormat = card.format if asked == Card() else asked.format
     vlm = _of_reasoner(reasoner, folder, chat_format) if reasoner is not None and shared else None
     if vlm is None:
         vlm = load_vlm(folder, chat_format, **options)
     grounding = vlm.can_ground(card.listener_grounding)
     return make_listener(vlm, chat_format, replace(card, listener_grounding=grounding))
+
+
+def _is_reasoner(reasoner: LoadedVLM, folder: str) -> bool:
+    """Whether the checkpoint in `folder` is the one whose weights the reasoner has, those under its adapter."""
+    own = reasoner.checkpoint if reasoner.base is None else reasoner.base
+    return own is not None and same_checkpoint(folder, own)
 
 
 def _of_reasoner(reasoner: LoadedVLM, folder: str, chat_format: ChatFormat) -> LoadedVLM | None:

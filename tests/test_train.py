@@ -473,7 +473,10 @@ def test_a_bad_configuration_is_one_clear_error(
             "data: tiny:train\nmodel_name_or_path: x\nattn_implementation: flash_attention_2",
             "flash_attn is not installed: pip install flash-attn",
         ),
-        ("data: tiny:train\nmodel_name_or_path: x\nmodel_revision: v2", "model_revision is 'v2'"),
+        (
+            "data: tiny:train\ndata_limit: 2\nmodel_name_or_path: tiny-base\nmodel_revision: v2",
+            "revision is 'v2', and .* is a folder; only a checkpoint on the Hub has revisions",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

@@ -14,6 +14,8 @@ from listener_reward.models.hub import EMBEDDED, cannot_load, find_file, hub_opt
 ADAPTER = "adapter_config.json"
 """The file by which PEFT's checkpoints are known."""
 
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -69,6 +71,21 @@ def lora_rank(name: str | Path, **options: Any) -> int:
         raise InputError(cannot_load(name, f"it is an adapter of type {saved.get('peft_type')!r}; vLLM takes LORA"))
     patterns: dict[str, int] = saved.get("rank_pattern") or {}
     return max([int(saved["r"]), *map(int, patterns.values())])
+
+
+def weights_of(name: str | Path, **options: Any) -> Path:
+    """The folder on this machine with the adapter `name`, fetched if need be, for who knows of no revisions.
+
+    Args:
+        name, options: as of `base_of`.
+
+    Raises:
+        InputError: there are no weights beside its configuration.
+    """
+    for file in _WEIGHTS:
+        if (path := find_file(name, file, **options)) is not None:
+            return path.parent.resolve()
+    raise InputError(cannot_load(name, f"it has no {_WEIGHTS[0]}"))
 
 
 def brings_processor(name: str | Path, **options: Any) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.models.adapters import base_of
+from listener_reward.models.adapters import base_of, options_of_base
 from listener_reward.models.hub import hub_options
 from listener_reward.models.openai_client import BadRequest, ContentRefused, OpenAIClient
 from listener_reward.models.options import split_address
@@ -99,6 +99,8 @@ class EndpointVLM:
         """The checkpoint whose files are read here; None for a processor that was given."""
         self.base: str | None = None
         """The checkpoint under the adapter, where `checkpoint` is one."""
+        self.revision: str | None = None
+        """The weights' revision on the Hub; None for the newest."""
         self.served, self._parent = self._model(served)
         self.backend = f"{self.served}@{client.base_url}"
         self._optional: dict[str, Any] = {
@@ -141,13 +143,15 @@ class EndpointVLM:
         the class.
         """
         served, url = split_address(address)
-        given = hub_options(name) | ({} if revision is None else {"revision": revision})
+        given = hub_options(name, revision)
         processor = load_processor(name, **given)
         limit_pixels(processor, max_pixels)
         prepare = partial(resized_for_good, image_processor=processor.image_processor)
         server = OpenAIClient(url, prepare=prepare, **client)
         vlm = cls(server, served, processor, chat_format, accept_less=accept_less)
         vlm.checkpoint, vlm.base = str(name), base_of(name, **given)
+        whole = given if vlm.base is None else options_of_base(vlm.base, given, name)
+        vlm.revision = whole.get("revision")
         return vlm
 
     def without_adapters(self, chat_format: ChatFormat) -> EndpointVLM:
@@ -162,7 +166,7 @@ class EndpointVLM:
                 "listener_options={'backend': 'BASE@http://...'}"
             )
         base = EndpointVLM(self.client, self._parent, self.processor, chat_format, accept_less=self.accept_less)
-        base.checkpoint = self.base
+        base.checkpoint, base.revision = self.base, self.revision
         return base
 
     def can_ground(self, grounding: float) -> float:

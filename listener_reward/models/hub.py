@@ -51,11 +51,25 @@ def lasting(name: str) -> str:
     return str(Path(name).resolve()) if name not in EMBEDDED and os.path.isdir(name) else name
 
 
-def hub_options(name: str | Path) -> dict[str, Any]:
-    """What to tell transformers of a name on the Hub: read only the cache where the Hub cannot be reached.
+def hub_options(name: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """What to tell transformers of a name: its `revision`, and to read only the cache where the Hub cannot be reached.
 
     Left to itself it repeats every file's request for half a minute before it says so.
+
+    Raises:
+        InputError: a revision of a folder.
     """
+    if revision is None:
+        return _reached(name)
+    if os.path.isdir(name):
+        raise InputError(
+            f"revision is {revision!r}, and {str(name)!r} is a folder; only a checkpoint on the Hub has revisions: "
+            "leave it out"
+        )
+    return _reached(name) | {"revision": revision}
+
+
+def _reached(name: str | Path) -> dict[str, Any]:
     if os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
         return {}
     from huggingface_hub import constants, get_session, is_offline_mode

@@ -118,6 +118,8 @@ class TransformersVLM:
         """Where the weights were loaded from; None for a model that was given."""
         self.base: str | None = None
         """The checkpoint under the adapter, where `checkpoint` is one."""
+        self.revision: str | None = None
+        """The weights' revision on the Hub; None for the newest."""
         self.family = family_of(base_model(model).config.model_type)
         self._plain = PlainBatches(model, processor)
         self.shared_prefix = shared_prefix
@@ -173,12 +175,8 @@ class TransformersVLM:
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"dtype is {dtype!r}; give the name of a torch dtype, such as 'bfloat16', or 'auto'")
         placed = placement(device, dtype, device_map, quantization)
-        kwargs = hub_options(name) | {name: value for name, value in kwargs.items() if value is not None}
-        if "revision" in kwargs and os.path.isdir(name):
-            raise InputError(
-                f"revision is {kwargs['revision']!r}, and {str(name)!r} is a folder; only a checkpoint on the Hub has "
-                "revisions: leave it out"
-            )
+        given = {option: value for option, value in kwargs.items() if value is not None}
+        kwargs = hub_options(name, given.get("revision")) | given
         processor = load_processor(name, **kwargs)
         limit_pixels(processor, max_pixels)
         base = base_of(name, **kwargs)
@@ -219,7 +217,7 @@ class TransformersVLM:
             keep_memory=keep_memory,
             think_tag=think_tag,
         )
-        vlm.checkpoint, vlm.base = str(name), base
+        vlm.checkpoint, vlm.base, vlm.revision = str(name), base, given.get("revision")
         return vlm
 
     def without_adapters(self, chat_format: ChatFormat) -> TransformersVLM:
@@ -236,7 +234,7 @@ class TransformersVLM:
             keep_memory=False,  # if it is to be kept, glibc has been asked
             think_tag=chat_format.think[0],
         )
-        base.checkpoint = self.base
+        base.checkpoint, base.revision = self.base, self.revision
         return base
 
     def can_ground(self, grounding: float) -> float:

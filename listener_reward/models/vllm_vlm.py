@@ -23,7 +23,7 @@ from torch import Tensor
 
 from listener_reward.chat import Chat, ChatFormat
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.models.adapters import base_of, lora_rank
+from listener_reward.models.adapters import base_of, lora_rank, options_of_base, weights_of
 from listener_reward.models.hub import hub_options, loading
 from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor
@@ -61,6 +61,8 @@ class VllmVLM:
         """Where the weights were loaded from; None for an engine that was given."""
         self.base: str | None = None
         """The checkpoint under the adapter, where `checkpoint` is one."""
+        self.revision: str | None = None
+        """The weights' revision on the Hub; None for the newest."""
         self._lock = Lock()
 
     @classmethod
@@ -87,7 +89,7 @@ class VllmVLM:
         Raises:
             InputError: the checkpoint cannot be found, reached or read, or vLLM refuses an argument.
         """
-        given = hub_options(name) | ({} if revision is None else {"revision": revision})
+        given = hub_options(name, revision)
         base = base_of(name, **given)
         processor = load_processor(name, **given)
         limit_pixels(processor, max_pixels)
@@ -101,24 +103,25 @@ class VllmVLM:
             "limit_mm_per_prompt": {"image": 2, "video": 0},
             "trust_remote_code": False,
         }
-        if revision is not None and base is None:
-            options["revision"] = revision
         if on_cpu:  # where a part of a seeded request's prompt ends vLLM 0.32: "CPU Generator does not use offset"
             options["enable_chunked_prefill"] = False
+        whole = given if base is None else options_of_base(base, given, name)
+        if (of_whole := whole.get("revision")) is not None:
+            options["revision"] = of_whole
         adapter = None
         if base is not None:
             request = import_module("vllm.lora.request").LoRARequest
-            adapter = request("judge", 1, str(Path(name).resolve()) if Path(name).is_dir() else str(name))
+            adapter = request("judge", 1, str(weights_of(name, **given)))
             options |= {"enable_lora": True, "max_lora_rank": lora_rank(name, **given)}
         with loading(base or name):
             llm: Any = vllm.LLM(**options | dict(engine or {}))
         vlm = cls(llm, processor, think_tag=chat_format.think[0], adapter=adapter)
-        vlm.checkpoint, vlm.base = str(name), base
+        vlm.checkpoint, vlm.base, vlm.revision = str(name), base, of_whole
         return vlm
 
     def without_adapters(self, chat_format: ChatFormat) -> VllmVLM:
         base = VllmVLM(self.engine, self.processor, think_tag=chat_format.think[0])
-        base.checkpoint = self.base
+        base.checkpoint, base.revision = self.base, self.revision
         base._lock = self._lock
         return base
 

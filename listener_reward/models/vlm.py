@@ -58,6 +58,8 @@ class LoadedVLM(VLM, Protocol):
     """Where it was loaded from; None for a model that was given."""
     base: str | None
     """The checkpoint under the adapter, where `checkpoint` is one."""
+    revision: str | None
+    """That of the weights on the Hub, the base's under an adapter; None for the newest, and for a folder."""
     backend: str
     """Who runs it, as `backends.load_vlm` takes it."""
     limits: tuple[str, ...]

@@ -14,7 +14,7 @@ from listener_reward.card import Card, CardLike
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import InputError
 from listener_reward.media.images import MAX_SIDE
-from listener_reward.models.adapters import base_of
+from listener_reward.models.adapters import base_of, options_of_base
 from listener_reward.models.families import family_of
 from listener_reward.models.hub import hub_options, loading, resolve
 from listener_reward.models.older_transformers import smart_resize
@@ -87,11 +87,12 @@ class Checkpoint:
         like: str | None = None,
         card: CardLike | None = None,
         max_pixels: int | None = None,
+        revision: str | None = None,
     ) -> Checkpoint:
         """The checkpoint `name`: an embedded name, a folder, or a name on the Hub.
 
         `like` is another one, whose shapes it will have, where it is not there yet. `card` replaces the checkpoint's
-        own.
+        own. `revision` is that of a name on the Hub.
 
         Raises:
             InputError: it cannot be found or reached, and its shapes are not built in; or a card that cannot be read.
@@ -99,21 +100,24 @@ class Checkpoint:
         card = None if card is None else Card.read(card)
         found = resolve(like or name)
         try:
-            base, adapter = base_of(found), None
+            there = whole = hub_options(found, revision)
+            base, adapter = base_of(found, **there), None
             if base is not None:
                 from peft import PeftConfig
 
                 with loading(found):
-                    adapter = PeftConfig.from_pretrained(found)
+                    adapter = PeftConfig.from_pretrained(found, **there)
+                whole = options_of_base(base, there, found)
             base = base or found
             with loading(base):
-                config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options(base))
+                config = AutoConfig.from_pretrained(base, trust_remote_code=False, **whole)
             if family_of(config.model_type, where=base, config=config.to_dict()).processor is None:
                 raise InputError(
                     f"{name!r} is a {config.model_type} model, which no plan knows: only Qwen's families are counted. "
                     "Name one of its size by --like, or measure the run itself"
                 )
-            return cls(name, config, Card.load(found, card), load_processor(found), adapter, max_pixels=max_pixels)
+            own, processor = Card.load(found, card, revision=revision), load_processor(found, **there)
+            return cls(name, config, own, processor, adapter, max_pixels=max_pixels)
         except InputError:
             if found not in BUILT_IN:
                 raise

@@ -22,7 +22,7 @@ from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
 from listener_reward.plan.reading import Asked, decoding_parts, fullest_pass, largest, listening, looked
 from listener_reward.plan.tokens import Pairs, assumed, of_data
-from listener_reward.train.run import parse, peft_config_of
+from listener_reward.train.run import parse, peft_config_of, revision_of
 
 BUCKETS = 2_000_000_000
 """Bytes of DeepSpeed's buckets for communication, at its defaults: two of half a billion numbers in bfloat16."""
@@ -76,7 +76,9 @@ class _Run:
         if self.model_args.model_name_or_path is None:
             raise InputError("model_name_or_path is not set; name the reasoner to start from, for example tiny-base")
         name = self.model_args.model_name_or_path
-        self.policy_checkpoint = Checkpoint.of(name, card=self.args.card, max_pixels=self.args.max_pixels)
+        self.policy_checkpoint = Checkpoint.of(
+            name, card=self.args.card, max_pixels=self.args.max_pixels, revision=revision_of(self.model_args)
+        )
         if self.policy_checkpoint.adapter is not None:
             raise InputError(f"{name!r} is an adapter, and new adapters need whole weights under them; merge it first")
         self.thought = self.args.max_completion_length or 256
@@ -115,9 +117,9 @@ class _Run:
         if name in (None, OWN_BASE) or is_address(name):
             return None
         assert isinstance(name, str)
-        found = Checkpoint.of(name)
-        self.notes += [note for note in found.notes if note not in self.notes]
         options: Any = self.args.listener_options or {}
+        found = Checkpoint.of(name, revision=options.get("revision"))
+        self.notes += [note for note in found.notes if note not in self.notes]
         place = options.get("device") or options.get("device_map")
         if place is not None and str(place) not in ("cpu", "cuda", "cuda:0"):
             self.notes.append(f"the listener is counted on the policy's GPU; listener_options put it on {place}")

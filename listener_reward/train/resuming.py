@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from listener_reward.checkpoints import fault_of, newest_whole
 from listener_reward.errors import InputError
+from listener_reward.models.adapters import ADAPTER
 
 
 def last_checkpoint(output_dir: str | Path, tell: Callable[[str], Any] | None = None) -> Path | None:
@@ -52,3 +53,16 @@ def check_resumable(folder: str | Path) -> None:
         whole = last_checkpoint(folder) or last_checkpoint(Path(folder).parent)
         fix = "nor is another checkpoint beside it whole" if whole is None else f"the last whole checkpoint is {whole}"
         raise InputError(f"resume_from_checkpoint is {str(folder)!r}, which cannot be resumed: {fault}; {fix}")
+
+
+def check_revision(folder: str | Path, revision: str | None) -> None:
+    """Raises `InputError` for a checkpoint whose adapter was trained on another `revision` of its base."""
+    path = Path(folder, ADAPTER)
+    if not path.is_file():  # whole weights need no other ones
+        return
+    trained_on = json.loads(path.read_bytes()).get("revision")
+    if trained_on != revision:
+        raise InputError(
+            f"resume_from_checkpoint is {str(folder)!r}, an adapter to revision {trained_on or 'main'!r} of its base, "
+            f"and this run has loaded {revision or 'main'!r}; set model_revision: {trained_on or 'main'}"
+        )

@@ -96,14 +96,11 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
             f"its place; choose another folder, such as ./{args.output_dir}-run"
         )
     bits = _bits(model_args)
-    if model_args.model_revision != "main":
-        raise InputError(
-            f"model_revision is {model_args.model_revision!r} and only 'main' is supported; download the revision and "
-            "give its folder as model_name_or_path"
-        )
     _check_installed(args, model_args)
     peft_config = peft_config_of(model_args)
     loading: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if (revision := revision_of(model_args)) is not None:
+        loading["revision"] = revision
     if bits is not None:
         loading["quantization_config"] = quantized(bits, model_args.dtype or "float32")
     given: Any = args.model_init_kwargs or {}
@@ -124,6 +121,11 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
     )
     _leave(trainer)
     return trainer
+
+
+def revision_of(model_args: ModelConfig) -> str | None:
+    """The policy's revision; None for the newest, which has a name that folders have, too."""
+    return None if model_args.model_revision == "main" else model_args.model_revision
 
 
 def peft_config_of(model_args: ModelConfig) -> Any:

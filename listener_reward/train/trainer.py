@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import trl
 from datasets import Dataset, Image, List
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -40,7 +41,7 @@ from listener_reward.listener import (
 )
 from listener_reward.media.images import to_pil
 from listener_reward.models.adapters import base_of
-from listener_reward.models.hub import lasting, resolve
+from listener_reward.models.hub import hub_options, lasting, resolve, same_checkpoint
 from listener_reward.models.options import is_address
 from listener_reward.models.placement import limit_pixels
 from listener_reward.models.processing import decoded, load_processor, opened_by_template
@@ -52,7 +53,7 @@ from listener_reward.prefix.attention import base_model, take_layouts, unsupport
 from listener_reward.trace import Trace
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, dropped_inputs, lacks_fused_head
-from listener_reward.train.resuming import check_resumable, last_checkpoint
+from listener_reward.train.resuming import check_resumable, check_revision, last_checkpoint
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
@@ -100,15 +101,18 @@ class ListenerGRPOTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         folder = lasting(resolve(model))  # in full, because adapters name it as their base
-        if (base := base_of(folder)) is not None:
+        self.revision: str | None = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+        """The policy's revision on the Hub."""
+        there = hub_options(folder, self.revision)
+        if (base := base_of(folder, **there)) is not None:
             raise InputError(
                 f"the model {str(model)!r} is an adapter on {base!r}, and new adapters need whole weights under them; "
                 f"merge it first: listener-reward merge {model} --out FOLDER"
             )
-        self.card = replace(Card.load(folder, args.card), masking=args.masking)
+        self.card = replace(Card.load(folder, args.card, revision=self.revision), masking=args.masking)
         if args.listener_grounding is not None:
             self.card = replace(self.card, listener_grounding=args.listener_grounding)
-        processor = load_policy_processor(folder)
+        processor = load_policy_processor(folder, **there)
         limit_pixels(processor, args.max_pixels)
         _refuse_dropped_inputs(folder, processor, self.card)
         reserved = reserved_tokens(processor.tokenizer)
@@ -127,7 +131,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Rounds in a row, up to now, in which every completion was malformed."""
         self.kernel = self._kernel(args)
         if listener is None and not own_base:
-            listener = _load_listener(args, self.card, folder, self.kernel)
+            listener = _load_listener(args, self.card, folder, self.revision, self.kernel)
         named = choose_listener(args.listener, None)
         # An address is where this run's listener was, and no checkpoint.
         if named is not None and not is_address(named):
@@ -137,6 +141,11 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Switches without effect in this version of trl, each with the reason."""
         itself = "decode_images_once" in self.left_to_trl  # then trl decodes
         self.base_folder = folder
+        if args.use_vllm and args.vllm_mode == "colocate" and self.revision is not None:
+            raise InputError(
+                f"revision {self.revision!r} of the policy is asked for, and trl has vLLM load it by its name alone, "
+                "the newest; download the revision and give its folder, or set use_vllm: false"
+            )
         if args.use_vllm:
             given: Any = args.generation_kwargs
             args.generation_kwargs = without_image_token(given, processor.image_token_id)
@@ -146,16 +155,21 @@ class ListenerGRPOTrainer(GRPOTrainer):
             on_failure=args.listener_on_failure,
             opened=opened_by_template(processor, self.card.format),
         )
-        super().__init__(
-            model=folder,
-            reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
-            args=args,
-            train_dataset=as_chats(train_dataset, self.card, reserved, decode=itself),
-            eval_dataset=None if eval_dataset is None else as_chats(eval_dataset, self.card, reserved, decode=itself),
-            processing_class=processor,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
+        if peft_config is not None and self.revision is not None:
+            peft_config.revision = self.revision  # which the adapter then names with its base
+        with self._class_of_revision():
+            super().__init__(
+                model=folder,
+                reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
+                args=args,
+                train_dataset=as_chats(train_dataset, self.card, reserved, decode=itself),
+                eval_dataset=None
+                if eval_dataset is None
+                else as_chats(eval_dataset, self.card, reserved, decode=itself),
+                processing_class=processor,
+                peft_config=peft_config,
+                callbacks=callbacks,
+            )
         if own_base:
             self._refuse_sharded_base()
             policy = self.accelerator.unwrap_model(self.model)
@@ -181,6 +195,14 @@ class ListenerGRPOTrainer(GRPOTrainer):
                     take_layouts(self.accelerator.unwrap_model(shared))
             if self.accelerator.device.type == "cpu":
                 keep_freed_memory()
+
+    def _class_of_revision(self) -> contextlib.AbstractContextManager[Any]:
+        """Stock trl looks up the policy's class in the newest `config.json`, whatever revision it then loads."""
+        if self.revision is None:
+            return contextlib.nullcontext()
+        stock: Any = grpo_trainer.create_model_from_path
+        chosen = partial(stock, architecture=AutoModelForImageTextToText)
+        return replaced(grpo_trainer, "create_model_from_path", chosen)
 
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
@@ -364,6 +386,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = True if newest is None else str(newest)  # True: transformers says there is none
         elif resume_from_checkpoint:
             check_resumable(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str | Path):
+            check_revision(resume_from_checkpoint, self.revision)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -451,7 +475,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """
         sharded: Any = base_model(self.accelerator.unwrap_model(self.model))
         with unsharded():
-            model = type(sharded).from_pretrained(self.base_folder, dtype=sharded.dtype)
+            model = type(sharded).from_pretrained(self.base_folder, dtype=sharded.dtype, revision=self.revision)
         model.load_state_dict(gathered)
         return model
 
@@ -507,13 +531,13 @@ def _with_sources(row: dict[str, Any]) -> dict[str, Any]:
     return {"images": [*(row["sources"] or ()), *row["images"]]}
 
 
-def load_policy_processor(model: str) -> Any:
-    """The processor of the checkpoint to train.
+def load_policy_processor(model: str, **options: Any) -> Any:
+    """The processor of the checkpoint to train; `options` are transformers' for the Hub, such as `revision`.
 
     Raises:
         InputError: the checkpoint cannot be found or reached, is of another architecture, or has no chat template.
     """
-    processor = load_processor(model)
+    processor = load_processor(model, **options)
     if processor.chat_template is None:
         raise InputError(f"the checkpoint {model!r} has no chat template; add its chat_template.jinja to the folder")
     return processor
@@ -532,11 +556,15 @@ def _refuse_dropped_inputs(model: str, processor: Any, card: Card) -> None:
         )
 
 
-def _load_listener(args: ListenerGRPOConfig, card: Card, folder: str, kernel: str) -> Listener | None:
+def _load_listener(
+    args: ListenerGRPOConfig, card: Card, folder: str, revision: str | None, kernel: str
+) -> Listener | None:
     """The listener that the configuration or else the policy's card names; None if there is none and its reward weight
     is 0.
 
-    Behind an address there is the listener of the card, or the checkpoint in `folder` where the card has none."""
+    Behind an address there is the listener of the card, or the checkpoint in `folder` where the card has none. A
+    listener of the policy's own checkpoint has its `revision`, unless `listener_options` have another.
+    """
     name, backend = choose_listener(args.listener or None, card.listener), None
     if is_address(name):
         name, backend = card.listener or folder, str(name)
@@ -558,8 +586,17 @@ def _load_listener(args: ListenerGRPOConfig, card: Card, folder: str, kernel: st
         "max_pixels": args.max_pixels,
     }
     own: Any = args.listener_options
+    if revision is not None and same_checkpoint(name, folder):
+        own = {"revision": revision} | (own or {})
     if backend is not None:
         own = (own or {}) | {"backend": backend}
+    elif (own or {}).get("revision") is not None:
+        logger.warning(
+            "the trained judge names its listener %r without a revision; give listener_options={'revision': %r} where "
+            "it is loaded",
+            name,
+            own["revision"],
+        )
     with unsharded():
         return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
 
