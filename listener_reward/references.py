@@ -1,7 +1,8 @@
 """Where the first images of prompts are kept, and given ones are read.
 
-The scheme `reference` compares every image of a prompt with the same one. `ReferenceFile` keeps those images on disk:
-memory does not grow with the prompts, a restart goes on with the same zero, and processes of one machine share them.
+The scheme `reference` compares every image of a prompt with the same one, the scheme `anchors` with the same few.
+`ReferenceFile` and `AnchorFile` keep those images on disk: memory does not grow with the prompts, a restart goes on
+with the same scale, and processes of one machine share them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.clips import Clip, Visual
@@ -76,12 +77,14 @@ def read_references(path: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
-class ReferenceFile(MutableMapping[str, Kept]):
+class ReferenceFile(MutableMapping[str, Any]):
     """A dict of prompts and kept images that lives in one SQLite file. Threads and processes may share it.
 
     Every change is whole or absent, whenever the process is killed. Where two processes keep an image of the same
     prompt at once, the first one stays. SQLite needs a disk of the same machine: no network file system.
     """
+
+    TABLE: ClassVar[str] = "references"
 
     def __init__(self, path: str | os.PathLike[str]):
         """
@@ -104,7 +107,8 @@ class ReferenceFile(MutableMapping[str, Kept]):
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():
             connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-            connection.execute('CREATE TABLE IF NOT EXISTS "references" (prompt TEXT PRIMARY KEY, image BLOB NOT NULL)')
+            columns = "prompt TEXT PRIMARY KEY, image BLOB NOT NULL"
+            connection.execute(f'CREATE TABLE IF NOT EXISTS "{self.TABLE}" ({columns})')
             connection.commit()
             if self._connection is not None:
                 _INHERITED.append(self._connection)
@@ -124,39 +128,39 @@ class ReferenceFile(MutableMapping[str, Kept]):
                     return []
                 return connection.execute(statement, *rows).fetchall()
         except sqlite3.Error as error:
-            raise JudgeError(f"references cannot be kept in {self.path or 'a temporary file'}: {error}") from error
+            raise JudgeError(f"{self.TABLE} cannot be kept in {self.path or 'a temporary file'}: {error}") from error
 
-    def __getitem__(self, prompt: str) -> Kept:
-        found = self._run('SELECT image FROM "references" WHERE prompt = ?', (prompt,))
+    def __getitem__(self, prompt: str) -> Any:
+        found = self._run(f'SELECT image FROM "{self.TABLE}" WHERE prompt = ?', (prompt,))
         if not found:
             raise KeyError(prompt)
-        return _decoded(found[0][0])
+        return self._decoded(found[0][0])
 
-    def __setitem__(self, prompt: str, kept: Kept) -> None:
+    def __setitem__(self, prompt: str, kept: Any) -> None:
         self.keep({prompt: kept})
 
-    def keep(self, images: Mapping[str, Kept]) -> None:
+    def keep(self, images: Mapping[str, Any]) -> None:
         """Adds those whose prompts have none."""
         if images:
-            rows = [(prompt, _encoded(kept)) for prompt, kept in images.items()]
-            self._run('INSERT OR IGNORE INTO "references" VALUES (?, ?)', *rows)
+            rows = [(prompt, self._encoded(kept)) for prompt, kept in images.items()]
+            self._run(f'INSERT OR IGNORE INTO "{self.TABLE}" VALUES (?, ?)', *rows)
 
     def __delitem__(self, prompt: str) -> None:
         if prompt not in self:
             raise KeyError(prompt)
-        self._run('DELETE FROM "references" WHERE prompt = ?', (prompt,))
+        self._run(f'DELETE FROM "{self.TABLE}" WHERE prompt = ?', (prompt,))
 
     def clear(self) -> None:
-        self._run('DELETE FROM "references"')
+        self._run(f'DELETE FROM "{self.TABLE}"')
 
     def __contains__(self, prompt: object) -> bool:
-        return bool(self._run('SELECT 1 FROM "references" WHERE prompt = ?', (prompt,)))
+        return bool(self._run(f'SELECT 1 FROM "{self.TABLE}" WHERE prompt = ?', (prompt,)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter([prompt for (prompt,) in self._run('SELECT prompt FROM "references" ORDER BY rowid')])
+        return iter([prompt for (prompt,) in self._run(f'SELECT prompt FROM "{self.TABLE}" ORDER BY rowid')])
 
     def __len__(self) -> int:
-        return self._run('SELECT count(*) FROM "references"')[0][0]
+        return self._run(f'SELECT count(*) FROM "{self.TABLE}"')[0][0]
 
     def __getstate__(self) -> str:
         return self.path
@@ -164,16 +168,40 @@ class ReferenceFile(MutableMapping[str, Kept]):
     def __setstate__(self, path: str) -> None:
         self.__init__(path)
 
+    @staticmethod
+    def _encoded(kept: Any) -> bytes:
+        """A picture's PNG as it is; a clip as JSON, which begins with another byte."""
+        return kept if isinstance(kept, bytes) else json.dumps(_texts(kept)).encode()
 
-def _encoded(kept: Kept) -> bytes:
-    """A picture's PNG as it is; a clip as JSON, which begins with another byte."""
+    @staticmethod
+    def _decoded(data: bytes) -> Any:
+        return data if not data.startswith(b"{") else _bytes(json.loads(data))
+
+
+class AnchorFile(ReferenceFile):
+    """The same for the anchors of prompts, as `Anchors.to_dict` has them."""
+
+    TABLE = "anchors"
+
+    @staticmethod
+    def _encoded(kept: Any) -> bytes:
+        return json.dumps(kept | {"images": [_texts(image) for image in kept["images"]]}).encode()
+
+    @staticmethod
+    def _decoded(data: bytes) -> Any:
+        kept = json.loads(data)
+        return kept | {"images": [_bytes(image) for image in kept["images"]]}
+
+
+def _texts(kept: Kept) -> Any:
+    """As JSON can hold it."""
     if isinstance(kept, bytes):
-        return kept
-    return json.dumps(kept | {"frames": [base64.b64encode(frame).decode() for frame in kept["frames"]]}).encode()
+        return base64.b64encode(kept).decode()
+    return kept | {"frames": [_texts(frame) for frame in kept["frames"]]}
 
 
-def _decoded(data: bytes) -> Kept:
-    if not data.startswith(b"{"):
-        return data
-    kept = json.loads(data)
-    return kept | {"frames": [base64.b64decode(frame) for frame in kept["frames"]]}
+def _bytes(saved: Any) -> Kept:
+    """What `_texts` was given."""
+    if isinstance(saved, str):
+        return base64.b64decode(saved)
+    return saved | {"frames": [_bytes(frame) for frame in saved["frames"]]}
