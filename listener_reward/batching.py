@@ -152,6 +152,11 @@ class BatchingJudge:
         return partial(type(self), self.judge, **options), ()
 
     @property
+    def identity(self) -> str:
+        """The judge's own; see `anchors.identity_of`."""
+        return getattr(self.judge, "identity", None) or self.name
+
+    @property
     def waiting(self) -> int:
         """Pairs that came and were not handed to the judge yet."""
         with self._lock:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,6 +17,8 @@ from listener_reward.errors import check_choice, missing
 if fault := missing("judge", "a judge in this process"):
     raise fault
 
+from listener_reward.anchor_sets import read_folder
+from listener_reward.anchors import AnchoredScore, Anchors, Candidate, check_effort, fit_anchors, meet
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
 from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, Side
@@ -252,6 +256,23 @@ class Judge:
         said: list[str] = [limit for vlm in self._vlms() for limit in getattr(vlm, "limits", ())]
         return tuple(dict.fromkeys(said))
 
+    @property
+    def identity(self) -> str:
+        """The name, and a digest of what verdicts depend on beside the weights and the seed: card, listener, mode.
+
+        Scores of judges with other identities are not on one scale.
+        """
+        origin = self._origin or {}
+        asked = ("listener", "listener_options", "revision", "quantization", "max_pixels")
+        about = {
+            "card": asdict(replace(self.card, listener=None)),  # the listener's name there is a path of this machine
+            "listens": self.listener is not None,
+            **{name: getattr(self, name) for name in ("think", "clips", "lenient")},
+            **{name: origin.get(name) for name in asked},
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        return f"{self.name} {digest[:12]}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles by configuration: the copy loads its weights from where this judge got them."""
         if self._origin is None:
@@ -432,6 +453,49 @@ class Judge:
             return [verdict_of(judgements, mode, calibration).p_first for judgements in gathered]
 
         return copy_scores(rank_images(compare_batch, len(distinct), budget=budget, curve=curve), same)
+
+    def score(
+        self,
+        prompt: PromptLike,
+        image: ImageLike | Clip,
+        *,
+        anchors: Anchors | Sequence[ImageLike | Clip] | str | os.PathLike[str],
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        comparisons: int | None = None,
+        error: float | None = None,
+    ) -> AnchoredScore:
+        """How good one image is by itself: its expected share of wins against anchors, other images of its prompt.
+
+        Args:
+            prompt: what the image was made from.
+            image: an image, or a clip.
+            anchors: what `fit_anchors` gave; the images themselves, which are compared with one another first, in every
+                call; or a folder that `listener-reward anchors` made.
+            sources: as in `compare`.
+            criterion: as in `compare`.
+            comparisons: most comparisons of the image, each with the anchor that tells most; None is every anchor.
+            error: no more comparisons once the score's standard error is as low as this, in log-odds.
+
+        Raises:
+            InputError: an image that cannot be read, anchors of another judge, or a folder without this prompt.
+            JudgeError: as `compare_many`.
+        """
+        check_effort(comparisons, error)
+        asked = prompt_with(prompt, sources, criterion)
+        if isinstance(anchors, str | os.PathLike):
+            anchors = read_folder(Path(anchors)).of(asked)
+        if not isinstance(anchors, Anchors):
+            anchors = fit_anchors(self, asked, anchors)
+        anchors.check_judge(self.identity)
+        candidate = Candidate(asked, to_visual(image), anchors)
+        meet(
+            [candidate],
+            lambda matches: self.compare_many(*zip(*matches, strict=True)),
+            comparisons=comparisons,
+            error=error,
+        )
+        return candidate.score
 
     def check_format(self) -> None:
         """Says whether the answers so far are in the judge's format, and the listener's, however few they are.

@@ -79,13 +79,13 @@ class Mixture:
         """What an image's score depends on.
 
         "group": whole groups in one call, because a component says so, or the mixture compares a prompt's images with
-        one another (`combine="group"`, `on_failure="drop-component"`). Else "auto" or "reference", if a component says
-        so; None if none says anything.
+        one another (`combine="group"`, `on_failure="drop-component"`). Else "auto", "reference" or "anchors",
+        if a component says so; None if none says anything.
         """
         if self.combine == "group" or self.on_failure == "drop-component":
             return "group"
         said = [getattr(reward, "scheme", None) for reward in self.rewards.values()]
-        neediest_first: tuple[Scheme, ...] = ("group", "auto", "reference")
+        neediest_first: tuple[Scheme, ...] = ("group", "auto", "reference", "anchors")
         return next((scheme for scheme in neediest_first if scheme in said), None)
 
     def __call__(

@@ -63,8 +63,8 @@ class RemoteReward:
         Args:
             url: where the server listens, such as "http://127.0.0.1:8300". An address of this machine is asked
                 directly, whatever proxy the environment names.
-            scheme: what the scores must be: "reference", "group" or "auto". It goes with each request, and a server
-                that would answer by another refuses. None takes the server's.
+            scheme: what the scores must be: "reference", "anchors", "group" or "auto". It goes with each request, and a
+                server that would answer by another refuses. None takes the server's.
             timeout: seconds to wait for an answer. A server that collects groups answers when the group is full.
             retries: how often to ask again where the server may answer the next time: a connection refused or reset,
                 or one of `TRANSIENT`. Pauses double from a second, unless the server says how long (`Retry-After`).

@@ -7,6 +7,8 @@ with:
   zero in the group. For trainers that sample several images a prompt and normalise within the prompt.
 - `reference`: each image is compared with one fixed image of its prompt. The score is the log-odds of beating the fixed
   image, so scores of different steps are on one scale.
+- `anchors`: each image is compared with a few fixed images of its prompt, whose mutual scores are fixed too. The score
+  is the most probable log-odds on their scale, so scores of different steps are on one scale, with smaller errors.
 
 Importing this module loads no model and no torch; the first call loads the judge.
 """
@@ -21,10 +23,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
+from listener_reward.anchor_sets import AnchorSets
+from listener_reward.anchors import Anchors, Candidate, check_effort, identity_of, meet
 from listener_reward.batching import BatchingJudge
 from listener_reward.criteria import check_asked, combined, read_criteria, summed
 from listener_reward.errors import FormatError, InputError, JudgeError, check_choice
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 PAPER_CHECKPOINT = "alexgambashidze/qwen2.5vl_image_preference_reasoner"
 """The weights that the paper's authors released."""
 
-Scheme = Literal["auto", "group", "reference"]
+Scheme = Literal["auto", "group", "reference", "anchors"]
 FailurePolicy = Literal["raise", "nan", "group-mean"]
 
 INFO = (
@@ -56,6 +61,7 @@ INFO = (
     "malformed",
     "label_mass",
     "failed",
+    "win_share",
 )
 """What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
 
@@ -73,6 +79,8 @@ MANY_REFERENCES = 1000
 
 Reward = Callable[[Any, Sequence[Any], Any], tuple[Any, Mapping[str, Any]]]
 """B images, B prompts (texts or `Prompt`s) and B metadata to B scores and a dict of arrays; `ListenerReward` is one."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -96,25 +104,34 @@ class ListenerReward:
         on_failure: FailurePolicy = "raise",
         state: str | os.PathLike[str] | None = None,
         criteria: Mapping[str, float] | str | None = None,
+        anchors: Mapping[str, Any] | Callable[[str], Any] | str | os.PathLike[str] | int | None = None,
+        anchor_comparisons: int | None = None,
+        anchor_error: float | None = None,
         **judge_options: Any,
     ):
         """
         Args:
             judge: what `Judge.from_pretrained` takes ("tiny", a folder, a Hub name), or a judge: a `Judge` or any
                 `PairJudge`. A judge given as an object pickles as that object does; a name is the lighter choice.
-            scheme: "group", "reference", or "auto": group for a prompt with two images or more in a call, reference
-                for one that stands alone.
+            scheme: "group", "reference", "anchors", or "auto": group for a prompt with two images or more in a call,
+                reference for one that stands alone.
             reference: the image that each prompt's images must beat, or the path of a JSON file
                 `{"prompt": "image.png", ...}`. Left out, the first image seen for a prompt is kept; it scores 0
                 exactly.
             on_failure: what an image scores when the judge broke on all its comparisons: "raise" raises `JudgeError`,
                 "nan" gives NaN, "group-mean" the mean of the prompt's other images in the call (NaN without any).
-            state: a file that keeps the first images seen, made where it is missing, so that memory does not grow with
-                the prompts and the next run has the same zeros; see `references.ReferenceFile`. Left out, they are kept
-                in memory.
+            state: a file that keeps the first images seen, or the anchors and their scores, made where it is missing,
+                so that memory does not grow with the prompts and the next run has the same scale; see
+                `references.ReferenceFile`. Left out, they are kept in memory.
             criteria: what to judge by, each with its weight: `{"alignment": 1.0, "quality": 0.5}`, or as a text
                 "alignment=1,quality=0.5". Each comparison is asked once for each criterion, and the score is the
                 weighted sum of the criteria's scores: weights are not normalised. None asks the general question.
+            anchors: for scheme "anchors" the images that each prompt's images are compared with: a dict of prompts and
+                lists of images, a function of the prompt, a JSON file `{"prompt": ["a.png", ...], ...}`, or a folder
+                that `listener-reward anchors` made, which has their scores too. A number takes so many out of the first
+                group of different images seen for a prompt, spread over its quality; left out, that is 4.
+            anchor_comparisons: most comparisons of an image, each with the anchor that tells most; None: all anchors.
+            anchor_error: no more comparisons for an image whose score has a standard error as low as this, in log-odds.
             judge_options: passed on to `Judge.from_pretrained`. Without a `device`, or with "cuda", the judge goes to
                 the GPU that is current where the reward is made: the first call may come from a thread with another
                 current GPU.
@@ -130,12 +147,22 @@ class ListenerReward:
                 raise InputError(
                     f"{field} is given, but scheme='group' compares no reference; use 'auto' or 'reference'"
                 )
+        if scheme == "anchors":
+            if reference is not None:
+                raise InputError("reference is given, but scheme='anchors' compares with anchors; give it as anchors")
+            check_effort(anchor_comparisons, anchor_error, prefix="anchor_")
+        else:
+            effort = {"anchors": anchors, "anchor_comparisons": anchor_comparisons, "anchor_error": anchor_error}
+            if ineffective := [name for name, value in effort.items() if value is not None]:
+                raise InputError(f"{', '.join(ineffective)} would have no effect with scheme={scheme!r}; use 'anchors'")
         if reference is not None and state is not None:
             raise InputError("state is given, but with reference= there is nothing to keep; leave one of them out")
         if isinstance(judge, (str, os.PathLike)):
             judge = os.fspath(judge)
             if unknown := [name for name in judge_options if name not in JUDGE_OPTIONS]:
-                known = ", ".join(("scheme", "reference", "on_failure", "state", "criteria", *JUDGE_OPTIONS))
+                own = ("scheme", "reference", "on_failure", "state", "criteria")
+                own += ("anchors", "anchor_comparisons", "anchor_error")
+                known = ", ".join((*own, *JUDGE_OPTIONS))
                 raise InputError(f"{', '.join(unknown)}: no option of a ListenerReward, which has {known}")
             check_options({name: value for name, value in judge_options.items() if name in MODEL_OPTIONS})
         elif not isinstance(judge, PairJudge):
@@ -153,8 +180,10 @@ class ListenerReward:
         self.reference = read_references(reference) if isinstance(reference, (str, os.PathLike)) else reference
         self.on_failure = on_failure
         self.judge_options = judge_options
+        self._anchors = AnchorSets(anchors, state=state) if scheme == "anchors" else None
+        self._effort = {"comparisons": anchor_comparisons, "error": anchor_error}
         # The first image of each prompt, as PNG: raw pixels are ten times that.
-        self._kept: dict[str, Kept] | ReferenceFile = {} if state is None else ReferenceFile(state)
+        self._kept: dict[str, Kept] | ReferenceFile = {} if state is None or self._anchors else ReferenceFile(state)
         self._loaded: BatchingJudge | None = None  # a judge holds one model on one device: one caller at a time
         self._device = _current_gpu()
         self._forked = False
@@ -191,7 +220,8 @@ class ListenerReward:
             - `listener_p_first`: the listener's mean probability that this image is the better one;
             - `malformed`: fraction of the thoughts that were malformed;
             - `label_mass`: the two labels' total probability at the judge's answer slot, see `Verdict.label_mass`;
-            - `failed`: 1 where the judge broke on every comparison of the image, else 0.
+            - `failed`: 1 where the judge broke on every comparison of the image, else 0;
+            - `win_share`: with anchors, the expected share of wins against them, in [0, 1].
 
             With `criteria` these are of the whole: errors taken as independent, comparisons counted, other entries the
             means over them, `failed` where a criterion failed. Beside them each criterion has its own, unweighted:
@@ -206,18 +236,13 @@ class ListenerReward:
         pictures = to_visuals(images)
         groups = _group_by_prompt(with_sources(prompts, len(pictures), metadata, sources))
         names: Sequence[str | None] = [*self.criteria] or [None]
-        with self._planned({prompt: [pictures[b] for b in members] for prompt, members in groups.items()}) as tasks:
-            matches = [match for task in tasks for match in task.matches(names)]
-            verdicts = iter(self._ask(self._get_judge(), matches))
-            # Only now: a call that raised must not leave its image as the prompt's reference.
-            with self._lock:
-                self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
+        together = {prompt: [pictures[b] for b in members] for prompt, members in groups.items()}
+        scored = (self._score_by_anchors if self._anchors else self._score_by_others)(together, names)
 
         tables = np.zeros((len(names), len(pictures), 1 + len(INFO)), dtype=np.float32)
-        for task, members in zip(tasks, groups.values(), strict=True):
-            said = [next(verdicts) for _ in task.meetings for _ in names]
-            for number, table in enumerate(tables):
-                table[members] = _score(task, said[number :: len(names)])
+        for by_name, members in zip(scored, groups.values(), strict=True):
+            for table, rows in zip(tables, by_name, strict=True):
+                table[members] = rows
                 if self.on_failure == "group-mean":
                     scores = table[members, 0]
                     if not np.isnan(scores).all():
@@ -270,17 +295,18 @@ class ListenerReward:
         return self._get_judge().compare_many([prompt], [visuals[0]], [visuals[1]], think=think)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference images kept so far, one for each prompt, as the bytes of a PNG.
+        """The reference images kept so far, one for each prompt, as the bytes of a PNG; or anchors and their scores.
 
         A clip is kept as a dict of its frames' bytes and its times.
 
         `DDPOTrainer` keeps this state in its checkpoints: without it, a resumed run would score on another scale.
         """
         with self._lock:
-            return {"references": dict(self._kept)}
+            anchors = {"anchors": self._anchors.state()} if self._anchors else {}
+            return {"references": dict(self._kept), **anchors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts the images of a `state_dict` in the place of those kept so far.
+        """Puts the images, or the anchors, of a `state_dict` in the place of those kept so far.
 
         Raises:
             InputError: it is no `state_dict` of a `ListenerReward`.
@@ -288,7 +314,12 @@ class ListenerReward:
         kept = state.get("references") if isinstance(state, Mapping) else None
         if not isinstance(kept, Mapping) or not all(map(is_kept, kept.values())):
             raise InputError(f"state is {state!r:.80}; give what state_dict() of a ListenerReward gave")
+        anchors = state.get("anchors", {})
+        if not isinstance(anchors, Mapping) or (anchors and not self._anchors):
+            raise InputError("state has anchors, which this reward does not take; make it with scheme='anchors'")
         with self._lock:
+            if self._anchors:
+                self._anchors.load(anchors)
             self._kept.clear()
             _add(self._kept, kept)
 
@@ -313,8 +344,9 @@ class ListenerReward:
         self._begin()
         if isinstance(self.judge, str):
             self._loaded = None
-        if isinstance(self._kept, ReferenceFile):
-            self._kept.after_fork()
+        for kept in (self._kept, self._anchors.kept if self._anchors else {}):
+            if isinstance(kept, ReferenceFile):
+                kept.after_fork()
 
     def _get_judge(self) -> BatchingJudge:
         with self._lock:
@@ -338,16 +370,67 @@ class ListenerReward:
             options["device"] = self._device
         return Judge.from_pretrained(str(self.judge), **options)
 
+    def _score_by_others(
+        self, groups: Mapping[PromptLike, list[Visual]], criteria: Sequence[str | None]
+    ) -> list[list[np.ndarray]]:
+        """The rows of each group, for each criterion, by its own images or by its reference."""
+
+        def plan() -> tuple[list[_Task], set[PromptLike]]:
+            tasks = [self._plan(prompt, pictures) for prompt, pictures in groups.items()]
+            return tasks, {task.prompt for task in tasks if task.opens}
+
+        with self._planned(groups, plan) as tasks:
+            matches = [match for task in tasks for match in task.matches(criteria)]
+            verdicts = iter(self._ask(self._get_judge(), matches))
+            # Only now: a call that raised must not leave its image as the prompt's reference.
+            with self._lock:
+                self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
+        said = [[next(verdicts) for _ in task.meetings for _ in criteria] for task in tasks]
+        return [
+            [_score(task, verdicts[number :: len(criteria)]) for number in range(len(criteria))]
+            for task, verdicts in zip(tasks, said, strict=True)
+        ]
+
+    def _score_by_anchors(
+        self, groups: Mapping[PromptLike, list[Visual]], criteria: Sequence[str | None]
+    ) -> list[list[np.ndarray]]:
+        """The rows of each group by its prompt's anchors, for each criterion, which has a scale of its own."""
+        sets, judge = cast(AnchorSets, self._anchors), self._get_judge()
+        ask, name = partial(self._ask, judge), identity_of(judge)
+        asked = {prompt: [prompt_with(prompt, (), criterion) for criterion in criteria] for prompt in groups}
+
+        def plan() -> tuple[dict[PromptLike, list[Visual]], set[PromptLike]]:
+            new = {each: groups[prompt] for prompt in groups for each in asked[prompt] if sets.of(each, name) is None}
+            return new, {prompt for prompt in groups if not new.keys().isdisjoint(asked[prompt])}
+
+        with self._planned(groups, plan) as new:
+            sets.open(new, ask, name)
+        placed = [
+            [_placed(each, pictures, sets.of(each, name)) for each in asked[prompt]]
+            for prompt, pictures in groups.items()
+        ]
+        # By image and then by criterion: a judge looks at a pair once for all of them.
+        together = [each for group in placed for row in zip(*group, strict=True) for each in row if each is not None]
+        meet([*dict.fromkeys(together)], ask, **self._effort)
+        return [
+            [np.array([_row_by_anchors(each) for each in column], dtype=np.float32) for column in group]
+            for group in placed
+        ]
+
     @contextmanager
-    def _planned(self, groups: Mapping[PromptLike, list[Visual]]) -> Iterator[list[_Task]]:
-        """What is to be compared. Whoever comes with a prompt whose first image is being scored waits for its end."""
+    def _planned(
+        self, groups: Mapping[PromptLike, list[Visual]], plan: Callable[[], tuple[T, set[PromptLike]]]
+    ) -> Iterator[T]:
+        """What `plan` gives, beside the prompts that are opened here: their reference or anchors are not known yet.
+
+        Whoever comes with a prompt that is being opened waits for the end.
+        """
         with self._opened:
             self._opened.wait_for(lambda: self._opening.isdisjoint(groups))
-            tasks = [self._plan(prompt, pictures) for prompt, pictures in groups.items()]
-            opening = {task.prompt for task in tasks if task.opens}
+            planned, opening = plan()
             self._opening |= opening
         try:
-            yield tasks
+            yield planned
         finally:
             with self._opened:
                 self._opening -= opening
@@ -490,20 +573,45 @@ def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
         k = task.same[place] if task.same else place
         met = [(verdict, i == k) for i, j, verdict in judged if k in (i, j)]
         failed = not met and any(k in pair for pair in task.meetings)
-        rows.append(
-            (
-                math.nan if failed else scores[k],
-                math.nan if failed else errors[k],
-                len(met),
-                _mean(abs(verdict.position_gap) for verdict, _ in met),
-                _mean(verdict.contradicted for verdict, _ in met),
-                _mean(_from_side(verdict.listener_p_first, first) for verdict, first in met),
-                _mean(verdict.malformed / len(verdict.thoughts) if verdict.thoughts else None for verdict, _ in met),
-                _mean(verdict.label_mass for verdict, _ in met),
-                failed,
-            )
-        )
+        rows.append(_row(None if failed else (scores[k], errors[k]), met))
     return np.array(rows, dtype=np.float32)
+
+
+def _row(
+    score: tuple[float, float] | None, met: Sequence[tuple[Verdict, bool]], win_share: float = math.nan
+) -> tuple[float, ...]:
+    """A score and its standard error, None where every comparison broke, with what its comparisons say: `INFO`.
+
+    Each of `met` is a verdict, and whether the image was the first in it.
+    """
+    return (
+        *(score or (math.nan, math.nan)),
+        len(met),
+        _mean(abs(verdict.position_gap) for verdict, _ in met),
+        _mean(verdict.contradicted for verdict, _ in met),
+        _mean(_from_side(verdict.listener_p_first, first) for verdict, first in met),
+        _mean(verdict.malformed / len(verdict.thoughts) if verdict.thoughts else None for verdict, _ in met),
+        _mean(verdict.label_mass for verdict, _ in met),
+        score is None,
+        win_share,
+    )
+
+
+def _placed(prompt: PromptLike, pictures: Sequence[Visual], anchors: Anchors | None) -> list[Candidate | None]:
+    """A candidate for each picture, one for all equal pictures; None where the prompt's anchors could not be fitted."""
+    if anchors is None:
+        return [None] * len(pictures)
+    same = first_equal(pictures)
+    candidates = {place: Candidate(prompt, pictures[place], anchors) for place in same}
+    return [candidates[place] for place in same]
+
+
+def _row_by_anchors(candidate: Candidate | None) -> tuple[float, ...]:
+    if candidate is None or candidate.failed:
+        return _row(None, [])
+    found = candidate.score
+    met = [(verdict, True) for verdict in candidate.verdicts]
+    return _row((found.score, found.standard_error), met, found.win_share)
 
 
 def _from_side(p_first: float | None, first: bool) -> float | None:

@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "files", "progress", "addresses", "forks"),
     ("clusters",),
     ("media", "checkpoints"),
-    ("pairs",),
+    ("pairs", "references"),
     ("verdict",),
     ("chat",),
     ("trace", "misfits"),
@@ -31,7 +31,8 @@ FLOORS = (
     ("models",),
     ("card", "ranking"),
     # judges
-    ("listener", "conclude", "batching"),
+    ("listener", "conclude", "batching", "anchors"),
+    ("anchor_sets",),
     ("peers",),
     ("judge", "formats"),
     # data and measurement
@@ -40,7 +41,7 @@ FLOORS = (
     ("evaluate",),
     ("report", "scoring"),
     # the reward, and training a judge
-    ("references", "criteria"),
+    ("criteria",),
     ("reward",),
     ("remote", "mixture"),
     ("train",),

@@ -78,12 +78,13 @@ class Replica:
             self._fault = bare(error)
 
     async def describe(self) -> Any:
-        """Name, and whether the judge thinks and ranks; or why there is none."""
+        """Name, identity, and whether the judge thinks and ranks; or why there is none."""
         if self._judge is None:
             return self._fault
         judge = self._judge.judge
         return {
             "name": judge.name,
+            "identity": self._judge.identity,
             "think": getattr(judge, "think", None),
             "ranks": isinstance(judge, RankingJudge),
         }
@@ -167,6 +168,7 @@ class ReplicatedJudge:
         """What ends that was started with it, the first last."""
         described = self._ask("describe")
         self.name: str = described["name"]
+        self.identity: str = described["identity"]
         self.think: bool | None = described["think"]
         self._ranks: bool = described["ranks"]
 

@@ -178,7 +178,7 @@ class HealthReply(BaseModel):
     status: Literal["ok"]
     rewards: dict[str, list[str]] | None = None
     scorer_version: str | None = None
-    scheme: Literal["auto", "group", "reference"] | None = None
+    scheme: Literal["auto", "group", "reference", "anchors"] | None = None
 
 
 class ReadyReply(BaseModel):

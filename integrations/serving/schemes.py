@@ -20,7 +20,7 @@ class OtherScheme(InputError):
 
 
 def scheme_of(reward: Any) -> str | None:
-    """What `reward` compares an image with: "reference", "group" or "auto"; None where a callable does not say."""
+    """What `reward` compares an image with: one of `Scheme`; None where a callable does not say."""
     return "group" if isinstance(reward, GroupCollector) else getattr(reward, "scheme", None)
 
 
@@ -28,12 +28,14 @@ def check_scheme(reward: Any, wanted: str | None, prompts: Sequence[Any]) -> Non
     """Raises `OtherScheme` unless `reward` scores images of these prompts by the scheme that is `wanted`.
 
     `auto` is group for a prompt with two images or more in the request and reference for one that stands alone, so it
-    agrees with either where the request leaves no choice.
+    agrees with either where the request leaves no choice. Anchors keep what a reference promises, scores of all calls
+    on one scale.
     """
     has = scheme_of(reward)
     if wanted is None or wanted == has:
         return
-    if has is None or _in(has, prompts) != _in(wanted, prompts):
+    promised = "reference" if has == "anchors" and wanted != "anchors" else has
+    if promised is None or _in(promised, prompts) != _in(wanted, prompts):
         start = "with --scheme group, --scheme auto or --group-size" if wanted == "group" else f"with --scheme {wanted}"
         raise OtherScheme(
             f"the client wants scores by scheme {wanted!r}, and this server answers by {has!r}; start `listener-reward "
