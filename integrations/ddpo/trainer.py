@@ -182,7 +182,8 @@ class DDPOTrainer:
                     break
         finally:
             self.pipeline.scheduler = self.stock_scheduler
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # not end_training, which leaves no process group to a next run
+                tracker.finish()
         with saving(self.folder, lambda: last_checkpoint(self.folder / "checkpoints")):
             self.save(self.folder)
         return self.folder
