@@ -126,6 +126,31 @@ def sd15(prediction_type: str = "epsilon") -> Any:
     )
 
 
+def instruct_pix2pix() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=8,  # noise and the source's latents
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    return diffusers.StableDiffusionInstructPix2PixPipeline(
+        unet=unet.eval(),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**SCALED_LINEAR),
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def sdxl() -> Any:
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
@@ -458,6 +483,8 @@ class Family:
     no_guidance: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     """What every call is given beside."""
+    batch: int = 2
+    """Prompts in a call."""
 
     def call(self, guided: bool) -> dict[str, Any]:
         return self.size | self.options | (self.guidance if guided else self.no_guidance)
@@ -495,16 +522,24 @@ FAMILIES = {
 """The ten families, with SD 1.5 for v-prediction too and Wan 2.2's two experts."""
 
 
+EDITORS = {
+    "instruct-pix2pix": Family(instruct_pix2pix, {}, CFG | {"image_guidance_scale": 1.5}, NO_CFG),
+}
+"""Pipelines that are given an image, and the options of their calls beside it."""
+
+ALL = FAMILIES | EDITORS
+
+
 def short_run(name: str, guided: bool = False) -> dict[str, Any]:
     """Fields of a `DDPOConfig` for a family: one epoch of one group of four, in two batches of three steps."""
     return {
         "epochs": 1,
         "num_inference_steps": 3,
-        "call": FAMILIES[name].call(guided),
+        "call": ALL[name].call(guided),
         "window": (0.0, 1.0),
         "prompts_per_epoch": 1,
         "images_per_prompt": 4,
-        "batch_size": 2,
+        "batch_size": ALL[name].batch,
         "lora_rank": 2,
         "sample_every": 0,
     }
@@ -514,7 +549,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The pipeline of a family, silent, with weights that `seed` determines."""
     with _quiet():
         torch.manual_seed(seed)
-        pipeline = FAMILIES[name].make().to(dtype)
+        pipeline = ALL[name].make().to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

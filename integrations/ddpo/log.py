@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from listener_reward.checkpoints import fault_of, newest_whole, saving
 from listener_reward.errors import InputError
 from listener_reward.files import replace_file, write_text
-from listener_reward.media.images import to_pil_batch
+from listener_reward.media.images import to_pil
 from listener_reward.mixture import remembers
 
 MAX_COLUMNS = 8
@@ -73,29 +73,45 @@ class RunLog:
         numbers = {name: value for name, value in row.items() if value is not None and not np.isnan(value)}
         self.accelerator.log(numbers, step=row["epoch"])
 
-    def draw(self, epoch: int, images: torch.Tensor) -> None:
-        """Keeps images (N, C, H, W), or the middle frames of videos (N, F, C, H, W), as one PNG."""
+    def draw(
+        self, epoch: int, images: Sequence[torch.Tensor], sources: Sequence[Image.Image | None] | None = None
+    ) -> None:
+        """Keeps images (C, H, W), or the middle frames of videos (F, C, H, W), as one PNG, below their sources."""
         if not self.accelerator.is_main_process:
             return
-        pictures = to_pil_batch(images if images.ndim == 4 else images[:, images.shape[1] // 2])
-        picture = grid(pictures)
+        pictures = [to_pil(image if image.ndim == 3 else image[len(image) // 2]) for image in images]
+        picture, cells = grid(pictures, sources or ()), in_cells(pictures)
         path = self.folder / "samples" / f"epoch-{epoch:05d}.png"
         path.parent.mkdir(exist_ok=True)
         replace_file(path, lambda file: picture.save(file, "PNG"))
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.stack([np.asarray(p) for p in pictures])}, step=epoch, **layout)
+                tracker.log_images({"samples": np.stack([np.asarray(p) for p in cells])}, step=epoch, **layout)
 
 
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side, at most `MAX_COLUMNS` in a row."""
-    columns = min(len(pictures), MAX_COLUMNS)
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * width, k // columns * height))
+def grid(pictures: Sequence[Image.Image], sources: Sequence[Image.Image | None] = ()) -> Image.Image:
+    """Pictures side by side, at most `MAX_COLUMNS` in a row, below a row of their sources where there are any."""
+    columns, given = min(len(pictures), MAX_COLUMNS), any(source is not None for source in sources)
+    cells = in_cells(pictures)
+    width, height = cells[0].size
+    rows = -(-len(cells) // columns) * (1 + given)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for k, cell in enumerate(cells):
+        left, top = k % columns * width, k // columns * (1 + given) * height
+        if given and (source := sources[k]) is not None:
+            sheet.paste(ImageOps.contain(source, (width, height)), (left, top))
+        sheet.paste(cell, (left, top + given * height))
     return sheet
+
+
+def in_cells(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Pictures of one size: smaller ones get white to the right and below."""
+    width, height = (max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
+    cells = [Image.new("RGB", (width, height), "white") for _ in pictures]
+    for cell, picture in zip(cells, pictures, strict=True):
+        cell.paste(picture, (0, 0))
+    return cells
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,15 @@
 """One call of a diffusers pipeline, recorded step by step, and its replay through the pipeline's own code.
 
 A replay runs the pipeline's `__call__` again, with gradients, on the recorded latents and the chosen steps. So guidance
-of any kind, several denoisers and packed latents need no code here: the pipeline handles them.
+of any kind, several denoisers, packed latents and source images need no code here: the pipeline handles them. What the
+pipeline encodes, prompts and images, is remembered from the recording.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,8 +70,11 @@ class Rollout:
     """Steps of the whole schedule."""
     outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
     """With `keep_outputs`, the latents that the model got at each step, and its guided output."""
-    memory: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Encoded prompts, so that replays do not run the text encoders again."""
+    memory: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    """What the encoders gave, by their names and in order, so that replays do not run them again; see `_remembered`."""
+    start: torch.Tensor | None = field(default=None, repr=False)
+    """The latents to begin a call with, where they are others than the scheduler gets: an image-to-video pipeline may
+    keep the first frame from it. None where they are the same."""
 
 
 OnStep = Callable[[Step, torch.Tensor], None]
@@ -87,9 +92,9 @@ def record(
     """Samples one image for each of `prompts` with the pipeline's `LogProbScheduler`.
 
     Args:
-        pipeline: a text-to-image or text-to-video pipeline whose scheduler is a `LogProbScheduler`.
+        pipeline: a pipeline of images or videos whose scheduler is a `LogProbScheduler`.
         prompts: one prompt for each sample.
-        options: what else the pipeline is called with, `num_inference_steps` included.
+        options: what else the pipeline is called with, `num_inference_steps` and source images included.
         generator: draws the initial latents. The steps' noise is the scheduler's.
         keep_outputs: whether the rollout has `outputs`.
 
@@ -98,9 +103,11 @@ def record(
     """
     scheduler = scheduler_of(pipeline)
     recorder = _Recorder(keep_outputs)
-    memory: dict[str, Any] = {}
+    memory: dict[str, list[Any]] = {}
+    prepared: list[Any] = []
     options = call_options(prompts, options)
-    with _taped(scheduler, recorder), _remembered_prompts(pipeline, memory), torch.no_grad():
+    noted = _once(pipeline, "prepare_latents", prepared)
+    with _taped(scheduler, recorder), _remembered(pipeline, memory), noted, torch.no_grad():
         images = pipeline(**options, generator=generator, output_type="pt")[0]
     if not isinstance(images, torch.Tensor) or len(images) != len(prompts) or recorder.latents is None:
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
@@ -117,6 +124,7 @@ def record(
         length=len(scheduler.schedule),
         outputs=recorder.outputs,
         memory=memory,
+        start=_start(prepared, recorder.first),
     )
 
 
@@ -136,9 +144,11 @@ def replay(pipeline: Any, rollout: Rollout, steps: Sequence[Step], on_step: OnSt
     scheduler = scheduler_of(pipeline)
     call = type(pipeline).__call__
     call = inspect.unwrap(call) if grad else call
-    player = _Player(steps, on_step, grad)
-    with _taped(scheduler, player), _remembered_prompts(pipeline, rollout.memory), torch.set_grad_enabled(grad):
-        call(pipeline, **rollout.options, latents=steps[0].x, output_type="latent")
+    leap = rollout.start is not None
+    player = _Player(steps, on_step, grad, leap)
+    latents = rollout.start if leap else steps[0].x
+    with _taped(scheduler, player), _remembered(pipeline, rollout.memory), torch.set_grad_enabled(grad and not leap):
+        call(pipeline, **rollout.options, latents=latents, output_type="latent")
     if player.played != len(steps):
         raise ReplayError(f"the pipeline ran {player.played} of {len(steps)} steps")
 
@@ -182,6 +192,7 @@ class _Recorder:
         self.keep_outputs = keep_outputs
         self.steps: list[Step] = []
         self.outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.first: torch.Tensor | None = None
         self.latents: torch.Tensor | None = None
         self.dtype = torch.float32
 
@@ -189,6 +200,7 @@ class _Recorder:
         return list(range(n))
 
     def step(self, scheduler: LogProbScheduler, index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        self.first = sample if self.first is None else self.first
         latents, log_prob_drawn = scheduler.draw(index, output, sample)
         if log_prob_drawn is not None:
             self.steps.append(Step(index, sample, latents, log_prob_drawn))
@@ -199,13 +211,20 @@ class _Recorder:
 
 
 class _Player:
-    def __init__(self, steps: Sequence[Step], on_step: OnStep, grad: bool) -> None:
+    def __init__(self, steps: Sequence[Step], on_step: OnStep, grad: bool, leap: bool) -> None:
         self.steps, self.on_step, self.grad, self.played = steps, on_step, grad, 0
+        self.leap = leap
+        """Whether the first step is still to come that only puts the recorded latents in the place of those that the
+        call began with. It takes no gradient."""
 
     def choose(self, n: int) -> list[int]:
-        return [step.index for step in self.steps]
+        return [step.index for step in (self.steps[:1] if self.leap else [])] + [step.index for step in self.steps]
 
     def step(self, scheduler: LogProbScheduler, index: int, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        if self.leap:
+            self.leap = False
+            torch.set_grad_enabled(self.grad)
+            return self.steps[0].x.detach()
         step = self.steps[self.played]
         if index != step.index or not torch.equal(sample.float(), step.x.float()):
             raise ReplayError(
@@ -232,26 +251,71 @@ def _taped(scheduler: LogProbScheduler, tape: Any) -> Iterator[None]:
         scheduler.tape = None
 
 
+ENCODERS = ("encode_prompt", "_encode_prompt", "encode_image")
+"""What a pipeline calls its encoding of texts and images that the denoiser attends to."""
+
+
 @contextlib.contextmanager
-def _remembered_prompts(pipeline: Any, memory: dict[str, Any]) -> Iterator[None]:
-    """Calls the pipeline's `encode_prompt` once for equal arguments. No gradient reaches the text encoders."""
-    if not hasattr(pipeline, "encode_prompt"):
+def _remembered(pipeline: Any, memory: dict[str, list[Any]]) -> Iterator[None]:
+    """Has each encoder of the pipeline run while a call is recorded, and give the same in each replay.
+
+    This saves time, and a source image has one latent: some pipelines draw it from the VAE's posterior. No gradient
+    reaches the encoders.
+    """
+    owners = [(pipeline, name) for name in ENCODERS] + [(getattr(pipeline, "vae", None), "encode")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in owners:
+            stack.enter_context(_once(owner, name, memory.setdefault(name, [])))
+        yield
+
+
+@contextlib.contextmanager
+def _once(owner: Any, name: str, results: list[Any]) -> Iterator[None]:
+    """Keeps what the calls of a method give; the k-th call gives the k-th of `results` where that is there already."""
+    run = getattr(owner, name, None)
+    if run is None:
         yield
         return
-    encode = pipeline.encode_prompt
+    calls = itertools.count()
 
-    def encode_once(*args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        with torch.no_grad():
-            if any(isinstance(value, torch.Tensor) for value in given):
-                return encode(*args, **kwargs)
-            key = repr((args, sorted(kwargs.items())))
-            if key not in memory:
-                memory[key] = encode(*args, **kwargs)
-            return memory[key]
+    def give(*args: Any, **kwargs: Any) -> Any:
+        k = next(calls)
+        if k >= len(results):
+            with torch.no_grad():
+                results.append(_drawn_once(run(*args, **kwargs)))
+        return results[k]
 
-    pipeline.encode_prompt = encode_once
+    setattr(owner, name, give)
     try:
         yield
     finally:
-        del pipeline.encode_prompt  # the instance's; the class's comes back
+        delattr(owner, name)  # the instance's; the class's comes back
+
+
+def _drawn_once(result: Any) -> Any:
+    if hasattr(result, "latent_dist"):
+        result.latent_dist = _DrawnOnce(result.latent_dist)
+    return result
+
+
+class _DrawnOnce:
+    """A VAE's posterior whose sample is drawn by the first who asks, and the same for all others."""
+
+    def __init__(self, posterior: Any) -> None:
+        self._posterior, self._sample = posterior, None
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        if self._sample is None:
+            self._sample = self._posterior.sample(generator)
+        return self._sample
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._posterior, name)
+
+
+def _start(prepared: list[Any], first: torch.Tensor | None) -> torch.Tensor | None:
+    """The latents that the pipeline made, if the scheduler gets others."""
+    made = prepared[0] if prepared else None
+    latents = made[0] if isinstance(made, tuple) else made
+    fits = not isinstance(latents, torch.Tensor) or first is None or latents.shape == first.shape
+    return None if fits else latents

@@ -1,6 +1,6 @@
 """DDPO for diffusers pipelines: `DDPOTrainer(pipeline, reward=ListenerReward(), prompts=...).train()`.
 
-Reinforcement learning of a text-to-image or text-to-video pipeline on a reward of its images (Black et al., arXiv
+Reinforcement learning of a pipeline that draws, edits or animates, on a reward of its images (Black et al., arXiv
 2305.13301; for flow matching, Flow-GRPO, arXiv 2505.05470; or DiffusionNFT's loss, arXiv 2509.16117). One trainer
 serves every pipeline with a scheduler of the DDIM family or of flow matching. A pipeline's own `__call__` samples
 (`rollout.record`) and runs again to learn (`rollout.replay`), so nothing here is particular to a pipeline.
@@ -31,7 +31,7 @@ from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.files import write_text
 from listener_reward.mixture import Mixture, remembers
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import PromptLike
 
 from ..contract import Reward, score
 from .config import DDPOConfig
@@ -40,8 +40,9 @@ from .learner import LATENTS, PROMPTS, STEPS, Learner, stream
 from .log import RunLog, check_state, check_trackers, checkpoints, last_checkpoint, save_checkpoint
 from .lora import adapters_off, save_lora
 from .objectives import PromptStatistics, diversity, nan_mean
+from .prompts import TrainingPrompt, joint_arguments, read_prompts
 from .rollout import Rollout, call_options, record
-from .samples import FixedSamples
+from .samples import FixedSamples, in_runs
 from .schedulers import log_prob_scheduler
 
 try:
@@ -64,7 +65,11 @@ class DDPOTrainer:
             reward is called in its own thread, one call at a time. A reward with `state_dict` and `load_state_dict` has
             its state kept in the checkpoints, unless the reward is an `nn.Module`, whose weights do not change here.
             The state is made of numbers, strings, bytes, lists, dicts and tensors.
-        prompts: strings, or mappings with a "prompt" whose other entries reach the reward as metadata.
+        prompts: strings, `Prompt`s, or mappings with a "prompt". The other entries of a mapping reach the reward as
+            metadata, and those that are arguments of the pipeline's call reach the call too, in the place of those of
+            `config.call`: `{"prompt": "make it red", "image": "a.png"}`. An image is anything that `images.to_pil`
+            reads, or a list of them; the reward has all of them as `metadata[i]["sources"]`. So one instruction on two
+            images is two prompts, and two groups.
         config: a `DDPOConfig`.
         second_reward: another reward, only logged and watched, which shows whether the first reward is being hacked.
         accelerator: an `Accelerator` of your own; `log_with` and `mixed_precision` then have no effect.
@@ -77,14 +82,14 @@ class DDPOTrainer:
         self,
         pipeline: Any,
         reward: Reward,
-        prompts: Sequence[str | Mapping[str, Any]],
+        prompts: Sequence[PromptLike | Mapping[str, Any]],
         config: DDPOConfig | None = None,
         *,
         second_reward: Reward | None = None,
         accelerator: Accelerator | None = None,
     ):
         self.config = config = DDPOConfig() if config is None else config
-        self.prompts = _as_prompts(prompts)
+        self.prompts = read_prompts(prompts, pipeline)
         if config.prompts_per_epoch > len(self.prompts):
             raise InputError(
                 f"prompts_per_epoch is {config.prompts_per_epoch} and there are {len(self.prompts)} prompts; give more "
@@ -161,7 +166,7 @@ class DDPOTrainer:
         bar = tqdm(range(start, config.epochs), "epochs", disable=not self.accelerator.is_main_process)
         try:
             if self.samples.base is not None and start == 0:
-                log.draw(0, self.samples.base)
+                log.draw(0, self.samples.base, self.samples.sources())
             for epoch in bar:
                 row = self._run_epoch(epoch)
                 last = epoch + 1 == config.epochs
@@ -198,25 +203,27 @@ class DDPOTrainer:
             for name, module in self.learner.modules.items():
                 module.save_pretrained(Path(folder, name))  # pyright: ignore[reportCallIssue]
 
-    def draw_samples(self) -> torch.Tensor:
-        """Images (N, C, H, W), or videos, of the first prompts, drawn by the stock scheduler from fixed seeds."""
-        config, parts = self.config, []
-        prompts = [prompt for prompt, _ in self.prompts[: config.sample_prompts]]
+    def draw_samples(self) -> list[torch.Tensor]:
+        """An image (C, H, W), or video, of each of the first prompts, drawn by the stock scheduler from fixed seeds."""
+        config, images = self.config, []
+        prompts = [prompt.opened() for prompt in self.prompts[: config.sample_prompts]]
         self.pipeline.scheduler = self.stock_scheduler
+        # With arguments of their own one by one: not every pipeline takes the images of several prompts.
+        size = 1 if any(prompt.arguments for prompt in prompts) else config.batch_size
         with torch.no_grad(), self.accelerator.autocast():
-            for k in range(0, len(prompts), config.batch_size):
-                chosen = prompts[k : k + config.batch_size]
+            for k in range(0, len(prompts), size):
+                chosen = prompts[k : k + size]
                 seeds = [torch.Generator().manual_seed(config.seed + k + j) for j in range(len(chosen))]
-                options = call_options(chosen, self._options())
-                parts.append(self.pipeline(**options, generator=seeds, output_type="pt")[0].float().cpu())
-        return torch.cat(parts)
+                options = call_options([prompt.text for prompt in chosen], self._options(chosen))
+                images += self.pipeline(**options, generator=seeds, output_type="pt")[0].float().cpu()
+        return images
 
-    def _draw(self, log: RunLog, epochs: int) -> torch.Tensor | None:
+    def _draw(self, log: RunLog, epochs: int) -> list[torch.Tensor] | None:
         """The fixed samples after so many epochs, in the main process."""
         if not self.accelerator.is_main_process:
             return None
         images = self.draw_samples()
-        log.draw(epochs, images)
+        log.draw(epochs, images, self.samples.sources())
         return images
 
     def _watch(self, log: RunLog, epochs: int) -> dict[str, float]:
@@ -235,7 +242,8 @@ class DDPOTrainer:
         clock = _Clock()
         self.pipeline.scheduler = self.scheduler
         numbers = np.repeat(self._choose_prompts(epoch), self.config.images_per_prompt)
-        rollouts, pending = self._sample(epoch, numbers)
+        opened = {n: self.prompts[n].opened() for n in dict.fromkeys(numbers.tolist())}
+        rollouts, pending = self._sample(epoch, [opened[n] for n in numbers.tolist()])
         clock.lap("seconds_sampling")
         scores = [future.result() for future in pending]
         clock.lap("seconds_waiting")  # what the background did not hide
@@ -247,23 +255,25 @@ class DDPOTrainer:
         clock.lap("seconds_training")
         return {"epoch": epoch} | self._mean_over_processes(row) | clock.laps
 
-    def _sample(self, epoch: int, numbers: np.ndarray) -> tuple[list[Rollout], list[Future]]:
-        """Draws an image for each prompt number. Each group is scored in the background as soon as it is complete."""
+    def _sample(self, epoch: int, prompts: list[TrainingPrompt]) -> tuple[list[Rollout], list[Future]]:
+        """Draws an image for each prompt. Each group is scored in the background as soon as it is complete."""
         config, process, rollouts, pending, asked = self.config, self.accelerator.process_index, [], [], 0
         pool = ThreadPoolExecutor(1, "reward")
         try:
             for k in range(config.batches):
-                prompts = [self.prompts[n][0] for n in numbers[k * config.batch_size :][: config.batch_size]]
+                chosen = prompts[k * config.batch_size :][: config.batch_size]
                 latents = stream(config.seed, LATENTS, epoch, k, process)
                 self.scheduler.generator = stream(config.seed, STEPS, epoch, k, process)
                 with self.accelerator.autocast():
                     witness = k == 0 and config.loss == "nft" and not self.learner.replay_checked
-                    rollouts.append(record(self.pipeline, prompts, self._options(), latents, keep_outputs=witness))
+                    texts, options = [prompt.text for prompt in chosen], self._options(chosen)
+                    rollouts.append(record(self.pipeline, texts, options, latents, keep_outputs=witness))
                 ready = (k + 1) * config.batch_size // config.images_per_prompt * config.images_per_prompt
                 if ready > asked:
-                    images = torch.cat([rollout.images for rollout in rollouts])[asked:ready]
-                    pending.append(pool.submit(self._score, images, numbers[asked:ready]))
-                    asked = ready
+                    images = [image for rollout in rollouts for image in rollout.images]
+                    for run in in_runs(images[asked:ready]):
+                        part = slice(asked, asked := asked + len(run))
+                        pending.append(pool.submit(self._score, run, prompts[part]))
                 for future in pending:
                     if future.done():
                         future.result()  # a reward that broke stops the run now and not after the last batch
@@ -271,13 +281,13 @@ class DDPOTrainer:
             pool.shutdown(wait=False)
         return rollouts, pending
 
-    def _score(self, images: torch.Tensor, numbers: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
-        prompts, metadata = [self.prompts[n][0] for n in numbers], [dict(self.prompts[n][1]) for n in numbers]
+    def _score(self, images: torch.Tensor, prompts: list[TrainingPrompt]) -> tuple[dict[str, np.ndarray], ...]:
+        asked, metadata = [prompt.prompt for prompt in prompts], [dict(prompt.metadata) for prompt in prompts]
         with torch.no_grad():
-            scores, info = score(self.reward, images, prompts, metadata, missing=True)
+            scores, info = score(self.reward, images, asked, metadata, missing=True)
             second = {}
             if self.second_reward is not None:
-                second["second_reward"], _ = score(self.second_reward, images, prompts, metadata, missing=True)
+                second["second_reward"], _ = score(self.second_reward, images, asked, metadata, missing=True)
         return {"reward": scores}, info, second
 
     def _advantages(self, rewards: np.ndarray, info: Mapping[str, np.ndarray], numbers: np.ndarray) -> np.ndarray:
@@ -313,8 +323,10 @@ class DDPOTrainer:
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
-    def _options(self) -> dict[str, Any]:
-        return {"num_inference_steps": self.config.num_inference_steps, **self.config.call}
+    def _options(self, prompts: Sequence[TrainingPrompt] = ()) -> dict[str, Any]:
+        """What a call of the pipeline for opened prompts gets beside their texts."""
+        common = {"num_inference_steps": self.config.num_inference_steps, **self.config.call}
+        return common | joint_arguments(prompts, self.pipeline)
 
     def _choose_prompts(self, epoch: int) -> np.ndarray:
         """The numbers of this process's prompts, all different."""
@@ -331,13 +343,13 @@ class DDPOTrainer:
         rollouts: list[Rollout],
     ) -> dict[str, float]:
         """What the log says of an epoch's images."""
-        images = torch.cat([rollout.images for rollout in rollouts])
+        images, size = [image for rollout in rollouts for image in rollout.images], self.config.images_per_prompt
         known = rewards[~np.isnan(rewards)]
         row = {
             "reward_mean": nan_mean(rewards),
             "reward_std": float(known.std()) if known.size else math.nan,
             "reward_missing": float(np.isnan(rewards).mean()),
-            "diversity": diversity(images.split(self.config.images_per_prompt)),
+            "diversity": diversity(torch.stack(images[k : k + size]) for k in range(0, len(images), size)),
         }
         row |= {f"{name}_mean": nan_mean(values) for name, values in second.items()}
         row |= {f"info/{name}": nan_mean(values) for name, values in info.items()}
@@ -436,20 +448,6 @@ def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Columns of several calls as one; a column that a call lacks is left out."""
     names = [name for name in parts[0] if all(name in part for part in parts)]
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
-
-
-def _as_prompts(prompts: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Each prompt with its metadata."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise InputError(f"prompts is {prompts!r:.80}; give a list of strings, or of mappings with a 'prompt'")
-    pairs = []
-    for k, entry in enumerate(prompts):
-        text = entry.get("prompt") if isinstance(entry, Mapping) else entry
-        if not isinstance(text, str):
-            raise InputError(f"prompts[{k}] is {entry!r:.80}; it has to be a string, or a mapping with a 'prompt'")
-        pairs.append((text, {} if isinstance(entry, str) else {k: v for k, v in entry.items() if k != "prompt"}))
-    check_prompts([text for text, _ in pairs], len(pairs))
-    return pairs
 
 
 class _Clock:
