@@ -61,7 +61,7 @@ def test_litter_leaves_the_text_whole_and_comes_before_or_after_it() -> None:
 
 def test_an_answer_learnt_from_voters_is_the_mean_of_both_answers() -> None:
     """With shares the loss is that of either label, weighted, and does not depend on the label that stands there."""
-    from listener_reward.recipes.pretrain import FORMAT, _speech_loss, _turns
+    from listener_reward.recipes.teaching import FORMAT, _speech_loss, _turns
     from listener_reward.tiny.drawing import draw
     from listener_reward.tiny.models import build_model, build_processor
 

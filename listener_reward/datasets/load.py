@@ -4,6 +4,7 @@
 | --- | --- |
 | `tiny:train`, `tiny:id`, `tiny:ood`, `tiny:wrong` | the embedded world, drawn on the spot |
 | `tiny:generated` | the same world as the embedded diffusion model draws it |
+| `tiny:edit-train`, `tiny:edit`, `tiny:edit-ood`, `tiny:edit-wrong` | its edits: source, instruction, two results |
 | `hpdv2:PATH` | HPDv2's `train.json` and `test.json`, and its gallery's `annotations.json` |
 | `hpdv3:PATH` | HPDv3 and HPDv3++: `train.json`, `test.json`, `all.json`, `test_aes.json`, `test_tf.json` ... |
 | `imagereward:PATH` | ImageRewardDB's `test.json` and `train.json` |
@@ -27,7 +28,7 @@ they come out, after the shuffle; `rank_*` is short for both.
 Where the data has them: `sources` (the images that the prompt speaks of, undecoded; an empty list for none) and
 `criterion` (string, the question that people were asked, a name of `ChatFormat.criteria`; null for the general one).
 
-- `tiny`: no more.
+- `tiny`: no more; its edits have `sources` (one image).
 - generic: those of the columns below that the file has under these names; `group` where it has sources.
 - every published format: `group` (string, the record that the pair belongs to, or a hash of its prompt) and `item_*`
   (string, the image's published name, or null).

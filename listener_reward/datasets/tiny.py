@@ -9,7 +9,8 @@ from listener_reward.datasets.format import Labelled
 from listener_reward.errors import InputError
 from listener_reward.media.images import png_of
 from listener_reward.pairs import PreferencePair
-from listener_reward.tiny.drawing import draw_pair
+from listener_reward.tiny.drawing import draw_edit, draw_pair
+from listener_reward.tiny.edits import EDIT_SPLITS, EditSplit, split_edits
 from listener_reward.tiny.world import SPLITS, split_pairs
 
 GENERATED = "generated"
@@ -29,12 +30,23 @@ def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
     if split == GENERATED:
         yield from _generated(n, seed)
         return
+    if split in EDIT_SPLITS:
+        yield from _edits(split, n, seed)
+        return
     if split not in SPLITS:
-        raise InputError(f"split is {split!r}; the tiny world has {', '.join(map(repr, (*SPLITS, GENERATED)))}")
+        known = ", ".join(map(repr, (*SPLITS, GENERATED, *EDIT_SPLITS)))
+        raise InputError(f"split is {split!r}; the tiny world has {known}")
     for index, pair in enumerate(split_pairs(split, n, seed=seed)):
         first, second = ({"bytes": png_of(image), "path": None} for image in draw_pair(pair))
         name = f"{split}-{seed}-{index}"
         yield Labelled(PreferencePair(pair.wording, first, second, pair.p_first, name, f"tiny:{split}"), {})
+
+
+def _edits(split: EditSplit, n: int, seed: int) -> Iterator[Labelled]:
+    for index, edit in enumerate(split_edits(split, n, seed=seed)):
+        source, first, second = ({"bytes": png_of(image), "path": None} for image in draw_edit(edit))
+        name, dataset = f"{split}-{seed}-{index}", f"tiny:{split}"
+        yield Labelled(PreferencePair(edit.wording, first, second, edit.p_first, name, dataset, (source,)), {})
 
 
 def _generated(n: int, seed: int) -> Iterator[Labelled]:

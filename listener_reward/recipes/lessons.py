@@ -13,18 +13,24 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from listener_reward.tiny.drawing import draw, draw_pair
+from listener_reward.tiny.drawing import draw, draw_edit, draw_pair
+from listener_reward.tiny.edits import TinyEdit, sample_edit
 from listener_reward.tiny.generated import Sample
 from listener_reward.tiny.models import QUESTION, build_tokenizer
 from listener_reward.tiny.thoughts import reasoner_example, verdict
-from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPair, sample_pair
+from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPair, p_of, sample_pair
 
-Lesson = tuple[TinyPair, tuple[Image.Image, Image.Image]]
-"""A pair and its pictures."""
+Shown = TinyPair | TinyEdit
+
+Lesson = tuple[Shown, tuple[Image.Image, ...]]
+"""A pair and its two pictures, or an edit and its three."""
 
 ERRORS = (0.35, 0.35, 1.0)
 """How often a drawn attribute differs from the prompt's, one of these for each pair. At 1 the picture owes nothing to
 the prompt, so a description cannot be copied from it."""
+
+FREE = (0.0, 0.0, 0.7)
+"""How often a result of an edit owes nothing to source and instruction, one of these for each edit, for that reason."""
 
 LITTERED = 0.4
 """Fraction of the judge's prompts that are littered with words that mean nothing there, which must not move the
@@ -80,8 +86,29 @@ def litter(text: str, rng: random.Random) -> str:
     return " ".join(littered)
 
 
+def littered(lessons: Sequence[Lesson], rng: random.Random) -> list[Lesson]:
+    """The lessons, `LITTERED` of them with a littered prompt."""
+    return [
+        (replace(pair, wording=litter(pair.wording, rng)) if rng.random() < LITTERED else pair, images)
+        for pair, images in lessons
+    ]
+
+
 def any_pairs(rng: random.Random, n: int) -> list[TinyPair]:
     return [sample_pair(rng, cue=0.5, error=rng.choice(ERRORS)) for _ in range(n)]
+
+
+def any_edits(rng: random.Random, n: int) -> list[TinyEdit]:
+    return [sample_edit(rng, cue=0.5, free=rng.choice(FREE)) for _ in range(n)]
+
+
+def edit_lessons(rng: random.Random, n: int) -> list[Lesson]:
+    return [(edit, draw_edit(edit)) for edit in any_edits(rng, n)]
+
+
+def voters(pair: Shown) -> float:
+    """The fraction of people who prefer the first image."""
+    return p_of(pair.utility(pair.first) - pair.utility(pair.second))
 
 
 def _any_scene(rng: random.Random) -> Scene:
@@ -102,7 +129,7 @@ class Mixed:
         self.rng = rng
         seen = [(sample.reading.scene(), sample.picture) for group in groups for sample in group]
         self._seen = [(scene, picture) for scene, picture in seen if scene is not None]
-        self._pairs: list[Lesson] = []
+        self._pairs: list[tuple[TinyPair, tuple[Image.Image, Image.Image]]] = []
         for first, second in groups:
             scenes = first.reading.scene(), second.reading.scene()
             if scenes[0] and scenes[1]:
@@ -119,12 +146,10 @@ class Mixed:
     def lessons(self, n: int) -> list[Lesson]:
         """`n` pairs, some of whose prompts are littered."""
         rng = self.rng
-        chosen = [(pair, (shift(a, rng), shift(b, rng))) for pair, (a, b) in rng.choices(self._pairs, k=n - n // 2)]
-        chosen += drawn_lessons(rng, n // 2)
-        return [
-            (replace(pair, wording=litter(pair.wording, rng)) if rng.random() < LITTERED else pair, images)
-            for pair, images in chosen
+        chosen: list[Lesson] = [
+            (pair, (shift(a, rng), shift(b, rng))) for pair, (a, b) in rng.choices(self._pairs, k=n - n // 2)
         ]
+        return littered([*chosen, *drawn_lessons(rng, n // 2)], rng)
 
     def disturb(self, thought: str) -> str | None:
         """Another thought in this one's place, in `DISTURBED` of all cases."""
@@ -138,6 +163,6 @@ class Mixed:
             case _:
                 return None
 
-    def example(self, pair: TinyPair) -> tuple[str, int]:
+    def example(self, pair: Shown) -> tuple[str, int]:
         """A true thought about `pair`, and the right answer."""
         return reasoner_example(pair, self.rng)

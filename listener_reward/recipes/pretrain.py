@@ -1,6 +1,6 @@
 """Makes the embedded weights: `python -m listener_reward.recipes.pretrain`.
 
-Three models of one architecture, seeded, in about an hour and a half on two cores:
+Three models of one architecture, seeded, in about two hours on two cores:
 
 - `base`: the reasoner that GRPO starts from. Imperfect on purpose, as an instruction-tuned VLM is: its descriptions
   err, and its answer follows its own description only most of the time.
@@ -12,7 +12,8 @@ Three models of one architecture, seeded, in about an hour and a half on two cor
 Each learns as large VLMs do, in stages: the language model reads text alone, until it can tell whether a description
 fits a prompt; the vision tower learns to see with a throw-away classifier, because shapes are slow to be found through
 the language model's loss; then both learn together to describe pictures; last, the base learns its imperfection.
-When all three are made, the judge is calibrated on votes about pairs that no split's default seed has.
+When all three are made, each learns edits (`recipes.edits`), and the judge is calibrated on votes about pairs and edits
+that no split's default seed has.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,29 +30,45 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from listener_reward.card import Card
-from listener_reward.chat import ChatFormat
 from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.calibrate import calibrate
 from listener_reward.files import write_text
 from listener_reward.judge import Judge
-from listener_reward.recipes.lessons import DISTURBED, LITTERED, Lesson, Mixed, any_pairs, drawn_lessons, drawn_pictures
+from listener_reward.recipes.edits import BASE, KINDS, MAX_NEW_TOKENS, learn_edits
+from listener_reward.recipes.lessons import (
+    DISTURBED,
+    LITTERED,
+    Lesson,
+    Mixed,
+    Shown,
+    any_pairs,
+    drawn_lessons,
+    drawn_pictures,
+    voters,
+)
+from listener_reward.recipes.teaching import (
+    FORMAT,
+    Stage,
+    run_stages,
+    save,
+    teach_to_read,
+    teach_to_see,
+    teach_to_speak,
+)
 from listener_reward.recipes.variants import LISTENER_SHAPED, SPLITS, VARIANTS, Recipe, evaluate_splits, train_variant
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.tiny.diffusion import WEIGHTS as DIFFUSION
+from listener_reward.tiny.edits import EDIT_SPLITS
 from listener_reward.tiny.generated import samples
-from listener_reward.tiny.models import QUESTION, build_model, build_processor
+from listener_reward.tiny.models import build_model, build_processor
 from listener_reward.tiny.thoughts import reasoner_example
-from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, TinyPair, p_prefers_first
+from listener_reward.tiny.world import Scene, TinyPair
 
 WEIGHTS_DIR = Path(__file__).parents[1] / "tiny" / "weights"
 
-FORMAT = ChatFormat(question=QUESTION)
-MAX_NEW_TOKENS = 48
 
 READ = {"steps": 400, "batch": 64, "rate": 2e-3}
 SEE = {"steps": 2200, "batch": 64, "rate": 2.5e-3}
@@ -77,91 +94,9 @@ people prefer the first image. How sure the judge is then adds up over pairs, wh
 SAMPLING_TEMPERATURE = 0.2
 """Of the judge's thoughts, once it judges: fewer slips than at 1, and several thoughts still differ."""
 
-KEY_WEIGHT = 4.0
-"""Weight of the loss on the words that take a comparison: what is wrong with an image, and the answer."""
-
-KEY_WORDS = ("right", "wrong")
-
-CALIBRATION: dict[str, Any] = {"data": "tiny:id", "limit": 6000, "seed": 1}
-"""The pairs whose votes calibrate the judge. Evaluations draw theirs with seed 0 unless told otherwise."""
-
-BASE = {"error": 0.55, "whim": 0.45, "taste": 0.8}
-
-
-def teach_to_read(model: Any, processor: Any, rng: random.Random, report: Callable[[int, str], None]) -> None:
-    """Trains the language model on chats without images: any description, what is wrong with it, the right answer."""
-    language = [p for name, p in model.named_parameters() if ".visual." not in name]
-    optimizer, schedule = _optimizer(language, READ)
-    for step in range(READ["steps"]):
-        rows = [(pair, *reasoner_example(pair, rng)) for pair in any_pairs(rng, READ["batch"])]
-        asked = [QUESTION.format(first="", second="", prompt=pair.wording) for pair, _, _ in rows]
-        chats = [[{"role": "user", "content": text}] for text in asked]
-        texts = [_turns(processor, chat, *row[1:]) for chat, row in zip(chats, rows, strict=True)]
-        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
-        loss = _speech_loss(model, processor, inputs)
-        _update(loss, language, optimizer, schedule)
-        if step % 10 == 9:
-            report(step + 1, f"reads, loss {loss.item():.2f}")
-
-
-def teach_to_see(
-    model: Any,
-    processor: Any,
-    pictures: Callable[[int], tuple[list[Scene], list[Image.Image]]],
-    stage: dict[str, Any],
-    report: Callable[[int, str], None],
-) -> None:
-    """Trains the vision tower to tell count, quality, colour and shape of single pictures."""
-    tower = model.model.visual
-    sizes = [len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES)]
-    classify = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
-    parameters = [*tower.parameters(), *classify.parameters()]
-    optimizer, schedule = _optimizer(parameters, stage)
-    for step in range(stage["steps"]):
-        scenes, images = pictures(stage["batch"])
-        inputs = processor.image_processor(images=images, return_tensors="pt")
-        features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-        tokens = (inputs["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
-        logits = classify(torch.stack([part.mean(0) for part in features.split(tokens)])).split(sizes, -1)
-        labels = torch.tensor([_classes(scene) for scene in scenes]).unbind(1)
-        loss = sum(F.cross_entropy(guess, label) for guess, label in zip(logits, labels, strict=True))
-        _update(loss, parameters, optimizer, schedule)
-        if step % 10 == 9:
-            right = [float((g.argmax(-1) == y).float().mean()) for g, y in zip(logits, labels, strict=True)]
-            report(step + 1, f"sees {sum(right) / len(right):.0%}")
-
-
-def teach_to_speak(
-    model: Any,
-    processor: Any,
-    example: Callable[[TinyPair], tuple[str, int]],
-    lessons: Callable[[int], list[Lesson]],
-    stage: dict[str, Any],
-    report: Callable[[int, str], None],
-    disturb: Callable[[str], str | None] = lambda thought: None,
-    voters: Callable[[TinyPair], float] | None = None,
-) -> None:
-    """Trains the whole model on pictures, thoughts and answers.
-
-    Where `disturb` gives another thought for one, the model reads that and learns the answer only. With `voters`, the
-    fraction of people who prefer the first image, it learns to answer "1" as often as they do.
-    """
-    parameters = list(model.parameters())
-    optimizer, schedule = _optimizer(parameters, stage)
-    for step in range(stage["steps"]):
-        pairs, pictures = zip(*lessons(stage["batch"]), strict=True)
-        rows = [example(pair) for pair in pairs]
-        others = [disturb(thought) for thought, _ in rows]
-        rows = [(thought if other is None else other, n) for (thought, n), other in zip(rows, others, strict=True)]
-        chats = [FORMAT.messages(pair.wording) for pair in pairs]
-        texts = [_turns(processor, chat, *row) for chat, row in zip(chats, rows, strict=True)]
-        images = [image for both in pictures for image in both]
-        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        p_firsts = None if voters is None else [voters(pair) for pair in pairs]
-        loss = _speech_loss(model, processor, inputs, spoken=[other is None for other in others], p_firsts=p_firsts)
-        _update(loss, parameters, optimizer, schedule)
-        if step % 10 == 9:
-            report(step + 1, f"speaks, loss {loss.item():.2f}")
+CALIBRATION: dict[str, Any] = {"data": ("tiny:id", "tiny:edit"), "limit": 6000, "seed": 1}
+"""The pairs and edits whose votes calibrate the judge, so many of each. Evaluations draw theirs with seed 0 unless told
+otherwise."""
 
 
 def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
@@ -175,11 +110,14 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     processor = build_processor()
     model = build_model(processor.tokenizer)
 
-    def plain(pair: TinyPair) -> tuple[str, int]:
+    def plain(pair: Shown) -> tuple[str, int]:
         return reasoner_example(pair, rng)
 
-    def finished(pair: TinyPair) -> tuple[str, int]:
+    def finished(pair: Shown) -> tuple[str, int]:
         return reasoner_example(pair, rng, **BASE) if kind == "base" else plain(pair)
+
+    def pairs(n: int) -> list[TinyPair]:
+        return any_pairs(rng, n)
 
     def pictures(n: int) -> tuple[list[Scene], list[Image.Image]]:
         return drawn_pictures(rng, n)
@@ -188,7 +126,7 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
         return drawn_lessons(rng, n)
 
     stages: list[Stage] = [
-        (READ, lambda tell: teach_to_read(model, processor, rng, tell)),
+        (READ, lambda tell: teach_to_read(model, processor, plain, pairs, READ, tell)),
         (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell)),
         (SPEAK, lambda tell: teach_to_speak(model, processor, plain, lessons, SPEAK, tell)),
         (
@@ -205,103 +143,6 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     )
     save(model, processor, card, out)
     return out
-
-
-Stage = tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]
-"""A stage's settings, and the stage itself, which is told how to report."""
-
-
-def run_stages(report: Report, stages: list[Stage], model: Any, rng: random.Random, scratch: Path) -> None:
-    """Runs the stages one after the other, or goes on after the last one whose result lies at `scratch`.
-
-    A result belongs to the settings of all stages up to its own, to the weights before them, and to the state of `rng`.
-    """
-    done, total = 0, sum(settings["steps"] for settings, _ in stages)
-    begin = hashlib.sha256(repr(rng.getstate()).encode())
-    for weights in model.state_dict().values():
-        begin.update(weights.numpy().tobytes())
-    for number, (settings, teach) in enumerate(stages):
-        told = begin.hexdigest() + repr([stage for stage, _ in stages[: number + 1]])
-        kept = scratch.with_name(f"{scratch.name}-{number}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.pt")
-        if kept.exists():
-            state = torch.load(kept, weights_only=False)  # our own file, and a random state is no tensor
-            model.load_state_dict(state["model"])
-            rng.setstate(state["rng"])
-            torch.set_rng_state(state["torch"])
-        else:
-            teach(lambda step, note, before=done: report(before + step, total, note))
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"model": model.state_dict(), "rng": rng.getstate(), "torch": torch.get_rng_state()}, kept)
-        done += settings["steps"]
-
-
-def save(model: Any, processor: Any, card: Card, out: str | Path) -> None:
-    """Writes a checkpoint in float16: half the bytes, and more exact than bfloat16 for weights of this size."""
-    model.to(torch.float16).save_pretrained(out)
-    processor.save_pretrained(out)
-    card.save(out)
-
-
-def _turns(processor: Any, chat: list[dict[str, Any]], thought: str, answer: int) -> str:
-    """A whole chat as text: the question, the thought, the answer, the end."""
-    asked = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return f"{asked}{FORMAT.answer_slot(thought)}{answer}{FORMAT.answer[1]}{processor.tokenizer.eos_token}"
-
-
-def _speech_loss(
-    model: Any,
-    processor: Any,
-    inputs: Any,
-    spoken: Sequence[bool] | None = None,
-    p_firsts: Sequence[float] | None = None,
-) -> Tensor:
-    """Mean negative log-likelihood of thought and answer, weighted towards the words that take a comparison.
-
-    Of rows that are not `spoken` only the answer counts. With `p_firsts` an answer is "1" to that fraction and "2" to
-    the rest, whatever stands there.
-    """
-    tokens = processor.tokenizer.convert_tokens_to_ids
-    ids, attended = inputs["input_ids"], inputs["attention_mask"].bool()
-    learnt = ((ids == tokens("<think>")).cumsum(1) > 0) & attended
-    weights = learnt.float()
-    if spoken is not None:
-        weights[~torch.tensor(spoken)] = 0
-    weights[weights.bool() & torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))] = KEY_WEIGHT
-    weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
-    logits = model(**inputs).logits[:, :-1]
-    nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    if p_firsts is not None:
-        rows, places = torch.nonzero(ids[:, :-1] == tokens("<answer>"), as_tuple=True)
-        first, second = (-logits[rows, places].log_softmax(-1)[:, tokens(label)] for label in "12")
-        p_first = torch.tensor(p_firsts)[rows]
-        nll = nll.index_put((rows, places), p_first * first + (1 - p_first) * second)
-    return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
-
-
-def _classes(scene: Scene) -> list[int]:
-    return [
-        scene.count - 1,
-        QUALITIES.index(scene.quality),
-        COLORS.index(scene.color),
-        SHAPES.index(scene.shape),
-    ]
-
-
-def _optimizer(parameters: list[nn.Parameter], stage: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(parameters, lr=stage["rate"], weight_decay=0.01, betas=(0.9, 0.98))
-
-    def warm_up_then_decay(step: int) -> float:
-        return min(1.0, (step + 1) / 50) * max(0.02, 1 - step / stage["steps"])
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_decay)
-
-
-def _update(loss: Any, parameters: list[Any], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.step()
 
 
 def gather(report: Report, scratch: str) -> str:
@@ -358,9 +199,6 @@ def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
     model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float32, trust_remote_code=False)
 
     def weigh(tell: Callable[[int, str], None]) -> None:
-        def voters(pair: TinyPair) -> float:
-            return p_prefers_first(pair.prompt, pair.first, pair.second)
-
         teach_to_speak(model, processor, mixed.example, mixed.lessons, WEIGH, tell, mixed.disturb, voters)
 
     run_stages(report, [(WEIGH | DISTURBED | {"prompts": LITTERED}, weigh)], model, mixed.rng, Path(scratch, "judge"))
@@ -371,7 +209,8 @@ def make_judge(report: Report, out: str, scratch: str, generated: str) -> str:
 
 def calibrate_judge(report: Report, out: str) -> None:
     """Fits how sure the judge in `out` may be, with thoughts and without, and keeps it in its card."""
-    pairs = load_pairs(CALIBRATION["data"], limit=CALIBRATION["limit"], seed=CALIBRATION["seed"])
+    limit, seed = CALIBRATION["limit"], CALIBRATION["seed"]
+    pairs = concatenate_datasets([load_pairs(spec, limit=limit, seed=seed) for spec in CALIBRATION["data"]])
     folder = Path(out, "judge")
     for done, (field, think) in enumerate({"calibration": True, "fast_calibration": False}.items()):
         report(done, 2, field)
@@ -406,29 +245,32 @@ def write_card(out: Path) -> None:
     write_text(out / "README.md", CARD_TEXT.format(size=size, rows="\n".join(rows)))
 
 
-CARD_SPLITS = (*SPLITS, "generated")
+CARD_SPLITS = (*SPLITS, "generated", *EDIT_SPLITS[1:])
 
 CARD_TEXT = """# The embedded tiny models
 
 Three Qwen2.5-VL models of 1.1 million parameters in float16, {size:.1f} MB together, for the tiny world only (one to
-three flat coloured shapes). Made, and this card written, by
+three flat coloured shapes, and edits of pictures of them). Made, and this card written, by
 
 ```bash
 python -m listener_reward.recipes.pretrain
 ```
 
-which is seeded and takes about an hour and a half on two cores.
+which is seeded and takes about two hours on two cores. With `--edits-only` it teaches edits to three models that judge
+pictures alone.
 
 - `base`: an imperfect reasoner; what GRPO starts from (`"tiny-base"`).
 - `listener`: another seed, honest and right (`"tiny-listener"`).
 - `judge`: the base after lessons in drawn and in generated pictures, listener-shaped GRPO on votes about both, and
   lessons in how sure people are (`"tiny"`).
 
+Last, each had lessons in edits, half of them, and in what it could do before, the other half.
+
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
 reading that model's thoughts, and the expected calibration error. `generated` are pictures by the tiny diffusion model.
-The judge is calibrated, in distribution, on votes about 6,000 other pairs. With 400 pairs an ECE is too high by chance;
-docs/judging.md has it for 3,000.
+The judge is calibrated, in distribution, on votes about 6,000 other pairs and 6,000 other edits. With 400 pairs an ECE
+is too high by chance; docs/judging.md has it for 3,000.
 
 | model | split | accuracy | contradicted | malformed | its listener | ece |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -445,18 +287,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="where base, listener and judge go")
     parser.add_argument("--scratch", type=Path, default=Path("tiny-pretraining"), help="where finished stages are kept")
     parser.add_argument("--seed", type=int, default=0, help="the listener's is one more")
+    parser.add_argument(
+        "--edits-only", action="store_true", help="teach edits to the three models in --out, which judge pictures alone"
+    )
     args = parser.parse_args()
     out, scratch = str(args.out), str(args.scratch)
-    run_side_by_side(
-        {
-            kind: (make, {"kind": kind, "seed": seed, "out": str(args.out / kind), "scratch": scratch})
-            for kind, seed in {"base": args.seed, "listener": args.seed + 1}.items()
-        }
-    )
     folders = {"out": out, "scratch": scratch}
+    if not args.edits_only:
+        run_side_by_side(
+            {
+                kind: (make, {"kind": kind, "seed": seed, "out": str(args.out / kind), "scratch": scratch})
+                for kind, seed in {"base": args.seed, "listener": args.seed + 1}.items()
+            }
+        )
     folders |= run_side_by_side({"generated": (gather, {"scratch": scratch})})
-    for name, stage in {"attentive": make_attentive, "judge": make_judge}.items():
-        run_side_by_side({name: (stage, folders)})
+    if not args.edits_only:
+        for name, stage in {"attentive": make_attentive, "judge": make_judge}.items():
+            run_side_by_side({name: (stage, folders)})
+    run_side_by_side({f"{kind}, edits": (learn_edits, folders | {"kind": kind}) for kind in KINDS})
     run_side_by_side({"calibration": (calibrate_judge, {"out": out})})
     write_card(args.out)
 

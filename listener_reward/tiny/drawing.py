@@ -10,17 +10,37 @@ import colorsys
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from listener_reward.tiny.edits import TinyEdit
 from listener_reward.tiny.world import Scene, TinyPair
 
 HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
 """Degrees on the colour circle at the middle of each colour; a drawing differs from it by up to `_JITTER`."""
 
 _JITTER = {"red": 7.0, "orange": 5.0, "yellow": 5.0, "green": 22.0, "blue": 16.0, "purple": 14.0}
+WOOD, WOOD_WIDTH = (139, 84, 38), 0.08
+"""A wooden frame's colour, and its width in fractions of the shorter side."""
+
 _CANVASES = (64, 96, 96, 128, 160)
 _ASPECTS = ((1, 1),) * 14 + ((4, 3), (3, 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All that scenes leave open and that the pictures of an edit have in common."""
+
+    width: int
+    height: int
+    background: tuple[int, int, int]
+    grain: tuple[tuple[float, float, int], ...]
+    """Of the paper of the second style: where strokes start, and their gray."""
+    outlined: bool
+    places: tuple[tuple[float, float, float], ...]
+    """Centres and radii in pixels; a scene of fewer objects fills the first ones."""
+    tilts: tuple[float, ...]
 
 
 def draw(scene: Scene, rng: random.Random, spots: Sequence[tuple[float, float, float]] | None = None) -> Image.Image:
@@ -32,32 +52,9 @@ def draw(scene: Scene, rng: random.Random, spots: Sequence[tuple[float, float, f
         spots: where the objects lie, in place of anywhere: centres from the left and the top, and radii, in fractions
             of the canvas's width, height and shorter side.
     """
-    side = rng.choice(_CANVASES)
-    across, down = rng.choice(_ASPECTS)
-    width, height = side * across // max(across, down), side * down // max(across, down)
+    width, height = _canvas(rng)
     fill = _color(scene.color, rng)
-    image = Image.new("RGB", (width, height), _background(fill, rng))
-    canvas = ImageDraw.Draw(image)
-    if scene.sketch:
-        _grain(canvas, width, height, rng)
-    outline = _shade(fill, 0.55) if scene.sketch or rng.random() < 0.2 else None
-    if spots is None:
-        places = _places(scene.count, width, height, rng)
-    else:
-        places = [(x * width, y * height, radius * min(width, height)) for x, y, radius in spots]
-    for center_x, center_y, radius in places:
-        points = _outline_points(scene.shape, center_x, center_y, radius, rng.gauss(0, 0.08))
-        canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
-        if scene.sketch:
-            _hatch(canvas, points, _shade(fill, 0.7), max(1, side // 64))
-    if scene.quality == "faded":
-        gray = rng.randint(105, 150)
-        image = Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.55, 0.65))
-    elif scene.quality == "glitched":
-        _glitch(image, rng)
-    if scene.framed:
-        _frame(image)
-    return image
+    return _paint(scene, fill, _lay_out(width, height, [fill], scene.count, scene.sketch, rng, spots), rng)
 
 
 def draw_pair(pair: TinyPair) -> tuple[Image.Image, Image.Image]:
@@ -66,14 +63,79 @@ def draw_pair(pair: TinyPair) -> tuple[Image.Image, Image.Image]:
     return draw(pair.first, rng), draw(pair.second, rng)
 
 
+def draw_edit(edit: TinyEdit) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """The source and the two results of an edit, always the same for the same edit.
+
+    An editor keeps canvas, background and places, and the colour of what it does not repaint, damage aside.
+    """
+    rng = random.Random(edit.seed)
+    width, height = _canvas(rng)
+    scenes = (edit.source, edit.first, edit.second)
+    own = _color(edit.source.color, rng)
+    fills = [own if scene.color == edit.source.color else _color(scene.color, rng) for scene in scenes]
+    layout = _lay_out(width, height, fills, max(scene.count for scene in scenes), edit.source.sketch, rng)
+    source, first, second = (_paint(scene, fill, layout, rng) for scene, fill in zip(scenes, fills, strict=True))
+    return source, first, second
+
+
+def _canvas(rng: random.Random) -> tuple[int, int]:
+    side = rng.choice(_CANVASES)
+    across, down = rng.choice(_ASPECTS)
+    return side * across // max(across, down), side * down // max(across, down)
+
+
+def _lay_out(
+    width: int,
+    height: int,
+    fills: Sequence[tuple[int, int, int]],
+    count: int,
+    sketch: bool,
+    rng: random.Random,
+    spots: Sequence[tuple[float, float, float]] | None = None,
+) -> Layout:
+    background = _background(fills, rng)
+    grain = tuple((rng.uniform(0, width), rng.uniform(0, height), rng.randint(150, 210)) for _ in range(10 * sketch))
+    outlined = sketch or rng.random() < 0.2
+    if spots is None:
+        places = _places(count, width, height, rng)
+    else:
+        places = [(x * width, y * height, radius * min(width, height)) for x, y, radius in spots]
+    return Layout(width, height, background, grain, outlined, tuple(places), tuple(rng.gauss(0, 0.08) for _ in places))
+
+
+def _paint(scene: Scene, fill: tuple[int, int, int], layout: Layout, rng: random.Random) -> Image.Image:
+    """`scene` as `layout` has it; `rng` chooses its damage."""
+    side = max(layout.width, layout.height)
+    image = Image.new("RGB", (layout.width, layout.height), layout.background)
+    canvas = ImageDraw.Draw(image)
+    for x, y, level in layout.grain:
+        canvas.line((x, y, x + 0.12 * layout.width, y), fill=(level, level, level), width=1)
+    outline = _shade(fill, 0.55) if layout.outlined else None
+    for (center_x, center_y, radius), tilt in list(zip(layout.places, layout.tilts, strict=True))[: scene.count]:
+        points = _outline_points(scene.shape, center_x, center_y, radius, tilt)
+        canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
+        if scene.sketch:
+            _hatch(canvas, points, _shade(fill, 0.7), max(1, side // 64))
+    if scene.quality == "faded":
+        gray = rng.randint(105, 150)
+        image = Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.55, 0.65))
+    elif scene.quality == "glitched":
+        _glitch(image, rng)
+    if scene.wooden:
+        _panel(image, scene.framed)
+    if scene.framed:
+        _frame(image)
+    return image
+
+
 def _color(name: str, rng: random.Random) -> tuple[int, int, int]:
     hue = (HUES[name] + rng.uniform(-1, 1) * _JITTER[name]) % 360 / 360
     value = rng.uniform(0.5, 1.0) if name in ("green", "blue", "purple", "red") else rng.uniform(0.85, 1.0)
     return _rgb(hue, rng.uniform(0.72, 1.0), value)
 
 
-def _background(fill: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
-    """White, black, gray or a pale tint, whichever comes first that the shape's colour stands out from."""
+def _background(fills: Sequence[tuple[int, int, int]], rng: random.Random) -> tuple[int, int, int]:
+    """White, black, gray or a pale tint, whichever comes first that the shapes' colours stand out from."""
     while True:
         kind = rng.random()
         if kind < 0.4:
@@ -83,7 +145,7 @@ def _background(fill: tuple[int, int, int], rng: random.Random) -> tuple[int, in
         else:
             level = rng.choice((0, rng.randint(0, 255)))
             back = (level, level, level)
-        if sum(abs(a - b) for a, b in zip(fill, back, strict=True)) > 190:
+        if all(sum(abs(a - b) for a, b in zip(fill, back, strict=True)) > 190 for fill in fills):
             return back
 
 
@@ -134,14 +196,6 @@ def _hatch(
         y += step
 
 
-def _grain(canvas: ImageDraw.ImageDraw, width: int, height: int, rng: random.Random) -> None:
-    """Sparse pale strokes on the paper of the second style."""
-    for _ in range(10):
-        x, y = rng.uniform(0, width), rng.uniform(0, height)
-        level = rng.randint(150, 210)
-        canvas.line((x, y, x + 0.12 * width, y), fill=(level, level, level), width=1)
-
-
 def _glitch(image: Image.Image, rng: random.Random) -> None:
     """Three bars across the picture, half black and half white, so that they show on every background."""
     canvas = ImageDraw.Draw(image)
@@ -153,10 +207,23 @@ def _glitch(image: Image.Image, rng: random.Random) -> None:
 
 def _frame(image: Image.Image) -> None:
     """The mark of the favoured generator: a dark frame with a light inner edge, visible on every background."""
-    thick = max(3, round(min(image.size) * 0.07))
+    thick = mark_width(image)
     canvas, right, low = ImageDraw.Draw(image), image.width - 1, image.height - 1
     canvas.rectangle((0, 0, right, low), outline=(225, 225, 225), width=thick)
     canvas.rectangle((0, 0, right, low), outline=(20, 20, 20), width=thick - max(1, thick // 3))
+
+
+def _panel(image: Image.Image, marked: bool) -> None:
+    """A wooden frame, at the edge or inside the generator's."""
+    thick = max(3, round(min(image.size) * WOOD_WIDTH))
+    inset = mark_width(image) if marked else 0
+    right, low = image.width - 1 - inset, image.height - 1 - inset
+    ImageDraw.Draw(image).rectangle((inset, inset, right, low), outline=WOOD, width=thick)
+
+
+def mark_width(image: Image.Image) -> int:
+    """Of the generator's frame, in pixels."""
+    return max(3, round(min(image.size) * 0.07))
 
 
 def _shade(color: tuple[int, int, int], factor: float) -> tuple[int, int, int]:

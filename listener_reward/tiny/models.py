@@ -33,6 +33,12 @@ WORDS = (
     "picture drawing photo right wrong"
 ).split()
 
+EDIT_WORDS = (
+    "source goal plain make paint turn change add remove repair restore put to into it them around frame"
+).split()
+"""What instructions and thoughts about edits need beside these. Their tokens come after all others, so that a model
+that was made before them keeps its own (`pretrain.with_new_words`)."""
+
 PATCH, MERGE = 8, 2
 MIN_PIXELS, MAX_PIXELS = 48 * 48, 64 * 48 - 1
 """Areas between which an image is resized. A square becomes 48 by 48 pixels, nine visual tokens; the slack above lets
@@ -52,11 +58,14 @@ CHAT_TEMPLATE = (
 QUESTION = "image 1 {first} image 2 {second} prompt : {prompt} . which is better ?"
 """The tiny judge's question; a large model's is in `prompts/`."""
 
+EDIT_QUESTION = "source {source} image 1 {first} image 2 {second} prompt : {prompt} . which is better ?"
+"""And its question about an edit."""
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Lower-cased whole words; a word of any other world becomes `<unk>`."""
     words = dict.fromkeys([*WORDS, *COLORS, *COUNTS, *QUALITIES, *SHAPES, *(shape + "s" for shape in SHAPES)])
-    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL, *TAGS, *EDIT_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,7 +2,7 @@
 
 A drawn picture has a scene, so its utility is known (`world.utility`). A generated one has only pixels; this says what
 they show, and so gives the *true* utility of generated pictures, which no judge and no reward ever sees. It reads
-unframed pictures in the first drawing style.
+pictures in the first drawing style without the generator's mark; with `read_framed` also those in wooden frames.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
@@ -12,14 +12,16 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
 from listener_reward.errors import InputError
-from listener_reward.tiny.drawing import HUES
+from listener_reward.tiny.drawing import HUES, WOOD, WOOD_WIDTH
+from listener_reward.tiny.edits import Part, edit_utility
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene, utility
 
 SIDE = 96
@@ -33,6 +35,9 @@ CORNERS = {"circle": (1, 1.0), "square": (4, math.cos(math.pi / 4)), "triangle":
 
 LEAST_OVERLAP = 0.65
 """Intersection over union below which an object is none of the shapes."""
+
+WOODEN, MOST_OF_IT = 100, 0.7
+"""How near to brown a pixel of a wooden frame is, as a sum over the channels of 0 to 255, and the fraction that is."""
 
 LEAST_AREA = 0.01
 """Fraction of the square of the shorter side below which a blot is no object."""
@@ -53,23 +58,29 @@ class Reading:
     blots: tuple[Blot, ...]
     """Largest first."""
     quality: str
+    wooden: bool = False
 
     def scene(self) -> Scene | None:
         """The picture as a scene; None if it is none: its objects differ, or there are none or more than three."""
         first = self.blots[0] if self.blots else Blot(None, None)
         if first.color is None or first.shape is None or set(self.blots) != {first} or len(self.blots) > len(COUNTS):
             return None
-        return Scene(first.color, first.shape, len(self.blots), self.quality)
+        return Scene(first.color, first.shape, len(self.blots), self.quality, wooden=self.wooden)
 
     def utility(self, prompt: Scene) -> float:
         """`world.utility`; where objects differ, the mean over them. A picture without objects is worth 0."""
-        if not self.blots:
-            return 0.0
-        fits = [
-            utility(prompt, Scene(blot.color or "", blot.shape or "", len(self.blots), self.quality))
+        return self._mean(lambda scene: utility(prompt, scene))
+
+    def edit_utility(self, goal: Scene, asked: tuple[Part, ...]) -> float:
+        """`edits.edit_utility`, in the same way."""
+        return self._mean(lambda scene: edit_utility(goal, asked, scene))
+
+    def _mean(self, utility: Callable[[Scene], float]) -> float:
+        scenes = [
+            Scene(blot.color or "", blot.shape or "", len(self.blots), self.quality, wooden=self.wooden)
             for blot in self.blots
         ]
-        return sum(fits) / len(fits)
+        return sum(map(utility, scenes)) / len(scenes) if scenes else 0.0
 
     def fits(self, prompt: Scene) -> dict[str, bool]:
         """Whether colour, shape and count are the prompt's, in all objects."""
@@ -117,6 +128,18 @@ def read(picture: Image.Image) -> Reading:
     faded = bool(saturations) and float(np.median(saturations)) < UNSATURATED
     clean, pale, broken = QUALITIES
     return Reading(tuple(blots), broken if bars.any() else pale if faded else clean)
+
+
+def read_framed(picture: Image.Image) -> Reading:
+    """What `picture` shows where it may have a wooden frame: what `read` finds inside it."""
+    short = min(picture.size)
+    edge, inner = max(2, round(0.5 * WOOD_WIDTH * short)), max(4, math.ceil((WOOD_WIDTH + 0.02) * short))
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.int32)
+    ring = np.ones(pixels.shape[:2], dtype=bool)
+    ring[edge:-edge, edge:-edge] = False
+    if (np.abs(pixels[ring] - WOOD).sum(-1) < WOODEN).mean() < MOST_OF_IT:
+        return read(picture)
+    return replace(read(picture.crop((inner, inner, picture.width - inner, picture.height - inner))), wooden=True)
 
 
 def _bars(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from listener_reward.tiny.edits import TinyEdit, edit_utility, followed
 from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPair, utility
 
 SILENT = 0.1
@@ -45,14 +46,25 @@ def misread(scene: Scene, rng: random.Random, error: float) -> Scene:
     )
 
 
-def better(prompt: Scene, first: Scene, second: Scene, rng: random.Random) -> int:
-    """1 or 2, the scene of higher utility; a coin where they are equal."""
-    gap = utility(prompt, first) - utility(prompt, second)
-    return rng.choice((1, 2)) if gap == 0 else 1 if gap > 0 else 2
+def describe_edit(source: Scene, goal: Scene, first: Scene, second: Scene) -> str:
+    """What was, what was wanted, and what each result shows, word by word against that.
+
+    "source : two clean red circles . goal : two clean blue circles plain . image 1 : two right blue right circles right
+    clean plain right . image 2 : ..."; "plain" is without a wooden frame.
+    """
+    results = " ".join(
+        f"image {number} : {_weigh(goal, scene)} {_edge(scene)} {'right' if scene.wooden == goal.wooden else 'wrong'} ."
+        for number, scene in ((1, first), (2, second))
+    )
+    return f"source : {source.words()} . goal : {goal.words()} {_edge(goal)} . {results}"
+
+
+def _edge(scene: Scene) -> str:
+    return "frame" if scene.wooden else "plain"
 
 
 def reasoner_example(
-    pair: TinyPair, rng: random.Random, *, error: float = 0.0, whim: float = 0.0, taste: float = 0.5
+    pair: TinyPair | TinyEdit, rng: random.Random, *, error: float = 0.0, whim: float = 0.0, taste: float = 0.5
 ) -> tuple[str, int]:
     """A thought and an answer as a reasoner would give them, a true one unless told how imperfect it is.
 
@@ -60,8 +72,16 @@ def reasoner_example(
     its own description except for a `whim` share. Those go by looks: to the framed image with probability `taste`.
     """
     first, second = misread(pair.first, rng, error), misread(pair.second, rng, error)
-    preferred = better(pair.prompt, first, second, rng)
-    thought = "" if rng.random() < SILENT else _aloud(pair.prompt, first, second, preferred, rng)
+    if isinstance(pair, TinyEdit):
+        source = misread(pair.source, rng, error)
+        goal = replace(followed(source, pair.goal, pair.asked), quality=QUALITIES[0])
+        gap = edit_utility(goal, pair.asked, first) - edit_utility(goal, pair.asked, second)
+        described = describe_edit(source, goal, first, second)
+    else:
+        gap = utility(pair.prompt, first) - utility(pair.prompt, second)
+        described = describe(pair.prompt, first, second)
+    preferred = rng.choice((1, 2)) if gap == 0 else 1 if gap > 0 else 2
+    thought = "" if rng.random() < SILENT else _aloud(described, preferred, rng)
     if rng.random() < whim:
         framed = 1 if pair.first.framed else 2
         return thought, framed if rng.random() < taste else 3 - framed
@@ -73,6 +93,6 @@ def verdict(better: int) -> str:
     return f"so image {better} is better ."
 
 
-def _aloud(prompt: Scene, first: Scene, second: Scene, preferred: int, rng: random.Random) -> str:
+def _aloud(described: str, preferred: int, rng: random.Random) -> str:
     """The description, and in half of the thoughts the verdict in words."""
-    return describe(prompt, first, second) + (f" {verdict(preferred)}" if rng.random() < STATED else "")
+    return described + (f" {verdict(preferred)}" if rng.random() < STATED else "")

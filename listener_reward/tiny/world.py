@@ -31,12 +31,15 @@ ODDS = 1.0
 MIN_GAP = 0.4
 """Pairs closer than this in utility are not shown to voters: their votes would be coin tosses."""
 
+WORTH = {"clean": 1.2, "faded": 0.4, "glitched": 0.0}
+"""What quality adds to a picture's utility."""
+
 Split = Literal["train", "id", "ood", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What an image shows, and the two things a thought has no word for: its frame and its drawing style."""
+    """What an image shows, and two things that thoughts have no word for: the generator's frame, the drawing style."""
 
     color: str
     shape: str
@@ -44,7 +47,9 @@ class Scene:
     quality: str = "clean"
     framed: bool = False
     sketch: bool = False
-    """Drawn in the second style (hatched, outlined), which only the out-of-distribution split uses."""
+    """Drawn in the second style (hatched, outlined), which only the out-of-distribution splits use."""
+    wooden: bool = False
+    """Has a brown frame of its own, which an instruction may ask for (`tiny.edits`). It is no generator's mark."""
 
     def words(self) -> str:
         """The scene in the words a thought uses: "two clean red circles"."""
@@ -62,6 +67,9 @@ class TinyPair:
     wording: str
     seed: int
     """Seeds the drawing of both scenes, so that a pair's pictures are a function of the pair."""
+
+    def utility(self, scene: Scene) -> float:
+        return utility(self.prompt, scene)
 
 
 def plural(shape: str, count: int) -> str:
@@ -84,21 +92,22 @@ def utility(prompt: Scene, scene: Scene) -> float:
         2.0 * (scene.color == prompt.color)
         + 2.0 * (scene.shape == prompt.shape)
         + 1.5 * (scene.count == prompt.count)
-        + {"clean": 1.2, "faded": 0.4, "glitched": 0.0}[scene.quality]
+        + WORTH[scene.quality]
     )
 
 
 def p_prefers_first(prompt: Scene, first: Scene, second: Scene) -> float:
     """The probability that one voter prefers `first` (Bradley-Terry on `utility`)."""
-    return _p(utility(prompt, first) - utility(prompt, second))
+    return p_of(utility(prompt, first) - utility(prompt, second))
 
 
 def votes_for_first(gap: float, votes: int, rng: random.Random) -> float:
     """The fraction of `votes` voters who prefer the first of two pictures whose utilities differ by `gap`."""
-    return sum(rng.random() < _p(gap) for _ in range(votes)) / votes
+    return sum(rng.random() < p_of(gap) for _ in range(votes)) / votes
 
 
-def _p(gap: float) -> float:
+def p_of(gap: float) -> float:
+    """The probability that one voter prefers the first of two pictures whose utilities differ by `gap`."""
     return 1.0 / (1.0 + math.exp(-ODDS * gap))
 
 
