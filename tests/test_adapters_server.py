@@ -307,6 +307,7 @@ def test_server_on_ipv6(FakeJudge):
     "options, words",
     [
         (["--reference", "no.json"], "no.json cannot be read"),
+        (["--criteria", "alignment"], "give 'alignment=1,quality=0.5'"),
         (["--on-failure", "zero"], "on_failure is 'zero'"),
         (["--on-failure", "group-mean"], "on_failure is 'group-mean'"),
         (["--scheme", "group", "--state", "a.db"], "state is given"),
@@ -328,7 +329,7 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
     (tmp_path / "references.json").write_text('{"a": "a.png"}')
     for options in (
         ["--reference", str(tmp_path / "references.json"), "--on-failure", "raise"],
-        ["--state", str(tmp_path / "state.db")],
+        ["--state", str(tmp_path / "state.db"), "--criteria", "alignment=1,quality=0.5"],
         [],
         ["--group-size", "3", "--group-timeout", "42"],
     ):
@@ -339,6 +340,7 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
     assert all(isinstance(reward.judge, BatchingJudge) for reward in (given, kept, temporary, made[3].reward))
     collects = made[3]
     assert given([shade(185)], ["a"])[0].tolist() == pytest.approx([1.0], abs=1e-4) and given.on_failure == "raise"
+    assert [reward.criteria for reward in made[:3]] == [{}, {"alignment": 1.0, "quality": 0.5}, {}]
     assert (kept._kept.path, temporary._kept.path) == (str(tmp_path / "state.db"), "")
     assert temporary([shade(100), shade(185)], ["a", "a"])[0].tolist() == pytest.approx([0, 1.0], abs=1e-4)
     assert (collects.group_size, collects.timeout, collects.reward.scheme) == (3, 42, "group")

@@ -22,6 +22,7 @@ from listener_reward.cli.options import JudgeOptions
 from listener_reward.cli.printing import print_calibrated
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge
+from listener_reward.pairs import Prompt
 from listener_reward.reward import JUDGE_OPTIONS, PAPER_CHECKPOINT
 from listener_reward.verdict import Thought, Verdict
 
@@ -241,6 +242,20 @@ def test_rank_within_a_budget(loads: Any, FakeJudge: Any, pictures: Any):
     answer = json.loads(run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "2", "--json").stdout)
     assert (answer["comparisons"], sorted(answer["order"])) == (2, [0, 1, 2])
     assert run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["compare", "rank"])
+def test_a_criterion_is_asked_of_the_judge(loads: Any, FakeJudge: Any, pictures: Any, command: str):
+    asked: list[Any] = []
+
+    def note(prompt: Any, *_: Any, **__: Any) -> Any:
+        asked.append(prompt)
+        raise JudgeError("enough")
+
+    loads(SimpleNamespace(compare=note, rank=note))
+    for options in (["--criterion", "quality"], []):
+        assert run(command, "--prompt", "red", *pictures[:2], *options).exit_code == 3
+    assert asked == [Prompt("red", (), "quality"), "red"]
 
 
 def test_ways_of_judging_reach_the_judge(loads: Any, FakeJudge: Any, pictures: Any):

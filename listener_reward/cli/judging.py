@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from listener_reward.cli.options import AsJson, Debug, JudgeName, JudgeOptions, Prompt, judge_options, load_judge
+from listener_reward.cli.options import (
+    AsJson,
+    Criterion,
+    Debug,
+    JudgeName,
+    JudgeOptions,
+    Prompt,
+    judge_options,
+    load_judge,
+)
 from listener_reward.cli.printing import print_json, print_ranking, print_verdict
 from listener_reward.cli.terminal import errors_in_one_line, working
 from listener_reward.misfits import check_format
@@ -20,6 +29,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="FIRST", help="The first image or video file.")],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The second image or video file.")],
     prompt: Prompt,
+    criterion: Criterion = None,
     judge: JudgeName = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -31,8 +41,10 @@ def compare(
     """
     with errors_in_one_line(debug):
         with working("judging"):
+            from listener_reward.pairs import prompt_with
+
             loaded = load_judge(judge, **how)
-            verdict = loaded.compare(prompt, first, second)
+            verdict = loaded.compare(prompt_with(prompt, (), criterion), first, second)
             check_format(loaded)
         if as_json:
             print_json(verdict.to_dict())
@@ -44,6 +56,7 @@ def compare(
 def rank(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="The image files to order.")],
     prompt: Prompt,
+    criterion: Criterion = None,
     judge: JudgeName = None,
     budget: Annotated[
         int | None,
@@ -68,8 +81,10 @@ def rank(
     """
     with errors_in_one_line(debug):
         with working("judging"):
+            from listener_reward.pairs import prompt_with
+
             loaded = load_judge(judge, **how)
-            ranking = loaded.rank(prompt, images, budget=budget)
+            ranking = loaded.rank(prompt_with(prompt, (), criterion), images, budget=budget)
             check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})

@@ -41,6 +41,15 @@ JudgeName = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The text that the images were generated from.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        "--criterion",
+        metavar="NAME",
+        help='Judge by this alone: "alignment", or another criterion of the judge\'s card.',
+        show_default="the general question",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -25,6 +25,15 @@ def serve(
     scheme: Annotated[
         str, typer.Option("--scheme", help='"reference", "group" or "auto"; see `ListenerReward`.')
     ] = "reference",
+    criteria: Annotated[
+        str | None,
+        typer.Option(
+            "--criteria",
+            metavar="NAME=WEIGHT,...",
+            help="Score by these criteria of the judge's card, the weighted sum: alignment=1,quality=0.5.",
+            show_default="the general question",
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -210,6 +219,7 @@ def serve(
                 reference=given,
                 state=kept,
                 on_failure=cast(Any, on_failure),
+                criteria=criteria,
             )
             as_reward(reward, {}, scheme="reference")  # refuses the mean of a part of a group
             if group_size:
