@@ -17,7 +17,14 @@ from listener_reward.errors import InputError, missing
 if fault := missing("judge", "a model in this process"):
     raise fault
 
-from listener_reward.chat import Chat, ChatFormat, default_question, prompt_text
+from listener_reward.chat import (
+    Chat,
+    ChatFormat,
+    default_criteria,
+    default_edit_question,
+    default_question,
+    prompt_text,
+)
 from listener_reward.listener import p_first_at_slot
 from listener_reward.misfits import fits
 from listener_reward.models.processing import opened_by_template
@@ -91,16 +98,35 @@ def questions(own: ChatFormat | None = None, more: str | None = None) -> dict[st
         own: the checkpoint's own format.
         more: the text of one more question, with the slots of `ChatFormat.question`.
     """
-    asks = default_question()
-    before = asks[: asks.rindex("\n\n") + 2]
-    known = {
-        "tags": asks,
-        "a phrase in tags": before + prompt_text("form_phrase"),
-        "JSON": before + prompt_text("form_json"),
-        "an answer tag alone": before + prompt_text("form_answer"),
+    known = {"tags": default_question()} | {
+        form: _ending(default_question(), f"form_{text}") for form, text in _TEXTS.items()
     }
     first = ({} if own is None else {OWN: own.question}) | ({} if more is None else {"the question given": more})
     return first | {name: text for name, text in known.items() if text not in first.values()}
+
+
+_TEXTS = {"a phrase in tags": "phrase", "JSON": "json", "an answer tag alone": "answer"}
+"""The wordings of ours that end otherwise than the default question, and the names of their texts in `prompts`."""
+
+
+def _ending(question: str, text: str) -> str:
+    """`question` with its last paragraph, which says how to answer, replaced by the text `text` of `prompts`."""
+    return question[: question.rindex("\n\n") + 2] + prompt_text(text)
+
+
+def _beside(asked: str, own: ChatFormat | None) -> dict[str, Any]:
+    """What goes with the question of a wording: the question about edits, the criteria and the system turn.
+
+    Criteria of the checkpoint's own are kept. A question that is given knows no edits, and the default question has a
+    question about edits and criteria of its own.
+    """
+    if own is not None and asked == OWN:
+        return {"edit_question": own.edit_question, "criteria": own.criteria, "system": own.system}
+    known = None if own is None else own.criteria  # a criterion's text says nothing of how to answer
+    if asked not in _TEXTS:
+        return {"edit_question": None, "criteria": known, "system": None}
+    edits = _ending(default_edit_question(), f"form_{_TEXTS[asked]}_edit")
+    return {"edit_question": edits, "criteria": known or default_criteria(), "system": None}
 
 
 def try_formats(
@@ -135,8 +161,8 @@ def try_formats(
     forms = ({} if own is None else {OWN: own}) | FORMS
     found: list[Fit] = []
     for asked, text in questions(own, question).items():
-        system = own.system if own is not None and asked == OWN else None
-        wordings = {name: replace(form, question=text, system=system) for name, form in forms.items()}
+        fields = {"question": text} | _beside(asked, own)
+        wordings = {name: replace(form, **fields) for name, form in forms.items()}
         home = asked if asked in wordings else "tags"
         chats = _chats(wordings[home], vlm, pairs)
         said = _opening(vlm, None).generate(

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from listener_reward.card import CARD, Card
-from listener_reward.chat import Chat, ChatFormat
+from listener_reward.chat import CRITERIA, Chat, ChatFormat, default_edit_question
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.formats import FORMS, OWN, best_of, try_formats
@@ -228,6 +228,28 @@ def test_the_format_of_a_model_is_found(says, form, asked):
     verdict = judge.compare("a fox", RED, BLUE)
     assert verdict.malformed == 0 and verdict.label_mass == 1.0
     assert {thought.order: thought.answer for thought in verdict.thoughts} == {"as given": 2, "swapped": 1}
+    for criterion in (None, "alignment"):  # the form is asked for in those questions too
+        edit = judge.compare("make it blue", RED, BLUE, sources=BLUE, criterion=criterion)
+        assert edit.malformed == 0 and edit.label_mass == 1.0
+    assert tuple(best.chat_format.known_criteria) == CRITERIA
+
+
+def test_criteria_of_the_card_are_kept_in_another_form_and_a_given_question_has_them():
+    own = ChatFormat(question=QUESTION, criteria={"color": "red or blue ?"})
+    best = best_of(try_formats(Asked({'"preferred"': '{"reasoning": "a", "preferred": "2"}'}), PAIR, own=own))
+    assert best is not None and best.form == "JSON" and best.chat_format.criteria == own.criteria
+    mine = "{first}{second} Choose! {prompt} Now choose!"
+    best = best_of(try_formats(Asked({"Now choose!": TAGGED}), PAIR, question=mine))
+    assert best is not None and best.chat_format.edit_question is None and best.chat_format.known_criteria == {}
+
+
+def test_the_question_about_edits_ends_as_the_form_wants_it():
+    wordings = {fit.asked: fit.chat_format for fit in try_formats(Asked({}), PAIR) if fit.asked == fit.form}
+    for asked in ("JSON", "a phrase in tags", "an answer tag alone"):
+        question, edits = wordings[asked].question, wordings[asked].edit_question
+        assert edits is not None and edits.startswith(default_edit_question().rpartition("\n\n")[0])
+        example = question[question.index("ike this: ") :]
+        assert edits.endswith(example) and default_edit_question().count("\n\n") == edits.count("\n\n")
 
 
 def test_a_model_of_a_lenient_format_is_found_after_all_strict_ones():
