@@ -455,7 +455,7 @@ def test_train_without_its_extra_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize("command", [[], ["compare"], ["rank"], ["eval"], ["card"], ["demo"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["compare"], ["rank"], ["eval"], ["card"], ["demo"], ["study"], ["train"]])
 def test_every_command_explains_itself(command: list[str], flag: str):
     result = run(*command, flag)
     assert result.exit_code == 0
@@ -509,7 +509,7 @@ def test_a_terminal_of_few_characters_ends_no_command(
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 @pytest.mark.parametrize(
-    "command", ["compare", "rank", "eval", "calibrate", "card", "demo", "serve", "train", "launch-config"]
+    "command", ["compare", "rank", "eval", "calibrate", "card", "demo", "study", "serve", "train", "launch-config"]
 )
 def test_help_is_shown_on_any_terminal(encoding: str, command: str, told: Any):
     code, output = told(encoding, command, "-h")

@@ -12,6 +12,7 @@ import pytest
 
 from listener_reward.recipes import demo
 from listener_reward.recipes.demo import run_demo
+from listener_reward.recipes.study import conduct
 from listener_reward.recipes.variants import SPLITS, VARIANTS
 from listener_reward.recipes.workers import Job, Report, run_side_by_side
 
@@ -49,7 +50,8 @@ def in_this_process(jobs: Mapping[str, Job], **options: Any) -> dict[str, Any]:
 
 
 def test_the_demo_writes_results_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run_side_by_side", in_this_process)
+    for module in (demo, conduct):
+        monkeypatch.setattr(module, "run_side_by_side", in_this_process)
     results = run_demo(tmp_path, quick=True)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert set(results["curves"]) == set(VARIANTS)

@@ -170,6 +170,7 @@ COMMANDS = {
     "data check pairs.jsonl": "data",
     "demo": "train",
     "bench grpo": "train",
+    "study --config study.yaml": "train",
     "train --config train.yaml": "train",
     "plan --config train.yaml": "train",
     "plan eval --judge tiny --data tiny:id": "judge",

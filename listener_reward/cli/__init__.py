@@ -20,6 +20,7 @@ from listener_reward.cli.judging import compare, rank, rank_videos
 from listener_reward.cli.planning import plan
 from listener_reward.cli.scoring import score
 from listener_reward.cli.serving import serve
+from listener_reward.cli.studying import study
 from listener_reward.cli.training import bench, demo, launch_config, merge, train
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ app.command(no_args_is_help=True)(card)
 data_app.command("check")(check_data)
 app.command(no_args_is_help=True, context_settings={"allow_extra_args": True})(plan)
 app.command()(demo)
+app.command(no_args_is_help=True)(study)
 app.command()(bench)
 app.command(
     no_args_is_help=True,

@@ -7,11 +7,12 @@ in many of its pairs and a bootstrap over pairs would call the same luck many ob
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, permutation_test
+from scipy.stats import binomtest, bootstrap, permutation_test, sem, t
 
 RESAMPLES = 2000
 """Bootstrap samples: the ends of a 95 % interval are then themselves known to about a twentieth of its width."""
@@ -56,6 +57,15 @@ def wilson(count: int, n: int) -> tuple[float, float] | None:
         return None
     low, high = binomtest(count, n).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    """The mean over runs (n,), and half its 95 % interval by Student's t; None of a single run.
+
+    Differences of two ways to train from the same seeds give the paired interval.
+    """
+    half = sem(values) * t.ppf(0.975, len(values) - 1) if len(values) > 1 else None
+    return float(np.mean(values)), None if half is None else float(half)
 
 
 def clustered_interval(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import importlib.metadata
 import io
 import json
 import random
@@ -20,11 +19,15 @@ from typing import Any
 
 from rich.console import Console
 
-from listener_reward import __version__
 from listener_reward.datasets import load_pairs
 from listener_reward.files import write_text
 from listener_reward.media.images import to_pil
-from listener_reward.recipes.variants import SPLITS, VARIANTS, Recipe, evaluate_splits, train_sft_variant, train_variant
+from listener_reward.recipes.study.carry_out import judge_folder
+from listener_reward.recipes.study.conduct import conduct
+from listener_reward.recipes.study.configuration import Arm, Splits
+from listener_reward.recipes.study.plans import Question, Study
+from listener_reward.recipes.study.runs import versions
+from listener_reward.recipes.variants import ACCURACY_ONLY, SPLITS, VARIANTS, Recipe
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.report import write_report
 
@@ -42,68 +45,65 @@ CAPTIONS = {
 }
 """What the page calls each split of the tiny world, and says of it."""
 
-VERSIONS = ("torch", "transformers", "trl")
+
+def demo_plan(recipe: Recipe, seed: int) -> Question:
+    """What the demo runs: every way to train, from one base, with the same pairs, seed and steps."""
+    return Question(
+        question="Does the listener make a better judge?",
+        arms={
+            "base": Arm(method="none", recipe=recipe),
+            "SFT": Arm(method="sft", recipe=recipe),
+            **{name: Arm(weights=weights, recipe=recipe) for name, weights in VARIANTS.items()},
+        },
+        measurements={
+            "splits": Splits(SPLITS, recipe.test_pairs, listener=recipe.listener, diagnostics=True),
+        },
+        seeds=(seed,),
+        against=ACCURACY_ONLY,
+    )
 
 
 def run_demo(out: str | Path, steps: int | None = None, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Runs the demo, writes `results.json` and `report.html` into `out`, and returns the results."""
+    """Runs the demo, writes `results.json` and `report.html` into `out`, and returns the results.
+
+    Runs that are in `out` already are not made again.
+    """
     recipe = Recipe()
     if quick:
         recipe = replace(recipe, steps=3, sft_steps=3, pairs=60, groups=4, generations=4, test_pairs=20)
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"listener-reward": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS}}
     console = Console(stderr=True)
-    console.print(f"[bold]1/4[/] Training {recipe.steps} steps of GRPO twice, and the supervised baseline")
-    folders = {name: str(out / name.replace(" ", "-")) for name in (*VARIANTS, "SFT")}
-    jobs: dict[str, Any] = {
-        name: (train_variant, {"weights": weights, "out": folders[name], "seed": seed, "recipe": recipe})
-        for name, weights in VARIANTS.items()
-    }
-    jobs["SFT"] = (train_sft_variant, {"out": folders["SFT"], "seed": seed, "recipe": recipe})
-    trained = run_side_by_side(jobs, console=console)
-
-    console.print(f"[bold]2/4[/] Judging {recipe.test_pairs} pairs of each split with every model, in both orders")
-    models = {"base": recipe.base, "SFT": folders["SFT"], **{variant: folders[variant] for variant in VARIANTS}}
-    evaluations = run_side_by_side(
-        {
-            name: (
-                evaluate_splits,
-                {
-                    "model": model,
-                    "splits": SPLITS,
-                    "pairs": recipe.test_pairs,
-                    "listener": recipe.listener,
-                    "think": name != "SFT",  # it was taught to answer without a thought
-                },
-            )
-            for name, model in models.items()
-        },
-        console=console,
+    question = demo_plan(recipe, seed)
+    study = Study("listener-reward demo", datetime.date.today().isoformat(), (question,))
+    console.print(
+        f"[bold]1/3[/] Training {recipe.steps} steps of GRPO twice, and the supervised baseline; judging "
+        f"{recipe.test_pairs} pairs of each split with every model, in both orders"
     )
-    table = [{**evaluations[name][split], "model": name, "split": split} for split in SPLITS for name in models]
+    found = conduct(study, out, console=console)
+    records = {run.arm_name: found[run.key] for run in study.runs()}
+    table = [{**records[name]["results"][split], "model": name, "split": split} for split in SPLITS for name in records]
 
-    console.print("[bold]3/4[/] Ranking pictures from disk, and picking pairs to look at")
-    winner = max(VARIANTS, key=lambda variant: sum(evaluations[variant][split]["accuracy"] for split in SPLITS))
-    models = {variant: folders[variant] for variant in VARIANTS}
+    console.print("[bold]2/3[/] Ranking pictures from disk, and picking pairs to look at")
+    winner = max(VARIANTS, key=lambda name: sum(records[name]["results"][split]["accuracy"] for split in SPLITS))
+    models = {name: str(judge_folder(out, question.arms[name], seed)) for name in VARIANTS}
     examples = run_side_by_side(
         {"pictures": (look, {"models": models, "winner": winner, "out": str(out)})}, console=console
     )["pictures"]
 
-    console.print("[bold]4/4[/] Writing the report")
+    console.print("[bold]3/3[/] Writing the report")
     results = {
         "title": "listener-reward demo",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "listener-reward demo" + (" --quick" if quick else "") + f" --steps {recipe.steps} --seed {seed}",
-        "versions": versions,
+        "versions": {name: version for name, version in versions().items() if name != "diffusers"},
         "settings": {
             **asdict(recipe),
             "seed": seed,
             "arms": {name: list(weights) for name, weights in VARIANTS.items()},
         },
-        "curves": {variant: trained[variant] for variant in VARIANTS},
+        "curves": {name: records[name]["training"]["curves"] for name in VARIANTS},
         "splits": CAPTIONS,
         "table": table,
         **examples,

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from listener_reward.datasets import load_pairs
 from listener_reward.recipes.workers import Report
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
+from listener_reward.verdict import PairJudge
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
 
@@ -36,6 +36,8 @@ class Recipe:
     """How the demo trains."""
 
     steps: int = 160
+    data: str = "tiny:train"
+    """Any data that `load_pairs` reads."""
     pairs: int = 1000
     groups: int = 12
     """Prompts in a step; each is answered by a group of `generations`."""
@@ -54,18 +56,24 @@ class Recipe:
 
 
 def train_variant(
-    report: Report, weights: Sequence[float], out: str, seed: int, recipe: Recipe, pairs: Any = None
+    report: Report,
+    weights: Sequence[float],
+    out: str,
+    seed: int,
+    recipe: Recipe,
+    pairs: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, list[Any]]:
     """Trains one variant by GRPO, writes its judge into `out`, and returns its learning curves.
 
-    `pairs` are those of the recipe unless others are given.
+    `pairs` are those of the recipe unless others are given, and so is a field of the configuration that `options` has.
     """
     from transformers import TrainerCallback
 
     from listener_reward.train.config import AS_COPIES, ListenerGRPOConfig
     from listener_reward.train.trainer import ListenerGRPOTrainer
 
-    args = ListenerGRPOConfig(
+    settings: dict[str, Any] = dict(
         output_dir=out,
         listener=recipe.listener,
         listener_batch_size=128,
@@ -86,8 +94,9 @@ def train_variant(
         report_to="none",
         disable_tqdm=True,
         seed=seed,
-        **({} if recipe.share_prompt else AS_COPIES),  # pyright: ignore[reportArgumentType]
+        **({} if recipe.share_prompt else AS_COPIES),
     )
+    args = ListenerGRPOConfig(**settings | dict(options or {}))
     curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
 
     class Curves(TrainerCallback):
@@ -99,15 +108,18 @@ def train_variant(
                 reward = logs["reward"]  # None where the listener failed on the whole batch
                 report(state.global_step, recipe.steps, "no reward" if reward is None else f"reward {reward:.2f}")
 
-    pairs = load_pairs("tiny:train", limit=recipe.pairs) if pairs is None else pairs
+    pairs = training_pairs(recipe) if pairs is None else pairs
     trainer = ListenerGRPOTrainer(recipe.base, args, pairs, callbacks=[Curves()])
     trainer.train()
     trainer.save_judge(out)
     return curves
 
 
-def train_sft_variant(report: Report, out: str, seed: int, recipe: Recipe) -> None:
-    """Trains the supervised baseline on the same pairs; `out` then holds its judge."""
+def train_sft_variant(
+    report: Report, out: str, seed: int, recipe: Recipe, options: Mapping[str, Any] | None = None
+) -> None:
+    """Trains the supervised baseline on the same pairs; `out` then holds its judge. `options` are further fields of
+    `SFTConfig`."""
     from transformers import TrainerCallback
     from trl import SFTConfig
 
@@ -118,7 +130,7 @@ def train_sft_variant(report: Report, out: str, seed: int, recipe: Recipe) -> No
             if logs and "loss" in logs:
                 report(state.global_step, recipe.sft_steps, f"loss {logs['loss']:.2f}")
 
-    args = SFTConfig(
+    settings: dict[str, Any] = dict(
         output_dir=out,
         per_device_train_batch_size=32,
         max_steps=recipe.sft_steps,
@@ -134,22 +146,59 @@ def train_sft_variant(report: Report, out: str, seed: int, recipe: Recipe) -> No
         bf16=False,
         seed=seed,
     )
-    train_sft(recipe.base, load_pairs("tiny:train", limit=recipe.pairs), args, callbacks=[Steps()])
+    args = SFTConfig(**settings | dict(options or {}))
+    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[Steps()])
+
+
+def training_pairs(recipe: Recipe) -> Any:
+    """The pairs that a recipe trains on: the same for every seed and every way to train."""
+    from listener_reward.datasets import load_pairs
+
+    return load_pairs(recipe.data, limit=recipe.pairs)
 
 
 def evaluate_splits(
-    report: Report, model: str, splits: Sequence[str], pairs: int, listener: str | None = None, think: bool = True
+    report: Report,
+    model: str,
+    splits: Sequence[str],
+    pairs: int,
+    listener: str | None = None,
+    think: bool = True,
+    options: Mapping[str, Any] | None = None,
+    diagnostics: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates one judge on splits of the tiny world; `Evaluation.to_dict()` and its diagnostics by split."""
-    from listener_reward.evaluate import evaluate
-    from listener_reward.evaluate.diagnostics import diagnose
+    """Evaluates one judge on splits; `Evaluation.to_dict()` by split, with its diagnostics where they are wanted.
+
+    Args:
+        report: told of every split.
+        model: the judge's checkpoint.
+        splits: of the tiny world, or any data that `load_pairs` reads, which has a colon or a slash in its name.
+        pairs: of each split.
+        listener: who counts contradictions; None for the checkpoint's own.
+        think: whether the judge thinks.
+        options: further arguments of `Judge.from_pretrained`.
+        diagnostics: whether to add `diagnose`.
+    """
     from listener_reward.judge import Judge
 
-    judge = Judge.from_pretrained(model, listener=listener, batch_size=128, think=think)
+    asked: dict[str, Any] = {"listener": listener, "batch_size": 128, "think": think, **(options or {})}
+    judge = Judge.from_pretrained(model, **asked)
+    return evaluate_judge(report, judge, splits, pairs, diagnostics)
+
+
+def evaluate_judge(
+    report: Report, judge: PairJudge, splits: Sequence[str], pairs: int, diagnostics: bool = True
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_splits` of a judge that is loaded."""
+    from listener_reward.datasets import load_pairs
+    from listener_reward.evaluate import evaluate
+    from listener_reward.evaluate.diagnostics import diagnose
+
     table = {}
     for done, split in enumerate(splits):
         report(done, len(splits), split)
-        evaluation = evaluate(judge, load_pairs(f"tiny:{split}", limit=pairs), progress=False)
-        table[split] = evaluation.to_dict() | {"diagnostics": diagnose(evaluation)}
+        data = split if ":" in split or "/" in split else f"tiny:{split}"
+        evaluation = evaluate(judge, load_pairs(data, limit=pairs), progress=False)
+        table[split] = evaluation.to_dict() | ({"diagnostics": diagnose(evaluation)} if diagnostics else {})
     report(len(splits), len(splits), "")
     return table

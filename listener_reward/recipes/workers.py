@@ -12,6 +12,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from glob import glob
 from queue import Empty
 from typing import Any
 
@@ -26,8 +27,14 @@ Job = tuple[Callable[..., Any], Mapping[str, Any]]
 """A module-level function that takes `report` first, and its keyword arguments; both must pickle."""
 
 
+MANY = 12
+"""Jobs beyond which only those that run have a bar, and one bar stands for all."""
+
+
 def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Console | None = None) -> dict[str, Any]:
     """Runs every job and returns their results by name, in the order given.
+
+    Where this machine has several GPUs, each job sees one of them, so that as many can run as there are.
 
     Raises:
         RuntimeError: a job failed; its traceback is in the message, and the others are stopped.
@@ -36,18 +43,24 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
     messages = context.Queue()
     waiting = list(jobs.items())
     running: dict[str, Any] = {}
+    taken: dict[str, str | None] = {}
     results: dict[str, Any] = {}
     told: dict[str, int] = {}
+    many = len(jobs) > MANY
+    devices = gpus()
     with progress_bars(console=console) as progress:
-        bars = {name: progress.add_task(name, total=None, start=False) for name in jobs}
+        together = progress.add_task("all runs", total=len(jobs), visible=many)
+        bars = {name: progress.add_task(name, total=None, start=False, visible=not many) for name in jobs}
         try:
             while len(results) < len(jobs):
                 while waiting and len(running) < at_once:
                     name, (function, arguments) = waiting.pop(0)
-                    process = context.Process(target=_work, args=(messages, name, function, dict(arguments)))
+                    device = next((one for one in devices if one not in taken.values()), None)
+                    process = context.Process(target=_work, args=(messages, name, function, dict(arguments), device))
                     process.start()
-                    running[name] = process
+                    running[name], taken[name] = process, device
                     progress.start_task(bars[name])
+                    progress.update(bars[name], visible=True)
                 try:
                     kind, name, content = messages.get(timeout=1.0)
                 except Empty:
@@ -62,6 +75,9 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
                 elif kind == "result":
                     results[name] = content
                     running.pop(name).join()
+                    del taken[name]
+                    progress.advance(together)
+                    progress.update(bars[name], visible=not many)
                 else:
                     raise RuntimeError(f"{name} failed:\n{content}")
         finally:
@@ -70,7 +86,22 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
     return {name: results[name] for name in jobs}
 
 
-def _work(messages: Any, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def gpus() -> list[str]:
+    """The GPUs of this machine by their numbers, or those that CUDA_VISIBLE_DEVICES names; nothing where there is one
+    or none, which needs no sharing out."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        found = [one for one in named.split(",") if one]
+    else:  # torch would say so too, and takes seconds to load
+        found = [str(number) for number in range(len(glob("/dev/nvidia[0-9]*")))]
+    return found if len(found) > 1 else []
+
+
+def _work(
+    messages: Any, name: str, function: Callable[..., Any], arguments: dict[str, Any], device: str | None
+) -> None:
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before torch is imported
     import datasets
     import torch
     import transformers

@@ -1,0 +1,359 @@
+"""The experiment runner: configurations as data, plans, runs that are made once, tables worked by hand."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from listener_reward.cli import app
+from listener_reward.errors import InputError
+from listener_reward.evaluate.intervals import t_interval
+from listener_reward.recipes.study import carry_out, conduct
+from listener_reward.recipes.study.configuration import (
+    DDPO,
+    Arm,
+    BestOfN,
+    Measurement,
+    Splits,
+    key,
+    measurement,
+    read,
+    to_dict,
+)
+from listener_reward.recipes.study.drawing import draw_study, panels_of
+from listener_reward.recipes.study.plans import Run, Study, read_study, study_of
+from listener_reward.recipes.study.results import tables
+from listener_reward.recipes.study.runs import finished, keep, record_of
+from listener_reward.recipes.study.show import write_results
+from listener_reward.recipes.variants import Recipe
+from listener_reward.recipes.workers import Job, gpus
+
+PLAN = """
+title: Which way to train?
+planned_at: 2026-11-28
+recipe: {steps: 7}
+arms:
+  base: {method: none}
+  plain: {weights: [1, 1, 0], recipe: {grounding: 0}}
+  shaped: {}
+measurements:
+  splits: {kind: splits, splits: [id, ood], pairs: 20}
+planned:
+  - question: Which is best?
+    arms: [base, plain, shaped]
+    measurements: [splits]
+    seeds: [3, 4]
+    against: plain
+added:
+  - question: With how many pairs?
+    arms: [shaped]
+    measurements: [splits]
+    seeds: [3]
+    vary: pairs
+    over: [10, 20]
+    added_at: 2026-11-29
+    reason: because a reader asked
+"""
+
+
+@pytest.fixture
+def study() -> Study:
+    return study_of(yaml.safe_load(PLAN))
+
+
+# --- configurations
+
+
+@pytest.mark.parametrize("measured", [Splits(("id",), judge={"thoughts": 8}), BestOfN(n=16), DDPO(epochs=4)])
+def test_a_configuration_goes_to_json_and_comes_back_equal(measured: Measurement):
+    arm = Arm(weights=(1.0, 0.0, 1.0), recipe=Recipe(steps=3, masking="verdict"), options={"beta": 0.1})
+    assert read(Arm, json.loads(json.dumps(to_dict(arm))), "arm") == arm
+    assert measurement(json.loads(json.dumps(to_dict(measured))), "measurement") == measured
+
+
+def test_what_decides_the_result_decides_the_key():
+    arm, measured = Arm(), Splits()
+    keys = {
+        key(arm, 0, measured),
+        key(arm, 1, measured),
+        key(arm, 0),
+        key(replace(arm, recipe=Recipe(steps=161)), 0, measured),
+        key(replace(arm, options={"beta": 0.1}), 0, measured),
+        key(arm, 0, replace(measured, pairs=301)),
+    }
+    assert len(keys) == 6
+    whole: Any = [1, 0.5, 0.5]
+    assert key(read(Arm, {"weights": whole}, "arm"), 0) == key(arm, 0), "YAML's 1 is 1.0"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"wieghts": [1, 1, 0]}, "arm has no field 'wieghts'; is 'weights' meant?"),
+        ({"recipe": {"steps": "many"}}, "arm.recipe.steps is 'many'; it takes a value such as 160"),
+        ({"recipe": {"learning_rate": "1e-4"}}, "write 1.0e-4"),
+        ({"recipe": {"share_prompt": 1}}, "arm.recipe.share_prompt is 1"),
+        ({"method": "dpo"}, "method is 'dpo'; choose one of 'grpo'"),
+        ({"weights": 1}, "arm.weights is 1; give a list"),
+        ({"options": []}, "give a mapping"),
+    ],
+)
+def test_a_wrong_configuration_is_named(given: Any, said: str):
+    with pytest.raises(InputError, match=said):
+        read(Arm, given, "arm")
+
+
+# --- plans
+
+
+def test_a_plan_lists_its_runs_seed_by_seed(study: Study):
+    assert [(run.label, run.seed) for run in study.runs()] == [
+        ("base", 0),  # nothing of it is drawn, so that one run stands for all seeds
+        ("plain", 3),
+        ("shaped", 3),
+        ("plain", 4),
+        ("shaped", 4),
+        ("shaped, pairs 10", 3),
+        ("shaped, pairs 20", 3),
+    ]
+    plain = next(run for run in study.runs() if run.label == "plain")
+    assert plain.arm == Arm(weights=(1.0, 1.0, 0.0), recipe=Recipe(steps=7, grounding=0.0))
+    assert plain.measured == Splits(("id", "ood"), 20)
+    assert [run.arm.recipe.pairs for run in study.runs()][-2:] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seeds: [3, 4]", "seeds: 5", "name the seeds"),
+        ("seeds: [3, 4]", "seeds: [3, 3]", "a seed stands there twice"),
+        ("[base, plain, shaped]", "[base, plian]", "names 'plian', which there is not; is 'plain' meant?"),
+        ("against: plain", "against: nobody", "there are base, plain, shaped"),
+        ("vary: pairs", "vary: pears", "has no field 'pears'; is 'pairs' meant?"),
+        ("    over: [10, 20]\n", "", "a field that varies needs its values"),
+        ("    reason: because a reader asked\n", "", r"added\[0\] has no reason"),
+        ("planned_at: 2026-11-28", "planned_at: soon", "planned_at is 'soon'; give a day"),
+        ("planned_at: 2026-11-28\n", "", "the study has no planned_at"),
+        ("kind: splits", "kind: taste", "measurements.splits.kind is 'taste'"),
+        ("title:", "titel:", "is 'title' meant?"),
+        ("{steps: 7}", "{stpes: 7}", "recipe has no field 'stpes'"),
+    ],
+)
+def test_a_wrong_plan_is_named(old: str, new: str, said: str):
+    with pytest.raises(InputError, match=said):
+        study_of(yaml.safe_load(PLAN.replace(old, new)))
+
+
+def test_a_file_that_is_no_plan_is_an_input_error(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("a: [", encoding="utf-8")
+    for path, said in ((tmp_path / "none.yaml", "cannot be read"), (tmp_path / "a.yaml", "cannot be read")):
+        with pytest.raises(InputError, match=said):
+            read_study(path)
+
+
+# --- runs
+
+
+def kept(folder: Path, run: Run, **scores: dict[str, float]) -> Path:
+    """`run` finished with these scores on each split."""
+    return keep(folder, run, record_of(run, scores, 1.0, None))
+
+
+def test_a_run_is_found_by_what_it_says_and_not_by_its_name(study: Study, tmp_path: Path):
+    run = next(study.runs())
+    path = kept(tmp_path, run, id={"accuracy": 0.5})
+    path.rename(path.with_name("renamed.json"))
+    assert finished(tmp_path)[run.key]["results"] == {"id": {"accuracy": 0.5}}
+    record = json.loads((tmp_path / "runs/renamed.json").read_text())
+    del record["arm"]["recipe"]["masking"]  # as if it had come to the code after this run
+    (tmp_path / "runs/renamed.json").write_text(json.dumps(record))
+    assert [*finished(tmp_path)] == [run.key]
+    record["arm"]["recipe"]["steps"] += 1
+    (tmp_path / "runs/renamed.json").write_text(json.dumps(record))
+    assert run.key not in finished(tmp_path)
+    (tmp_path / "runs/other.json").write_text('{"seed": 1}')
+    with pytest.raises(InputError, match=r"other.json' is no run"):
+        finished(tmp_path)
+
+
+def test_a_run_says_what_it_was_made_with(study: Study, tmp_path: Path):
+    record = json.loads(kept(tmp_path, next(study.runs()), id={"accuracy": 0.5}).read_text())
+    assert {"listener-reward", "torch", "transformers", "trl"} <= record["versions"].keys()
+    assert record["checkpoints"].keys() == {"tiny-base", "tiny-listener"}
+    assert all(len(digest) == 10 for digest in record["checkpoints"].values())
+    assert record["arm"]["recipe"]["steps"] == 7 and record["measurement"]["kind"] == "splits"
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is trained and measured, in order, with nothing of it done and all in this process. Jobs pickle."""
+    done: list[str] = []
+
+    def side_by_side(jobs: Mapping[str, Job], **_: Any) -> dict[str, Any]:
+        done.append(f"{len(jobs)} jobs")
+        return {
+            name: function(lambda *_: None, **given)
+            for name, (function, given) in pickle.loads(pickle.dumps(jobs)).items()
+        }
+
+    def train(report: Any, arm: Arm, seed: int, out: str) -> dict[str, list[Any]]:
+        done.append(f"train {arm.recipe.pairs} {seed}")
+        Path(out).mkdir(parents=True)
+        return {"step": [1], "reward": [0.1]}
+
+    def measure(report: Any, run: Run, model: str, folder: str) -> dict[str, Any]:
+        done.append(f"measure {Path(model).name.split('-')[0]} {run.seed}")
+        return {"id": {"accuracy": 0.5}}
+
+    monkeypatch.setattr(conduct, "run_side_by_side", side_by_side)
+    monkeypatch.setattr(carry_out, "_train", train)
+    monkeypatch.setattr(carry_out, "measure", measure)
+    return done
+
+
+def test_nothing_is_run_twice(study: Study, tmp_path: Path, trained: list[str]):
+    found = conduct.conduct(study, tmp_path, only=["Which is best?"])
+    assert found.keys() == {run.key for run in study.runs() if run.question.added_at is None}
+    assert trained[:3] == ["5 jobs", "measure tiny 0", "train 1000 3"]
+    assert next(record for record in found.values() if record["seed"] == 3)["training"]["curves"]["reward"] == [0.1]
+    trained.clear()
+    assert len(conduct.conduct(study, tmp_path)) == 7
+    assert trained == ["2 jobs", "train 10 3", "measure shaped 3", "train 20 3", "measure shaped 3"]
+    trained.clear()
+    conduct.conduct(study, tmp_path)
+    assert trained == ["0 jobs"]
+
+
+def test_a_judge_that_is_there_is_measured_and_not_trained(study: Study, tmp_path: Path, trained: list[str]):
+    conduct.conduct(study, tmp_path)
+    for path in (tmp_path / "runs").glob("plain-3-*.json"):
+        path.unlink()
+    trained.clear()
+    conduct.conduct(study, tmp_path)
+    assert trained == ["1 jobs", "measure plain 3"]
+    (judge,) = (tmp_path / "judges").glob("plain-3-*")
+    for path in (*(tmp_path / "runs").glob("plain-3-*.json"), judge / "training.json"):
+        path.unlink()
+    trained.clear()
+    judge.rmdir()
+    conduct.conduct(study, tmp_path)
+    assert trained == ["1 jobs", "train 1000 3", "measure plain 3"], "half a judge is none"
+
+
+def test_only_has_to_name_something(study: Study, tmp_path: Path):
+    with pytest.raises(InputError, match="no arm or question 'shpaed'; its arms are base, plain, shaped"):
+        conduct.due(study, tmp_path, ["shpaed"])
+
+
+# --- tables
+
+
+def test_the_t_interval_is_students():
+    assert t_interval([5.0]) == (5.0, None)
+    mean, half = t_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302652729911275 / 3**0.5)  # t(0.975, 2) * sd / sqrt(n), sd = 1
+
+
+@pytest.fixture
+def some(study: Study, tmp_path: Path) -> Path:
+    """A folder with the base, both seeds of one arm, and one of the other."""
+    scores = {("base", 0): 0.5, ("plain", 3): 0.6, ("plain", 4): 0.7, ("shaped", 3): 0.8}
+    for run in study.runs():
+        if (run.label, run.seed) in scores:
+            kept(tmp_path, run, id={"accuracy": scores[run.label, run.seed]}, ood={"accuracy": 0.5})
+    return tmp_path
+
+
+def test_a_table_says_what_was_planned_and_is_missing(study: Study, some: Path):
+    text = tables(study, finished(some))
+    assert "Planned on 2026-11-28. 4 of 5 planned runs are there; 0 of 2 were added afterwards." in text
+    assert "Added on 2026-11-29, because a reader asked. Seeds 3: 0 of 2 runs are there." in text
+    assert "| base | 1 of 1 | 50.0 | 50.0 |" in text
+    # 65 ± t(0.975, 1) * 7.07 / sqrt(2) = 12.706 * 5
+    assert "| plain | 2 of 2 | 65.0 ± 63.5 | 50.0 ± 0.0 |" in text
+    assert "| shaped | 1 of 2 | 80.0 | 50.0 |" in text
+
+
+def test_differences_are_of_the_seeds_that_both_have(study: Study, some: Path):
+    text = tables(study, finished(some))
+    assert "minus plain, paired by seed (points)" in text
+    assert "| shaped | 1 | +20.0 | +0.0 |" in text, "seed 4 is there for one of the two only"
+    # The base has no seed: it stands beside each of the other's, -10 and -20; 12.706 * 7.07 / sqrt(2)
+    assert "| base | 2 | -15.0 ± 63.5 | +0.0 ± 0.0 |" in text
+
+
+def test_a_table_says_where_runs_are_not_alike(study: Study, some: Path):
+    assert "several" not in tables(study, finished(some))
+    (path,) = (some / "runs").glob("shaped-*.json")
+    record = json.loads(path.read_text())
+    record["versions"]["torch"], record["checkpoints"]["tiny-base"] = "1.0", "0123456789"
+    path.write_text(json.dumps(record))
+    text = tables(study, finished(some))
+    assert "Made with several versions of torch: 1.0, 2" in text
+    assert "Made with several weights of tiny-base: 0123456789, " in text
+
+
+def test_a_run_that_nobody_planned_is_counted(study: Study, some: Path):
+    run = next(study.runs())
+    kept(some, run._replace(seed=77), id={"accuracy": 1.0})
+    assert "1 in the folder belong to no question" in tables(study, finished(some))
+
+
+def test_a_figure_has_a_line_for_each_arm(study: Study, some: Path):
+    assert panels_of(study.questions[0], finished(some)) == {
+        "accuracy (%)": {
+            "base": {"id": [50.0], "ood": [50.0]},
+            "plain": {"id": [60.0, 70.0], "ood": [50.0, 50.0]},
+            "shaped": {"id": [80.0], "ood": [50.0]},
+        }
+    }
+    for run in study.runs():
+        kept(some, run, id={"accuracy": run.arm.recipe.pairs / 100})
+    assert panels_of(study.questions[1], finished(some)) == {"accuracy (%), id": {"shaped": {10: [10.0], 20: [20.0]}}}
+    paths = draw_study(study, finished(some), some)
+    assert [path.name for path in paths] == ["Which-is-best.svg", "With-how-many-pairs.svg"]
+    assert all("</svg>" in path.read_text() for path in paths)
+
+
+# --- the command
+
+
+def test_the_command_lists_runs_and_makes_tables(some: Path, tmp_path: Path, loads_nothing: Callable[[], None]):
+    (tmp_path / "plan.yaml").write_text(PLAN, encoding="utf-8")
+    arguments = ["study", "--config", str(tmp_path / "plan.yaml"), "--out", str(some)]
+    listed = CliRunner().invoke(app, [*arguments, "--dry-run", "--only", "shaped"])
+    assert listed.exit_code == 0, listed.output
+    lines = listed.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == "there there there there to to to".split()
+    assert lines[-1] == "4 of 5 planned runs are there; 0 of 2 were added afterwards."
+    made = CliRunner().invoke(app, [*arguments, "--table"])
+    assert made.exit_code == 0, made.output
+    assert (some / "tables.md").read_text() == tables(read_study(tmp_path / "plan.yaml"), finished(some))
+    assert (some / "Which-is-best.svg").exists()
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a run is made."""
+    monkeypatch.setattr(conduct, "run_side_by_side", lambda *_, **__: pytest.fail("a run was made"))
+
+
+def test_results_can_be_written_without_runs(study: Study, tmp_path: Path):
+    assert [path.name for path in write_results(study, {}, tmp_path / "new")] == ["tables.md"]
+
+
+# --- workers
+
+
+def test_jobs_share_out_gpus_where_there_are_several(monkeypatch: pytest.MonkeyPatch):
+    for given, found in (("0,1,5", ["0", "1", "5"]), ("3", []), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert gpus() == found
