@@ -85,6 +85,15 @@ def check_listens(mode: Mode, listens: bool) -> None:
         )
 
 
+def check_thinks(think: bool, thoughts: int | None) -> None:
+    """Raises `InputError` for a number of thoughts that is asked of a judge which is to have none."""
+    if not think and thoughts is not None:
+        raise InputError(
+            f"thoughts is {thoughts} (--thoughts), and think is False (--no-think), which samples none; leave one of "
+            "them out"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """The numbers that a verdict is made from, for one pair of pictures or one frame of two clips."""

@@ -22,7 +22,7 @@ from listener_reward.anchors import AnchoredScore, Anchors, Candidate, check_eff
 from listener_reward.calibration.maps import CURVE_OF, Calibration, Curve
 from listener_reward.card import Card, CardLike
 from listener_reward.chat import Chat, Side
-from listener_reward.conclude import Judgement, check_listens, on_grid, settled, verdict_of
+from listener_reward.conclude import Judgement, check_listens, check_thinks, on_grid, settled, verdict_of
 from listener_reward.errors import InputError
 from listener_reward.listener import (
     Listener,
@@ -159,7 +159,7 @@ class Judge:
             orders: "both", or "one" for a random order at half the cost.
             early_stop: sample no further thought once the preference will stay with this probability, in (0.5, 1]. 1
                 leaves out only thoughts that cannot change the preference.
-            think: False for the fast mode.
+            think: False for the fast mode, in which no number of thoughts can be asked for.
             max_new_tokens: the longest completion.
             sampling_temperature: the temperature at which thoughts are sampled; 0 takes the likeliest token each time.
             masking: what the listener does not read of a thought: "answer", or "verdict" for sentences that say which
@@ -177,6 +177,7 @@ class Judge:
             InputError: a checkpoint or a card that cannot be found, reached or read; an aggregate that needs a listener
                 without one; an option that is none.
         """
+        check_thinks(think, thoughts)
         check_options(options)
         check_options(listener_options or {}, "listener_options")
         chosen_options: Any = {option: value for option, value in options.items() if value is not None}
@@ -280,15 +281,15 @@ class Judge:
                 f"the judge {self.name!r} was put together from loaded models, which do not pickle by configuration; "
                 "save them to folders and load it by Judge.from_pretrained, or hand on the folder's name"
             )
-        return partial(
+        load = partial(
             type(self).from_pretrained,
             **self._origin,
-            think=self.think,
             seed=self.seed,
             clips=self.clips,
             strict=self.misfits.strict,
             lenient=self.lenient,
-        ), ()
+        )
+        return load, (), {"think": self.think}  # set afterwards: a judge that was loaded to think may do without
 
     def with_clips(self, clips: ClipView) -> Judge:
         """A judge with the same weights and another way to look at clips."""

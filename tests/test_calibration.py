@@ -358,7 +358,7 @@ def test_calibrating_without_thoughts_leaves_how_the_judge_thinks(random_judge, 
     folder = shutil.copytree(random_judge, tmp_path / "judge")
     mine = Calibration(Platt(2.0), mode=Mode(thoughts=3))
     Card.amend(folder, thoughts=3, calibration=mine)
-    options = ["--no-think", "--thoughts", "2", "--orders", "one", "--aggregate", "listener", "--early-stop", "0.9"]
+    options = ["--no-think", "--orders", "one", "--aggregate", "listener", "--early-stop", "0.9"]
     arguments = ["calibrate", "--judge", str(folder), "--data", "tiny:id", "--limit", "60", *options]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     card = Card.load(folder)

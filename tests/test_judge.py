@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,10 +22,12 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from typer.testing import CliRunner
 
 from listener_reward.calibration.maps import Calibration, Platt
 from listener_reward.card import Card
 from listener_reward.chat import Chat, ChatFormat
+from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.evaluate import evaluate
@@ -358,15 +361,36 @@ def test_listener_choices(random_judge):
 
 
 def test_pickles_by_configuration(random_judge, pairs):
-    judge = Judge.from_pretrained(random_judge, thoughts=2, seed=5, max_new_tokens=6, think=False, batch_size=3)
-    judge.think = True
-    pickled = pickle.dumps(judge)
-    assert len(pickled) < 2000
+    thinks = Judge.from_pretrained(random_judge, thoughts=2, seed=5, max_new_tokens=6, batch_size=3)
+    hasty = Judge.from_pretrained(random_judge, seed=5, max_new_tokens=6, think=False, batch_size=3)
+    thinks.think, hasty.think = False, True
     prompt, first, second = (column[0] for column in pairs)
-    twins: list[Any] = [pickle.loads(pickled), copy.deepcopy(judge)]
-    for twin in twins:
-        assert (twin.seed, twin.think, twin.card, twin.reasoner.batch_size) == (5, True, judge.card, 3)
-        assert twin.compare(prompt, first, second) == judge.compare(prompt, first, second)
+    for judge in (thinks, hasty):
+        pickled = pickle.dumps(judge)
+        assert len(pickled) < 2000
+        twins: list[Any] = [pickle.loads(pickled), copy.deepcopy(judge)]
+        for twin in twins:
+            assert (twin.seed, twin.think, twin.card, twin.reasoner.batch_size) == (5, judge.think, judge.card, 3)
+            assert twin.compare(prompt, first, second) == judge.compare(prompt, first, second)
+
+
+def test_no_thoughts_are_counted_where_none_are_asked_for(random_judge, tmp_path):
+    """However they are asked for; a card may have its number all the same."""
+    said = r"thoughts is 4 \(--thoughts\), and think is False \(--no-think\)"
+    with pytest.raises(InputError, match=said):
+        Judge.from_pretrained(random_judge, think=False, thoughts=4)
+    with pytest.raises(InputError, match=said):
+        ListenerReward(random_judge, think=False, thoughts=4).rank("x", [Image.new("RGB", (32, 32))] * 2)
+    options = ["--judge", str(random_judge), "--no-think", "--thoughts", "4"]
+    plan = ["plan", "eval", "--image-size", "64x64"]
+    for command in (["serve", "--port", "1"], ["eval", "--data", "tiny:id", "--limit", "2"], plan):
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 2 and re.search(said, result.stderr), result.output
+        assert result.stderr.count("\n") == 1
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    Card.amend(folder, thoughts=4)
+    judge = Judge.from_pretrained(folder, think=False)
+    assert judge.card.thoughts == 4 and judge.card.mode(judge.think).thoughts == 1
 
 
 def test_a_judge_put_together_by_hand_does_not_pickle(random_judge):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from listener_reward.conclude import check_thinks
 from listener_reward.judge import PAIRS_AT_ONCE
 from listener_reward.listener import OWN_BASE, choose_listener
 from listener_reward.models.hub import same_checkpoint
@@ -54,6 +55,7 @@ def plan_judging(
         InputError: a listener that cannot be found, or a dtype that is none.
     """
     card = checkpoint.card
+    check_thinks(think, thoughts)
     number = (thoughts or card.thoughts) if think else 1
     written = (max_new_tokens or card.max_new_tokens) if think else 0
     orders = 2 if card.orders == "both" else 1
