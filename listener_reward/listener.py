@@ -200,11 +200,13 @@ def _of_reasoner(reasoner: LoadedVLM, folder: str, chat_format: ChatFormat) -> L
 def options_of_listener(options: Mapping[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
     """The `ModelOptions` of a listener: its `own`, and else the reasoner's, but for what belongs to one of the two.
 
-    A revision and an address are of the reasoner's checkpoint, and a place of either kind replaces the other kind.
+    A revision and an address are of the reasoner's checkpoint, and a place of either kind replaces the other kind. None
+    is as the reasoner has it, but for `max_pixels`: there it is the listener's own limit, which it may not be without.
     """
+    left_out = {"revision", *({"max_pixels"} & (own or {}).keys())}
     own = {name: value for name, value in (own or {}).items() if value is not None}
     places = {"device", "device_map"}
-    left_out = {"revision", *(places if places & own.keys() else ())}
+    left_out |= places if places & own.keys() else set()
     if is_address(options.get("backend")):
         left_out.add("backend")
     return {name: value for name, value in options.items() if name not in left_out} | own

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_families
 import torch
 from PIL import Image
 
 from listener_reward import errors
+from listener_reward.cli.options import _named_value
 from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.judge import Judge
 from listener_reward.listener import options_of_listener
@@ -159,6 +161,26 @@ def test_a_listener_goes_where_it_is_told():
     assert options_of_listener(options, {"device_map": "auto"}) == {"device_map": "auto", "dtype": "bfloat16"}
     other = {"device": "cuda:1", "dtype": None, "revision": "main"}
     assert options_of_listener(options, other) == {"device": "cuda:1", "dtype": "bfloat16", "revision": "main"}
+
+
+def test_a_listener_has_a_limit_of_its_own_or_none(tmp_path: Path):
+    """Qwen's processors have a limit in pixels, and Gemma 3 has none."""
+    assert options_of_listener({"max_pixels": 9}, None) == {"max_pixels": 9}
+    assert options_of_listener({"max_pixels": 9}, {"max_pixels": None}) == {}
+    assert options_of_listener({"max_pixels": 9}, {"max_pixels": 7}) == {"max_pixels": 7}
+    tiny_families.build("gemma3", tmp_path)
+    listener = str(tmp_path)
+    pixels: dict[str, Any] = {"max_pixels": 64 * 64}
+    with pytest.raises(InputError, match=r"Gemma3Processor has no such limit; .*listener_options={'max_pixels': None}"):
+        Judge.from_pretrained("tiny", device="cpu", listener=listener, **pixels)
+    own = Judge.from_pretrained(
+        "tiny", device="cpu", listener=listener, listener_options={"max_pixels": None}, **pixels
+    )
+    assert own.listener is not None
+    vlm: Any = own.reasoner
+    assert vlm.processor.image_processor.size["longest_edge"] == 64 * 64
+    assert _named_value("max-pixels=none") == ("max_pixels", None)
+    assert _named_value("max-pixels=4096") == ("max_pixels", 4096)
 
 
 # --- pictures, thoughts, attention

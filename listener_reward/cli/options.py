@@ -208,7 +208,8 @@ class JudgeOptions(TypedDict, total=False):
         _model(
             "--listener-option",
             metavar="NAME=VALUE",
-            help="One of these for the listener alone: quantization=4bit, device=cuda:1. Several times for several.",
+            help="One of these for the listener alone: quantization=4bit, device=cuda:1, max-pixels=none for its own. "
+            "Several times for several.",
             default="as the judge",
         ),
     ]
@@ -323,6 +324,8 @@ def _named_value(text: str) -> tuple[str, Any]:
     name = name.strip().replace("-", "_")
     if not equals:
         raise InputError(f"listener-option is {text!r}; give NAME=VALUE, such as quantization=4bit")
+    if name == "max_pixels" and value == "none":
+        return name, None
     if name in ("batch_size", "token_budget", "max_pixels", "vision_bytes"):
         try:
             return name, int(value)

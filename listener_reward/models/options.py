@@ -65,7 +65,8 @@ class ModelOptions(TypedDict, total=False):
     """A branch, tag or commit of a checkpoint on the Hub."""
     max_pixels: int | None
     """Larger pictures are scaled down to this many pixels before the model sees them; a Qwen2.5-VL makes one token of
-    784 of them, a Qwen3-VL of 1024. Default: the checkpoint's own, which may be 16 million."""
+    784 of them, a Qwen3-VL of 1024. Default: the checkpoint's own, which may be 16 million. None in `listener_options`
+    is the listener's own, whatever the reasoner has; a listener of a family without such a limit needs it."""
     batch_size: int
     """Completions sampled, or thoughts read, in one forward pass. Default: 32."""
     shared_prefix: bool

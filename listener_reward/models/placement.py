@@ -125,6 +125,11 @@ def input_device(model: Any) -> torch.device:
     return next((device for device in weights if device.type != "meta"), torch.device("cpu"))
 
 
+_FOR_LISTENER = (
+    ", or where it is the listener's give listener_options={'max_pixels': None} (--listener-option max-pixels=none)"
+)
+
+
 def limit_pixels(processor: Any, max_pixels: int | None) -> None:
     """Has the image processor scale pictures down to `max_pixels`, see `ModelOptions`.
 
@@ -138,7 +143,12 @@ def limit_pixels(processor: Any, max_pixels: int | None) -> None:
     if least is None or not hasattr(
         processor.image_processor, "merge_size"
     ):  # Qwen's, whose sizes are numbers of pixels
-        raise InputError(f"max_pixels is {max_pixels}, and the checkpoint's processor has no such limit; leave it out")
+        raise InputError(
+            f"max_pixels is {max_pixels}, and the checkpoint's {type(processor).__name__} has no such limit; leave it "
+            f"out{_FOR_LISTENER}"
+        )
     if max_pixels < least:
-        raise InputError(f"max_pixels is {max_pixels}, less than the processor's least, {least}; give at least that")
+        raise InputError(
+            f"max_pixels is {max_pixels}, less than the processor's least, {least}; give at least that{_FOR_LISTENER}"
+        )
     processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=max_pixels)
