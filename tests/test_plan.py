@@ -169,6 +169,37 @@ def test_a_launch_without_settings_is_refused(content: str, tmp_path: Path):
         Launch.of(str(file), None)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("deepspeed_config: 3", "whose deepspeed_config is 3; it holds settings"),
+        ("deepspeed_config: [zero_stage]", r"whose deepspeed_config is \['zero_stage'\]; it holds settings"),
+        ("fsdp_config: 'yes'", "whose fsdp_config is 'yes'; it holds settings"),
+        ("deepspeed_config: {zero_stage: three}", "whose zero_stage is 'three'; give a whole number of at least 0"),
+        ("num_processes: many", "whose num_processes is 'many'; give a whole number of at least 1"),
+        ("num_processes: [8]", r"whose num_processes is \[8\]; give a whole number"),
+        ("num_processes: {a: 8}", r"whose num_processes is {'a': 8}; give a whole number"),
+        ("num_processes: 1.5", "whose num_processes is 1.5; give a whole number"),
+        ("num_processes: .inf", "whose num_processes is inf; give a whole number"),
+        ("num_processes: true", "whose num_processes is True; give a whole number"),
+        ("num_processes: 0", "whose num_processes is 0; give a whole number of at least 1"),
+    ],
+)
+def test_a_launch_with_settings_of_another_type_is_refused(content: str, said: str, tmp_path: Path):
+    file = tmp_path / "launch.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        Launch.of(str(file), None)
+
+
+def test_a_launch_that_leaves_settings_empty_has_the_defaults(tmp_path: Path):
+    file = tmp_path / "launch.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nnum_processes: '8'\nfsdp_config:\n", encoding="utf-8")
+    assert Launch.of(str(file), None) == Launch(8, "ddp")
+    file.write_text("num_processes:\n", encoding="utf-8")
+    assert Launch.of(str(file), None) == Launch()
+
+
 def test_sharding_divides_what_it_shards():
     """The tiny base, every weight: 4 bytes of weights and gradients and 8 of moments for each of its parameters."""
     argv = "--model_name_or_path tiny-base --listener tiny-listener --data tiny:train --data_limit 8 --output_dir x"

@@ -46,9 +46,9 @@ class Launch:
         if not isinstance(found, dict):
             raise InputError(neither)
         kind = str(found.get("distributed_type", "NO"))
-        deepspeed, fsdp = found.get("deepspeed_config") or {}, found.get("fsdp_config") or {}
-        stage = deepspeed.get("zero_stage", 2)
-        processes = gpus or int(found.get("num_processes", 1))
+        deepspeed, fsdp = _mapping(found, "deepspeed_config", name), _mapping(found, "fsdp_config", name)
+        stage = _number(deepspeed, "zero_stage", 2, name, least=0)
+        processes = gpus or _number(found, "num_processes", 1, name, least=1)
         sharding: Sharding
         if kind == "DEEPSPEED":
             sharding = "zero3" if stage == 3 else "zero2"
@@ -63,3 +63,23 @@ class Launch:
             offloaded or deepspeed.get("offload_optimizer_device", "none") != "none",
             offloaded or deepspeed.get("offload_param_device", "none") != "none",
         )
+
+
+def _mapping(found: dict[str, Any], field: str, name: str) -> dict[str, Any]:
+    """The settings in a field, none where it is left out or empty."""
+    value = found.get(field) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"launch is {name!r}, whose {field} is {value!r:.80}; it holds settings, one a line")
+    return value
+
+
+def _number(found: dict[str, Any], field: str, default: int, name: str, *, least: int) -> int:
+    value = default if found.get(field) is None else found[field]
+    try:
+        if isinstance(value, bool) or int(value) < least or int(value) != float(value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"launch is {name!r}, whose {field} is {value!r:.80}; give a whole number of at least {least}"
+        ) from None
+    return int(value)
