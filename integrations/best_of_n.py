@@ -11,7 +11,7 @@ Every image has a random generator of its own, so any candidate can be made agai
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Any
@@ -129,13 +129,13 @@ def best_of_n(
     going, preview_scores = list(range(n)), None
     candidates: list[Any] = [None] * n
     if preview_steps is not None:
-        candidates = _sample(pipeline, prompt, seeds, batch_size, call | {"num_inference_steps": preview_steps})
+        candidates = samples(pipeline, prompt, seeds, batch_size, call | {"num_inference_steps": preview_steps})
         preview_scores, errors = judged(candidates)
         if np.isnan(errors).all():
             raise InputError("preview_steps is given, but the reward gives no standard_error to tell clear losers by")
         going = _not_clearly_lost(preview_scores, errors, keep)
 
-    finished = _sample(pipeline, prompt, [seeds[k] for k in going], batch_size, call)
+    finished = samples(pipeline, prompt, [seeds[k] for k in going], batch_size, call)
     scores, errors = np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)
     scores[going], errors[going] = judged(finished)
     for k, candidate in zip(going, finished, strict=True):
@@ -176,7 +176,7 @@ def _not_clearly_lost(scores: np.ndarray, errors: np.ndarray, keep: int) -> list
     return np.flatnonzero(~lost).tolist()
 
 
-def _sample(pipeline: Any, prompt: str, seeds: Sequence[int], batch_size: int, call: dict[str, Any]) -> list[Any]:
+def samples(pipeline: Any, prompt: str, seeds: Sequence[int], batch_size: int, call: Mapping[str, Any]) -> list[Any]:
     """One candidate for each seed, in its order. Generators are the CPU's, whose numbers are the same everywhere."""
     if "generator" not in inspect.signature(pipeline.__call__).parameters:
         raise InputError(
@@ -184,15 +184,15 @@ def _sample(pipeline: Any, prompt: str, seeds: Sequence[int], batch_size: int, c
         )
     import torch  # the pipeline's own, so that the rest of this module needs none
 
-    samples: list[Any] = []
+    made: list[Any] = []
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for seed in batch]
         output = pipeline(prompt=[prompt] * len(batch), generator=generators, output_type="pil", **call)
-        made = output.images if hasattr(output, "images") else output.frames
-        if len(made) != len(batch):
+        given = output.images if hasattr(output, "images") else output.frames
+        if len(given) != len(batch):
             raise InputError(
-                f"the pipeline made {len(made)} images for {len(batch)} prompts; best_of_n needs one for each"
+                f"the pipeline made {len(given)} images for {len(batch)} prompts; best_of_n needs one for each"
             )
-        samples += [[to_pil(frame) for frame in one] if isinstance(one, (list, tuple)) else to_pil(one) for one in made]
-    return samples
+        made += [[to_pil(frame) for frame in one] if isinstance(one, (list, tuple)) else to_pil(one) for one in given]
+    return made

@@ -9,21 +9,24 @@ A folder is what `listener-reward anchors` makes: picture files, and `anchors.js
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from listener_reward.anchors import Anchors, Ask, distinct_of, fit, mutual, pick
-from listener_reward.errors import InputError
-from listener_reward.media.clips import Visual
+from listener_reward.anchors import Anchors, Ask, distinct_of, fit, identity_of, mutual, pick
+from listener_reward.errors import InputError, JudgeError
+from listener_reward.files import write_bytes
+from listener_reward.media.clips import Clip, Visual
+from listener_reward.media.images import png_of
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.pairs import PromptLike, as_prompt, key_of
 from listener_reward.ranking import pairings
 from listener_reward.references import AnchorFile
-from listener_reward.verdict import Verdict
+from listener_reward.verdict import PairJudge, Verdict, checked
 
 DEFAULT_COUNT = 4
 """How many anchors a prompt has where nobody says; docs/anchors.md has what more would give."""
@@ -285,6 +288,69 @@ def add_line(folder: Path, prompt: str, files: Sequence[str], anchors: Anchors) 
         file.write(("\n" + json.dumps(line | {"judge": anchors.judge}, ensure_ascii=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def fill_folder(
+    folder: Path,
+    prompts: Sequence[str],
+    images_of: Callable[[str], Sequence[Any]],
+    judge: PairJudge,
+    count: int,
+) -> Iterator[tuple[str, Anchors | JudgeError | None]]:
+    """Makes the anchors of prompts that a folder lacks, one prompt after the other.
+
+    Each is in the folder, with its pictures, before the next is begun; so a run that was stopped goes on where it was.
+
+    Args:
+        folder: made where it is missing.
+        prompts: no two equal.
+        images_of: gives the images of a prompt that anchors are taken from, two different ones or more.
+        judge: compares them.
+        count: how many of them become anchors, spread over their quality.
+
+    Yields:
+        Each prompt with its anchors; with None where they were there before; with the error where the judge broke.
+
+    Raises:
+        InputError: the folder has anchors of another judge, or images that cannot be used.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name, there = identity_of(judge), read_lines(folder)
+    if others := {str(line.get("judge")) for line in there.values()} - {name}:
+        raise InputError(
+            f"{folder} has anchors by the judge {min(others)!r}, and this is {name!r}; give another folder"
+        )
+    for prompt in prompts:
+        if prompt in there:
+            yield prompt, None
+            continue
+        images = distinct_of(to_visuals(images_of(prompt), field=f"images of {prompt!r}"))
+        if len(images) < 2:
+            raise InputError(
+                f"prompt {prompt!r} has {len(images)} different image; give at least two to take anchors from"
+            )
+        try:
+            anchors = _of_group(judge, prompt, images, count)
+        except JudgeError as error:
+            yield prompt, error
+            continue
+        files = [f"{hashlib.blake2b(prompt.encode(), digest_size=6).hexdigest()}-{k}.png" for k in range(len(anchors))]
+        for file, image in zip(files, anchors.images, strict=True):
+            if isinstance(image, Clip):
+                raise InputError(f"images of {prompt!r} are clips; a folder of anchors has pictures only")
+            write_bytes(folder / file, png_of(image.image))
+        add_line(folder, prompt, files, anchors)
+        yield prompt, anchors
+
+
+def _of_group(judge: PairJudge, prompt: str, images: Sequence[Visual], count: int) -> Anchors:
+    pairs = pairings(len(images))
+    prompts = [prompt] * len(pairs)
+    firsts, seconds = [images[i] for i, _ in pairs], [images[j] for _, j in pairs]
+    verdicts = checked(judge.compare_many(prompts, firsts, seconds), prompts, "the judge")
+    outcomes = [(i, j, verdict.p_first) for (i, j), verdict in zip(pairs, verdicts, strict=True)]
+    return pick(images, outcomes, count, identity_of(judge))
 
 
 def _check_there(path: Path, files: Iterable[Path]) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import kendalltau
+from typer.testing import CliRunner
 
 from listener_reward import Judge, ListenerReward
 from listener_reward.anchor_sets import AnchorSets, add_line, read_folder
@@ -32,6 +33,7 @@ from listener_reward.anchors import (
     place,
     win_share,
 )
+from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.media.images import png_of
 from listener_reward.media.storyboards import to_still, to_visual, to_visuals
@@ -555,6 +557,133 @@ def test_refuses_a_folder_of_another_form(folder, line, words):
 def test_an_empty_folder_is_none(tmp_path):
     with pytest.raises(InputError, match="listener-reward anchors"):
         AnchorSets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("has", "wanted", "sound"),
+    [
+        ("anchors", "anchors", True),
+        ("anchors", "reference", True),  # scores of all calls on one scale: what a host that scatters groups needs
+        ("anchors", None, True),
+        ("anchors", "group", False),
+        ("reference", "anchors", False),
+        ("auto", "anchors", False),
+    ],
+)
+def test_a_server_says_whether_its_scores_are_what_a_client_wants(FakeJudge, has, wanted, sound):
+    from listener_reward.integrations.serving.schemes import OtherScheme, check_scheme
+
+    reward = ListenerReward(FakeJudge(), scheme=has)
+    if sound:
+        return check_scheme(reward, wanted, ["a", "b"])
+    with pytest.raises(OtherScheme):
+        check_scheme(reward, wanted, ["a", "b"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, FakeJudge):
+    """`run(*arguments)` calls the command with `FakeJudge`s; `run.judges` are those that it loaded."""
+    judges = []
+
+    def load(name, **options):
+        judges.append(FakeJudge(name=name, breaks_on=lambda prompt, first, second: prompt == "broken"))
+        judges[-1].identity = f"{name} 1"
+        return judges[-1]
+
+    monkeypatch.setattr("listener_reward.judge.Judge.from_pretrained", load)
+
+    def invoke(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, ["anchors", *map(str, arguments)])
+
+    invoke.judges = judges
+    return invoke
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    (tmp_path / "prompts.txt").write_text("two red circles\n\na blue square\ntwo red circles\n", encoding="utf-8")
+    return tmp_path / "prompts.txt"
+
+
+def test_the_command_draws_from_a_pipeline_and_goes_on_where_it_was(run, prompts, tmp_path):
+    pytest.importorskip("diffusers")
+    line = ("--prompts", prompts, "--pipeline", "tiny", "--judge", "fake", "--out", tmp_path / "out", "-n", 2)
+    call = ("--samples", 5, "--call", '{"num_inference_steps": 1}', "--json")
+    done = run(*line, *call)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer == {"folder": str(tmp_path / "out"), "prompts": 2, "made": 2, "failed": {}, "judge": "fake 1"}
+    made = read_folder(tmp_path / "out")
+    assert made.lines.keys() == {"two red circles", "a blue square"} and len(made.of("a blue square")) == 2
+    assert [len(call) for call in run.judges[0].calls] == [10, 10], "5 samples each"
+
+    text = (tmp_path / "out" / "anchors.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "out" / "anchors.jsonl").write_text(text[: text.rindex('"votes"')], encoding="utf-8")  # a kill
+    assert read_folder(tmp_path / "out").lines.keys() == {"two red circles"}
+    again = run(*line, *call)
+    assert json.loads(again.stdout)["made"] == 1 and [len(call) for call in run.judges[1].calls] == [10]
+    assert read_folder(tmp_path / "out").of("a blue square") == made.of("a blue square"), "the same seeds"
+    assert "2 prompts, 2 of them from before" in run(*line).output
+    other = run(*line[:4], "--judge", "other", *line[6:])
+    assert other.exit_code == 2 and "'fake 1', and this is 'other 1'" in other.output
+
+
+def test_the_command_takes_images_that_are_there(run, shade, tmp_path):
+    for red in (*GIVEN, 20):
+        (tmp_path / f"{red}.png").write_bytes(png_of(shade(red)))
+    files = [f"{red}.png" for red in (*GIVEN, 20)]
+    (tmp_path / "all.json").write_text(json.dumps({"a": files, "broken": files}), encoding="utf-8")
+    done = run("--images", tmp_path / "all.json", "--judge", "fake", "--out", tmp_path / "out", "-n", 3)
+    assert done.exit_code == 3 and "1 prompts have no anchors, such as 'broken'" in done.output
+    anchors = read_folder(tmp_path / "out").of("a")
+    assert reds_of(anchors) == [0, 80, 240] and anchors.judge == "fake 1"
+    reward = ListenerReward("fake", scheme="anchors", anchors=tmp_path / "out")
+    assert reward([shade(90)], ["a"])[0][0] == np.float32(place(anchors, {
+        k: run.judges[-1].compare("a", shade(90), shade(red)).p_first for k, red in enumerate((0, 80, 240))
+    })[0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((), "give --pipeline to draw samples, or --images"),
+        (("--pipeline", "tiny"), "prompts is missing"),
+        (("--pipeline", "tiny", "--prompts", "gone.txt"), "'gone.txt' cannot be read"),
+        (("--pipeline", "tiny", "--samples", 3, "-n", 4), "samples is 3, and 4 of them"),
+        (("--pipeline", "tiny", "--call", "[1]"), "give a JSON object"),
+        (("--pipeline", "tiny", "--call", "{"), "which is no JSON"),
+        (("--pipeline", "/nowhere/at/all"), "nowhere"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use(run, prompts, tmp_path, given, words):
+    more = () if "--prompts" in given or words == "prompts is missing" else ("--prompts", prompts)
+    done = run(*given, *more, "--judge", "fake", "--out", tmp_path / "out")
+    assert done.exit_code == 2 and words in done.output.replace("\n", " "), done.output
+
+
+def test_each_criterion_has_a_scale_of_its_own(FakeJudge, shade):
+    class ByCriterion(FakeJudge):
+        """By one criterion the other way round."""
+
+        def compare_many(self, prompts, firsts, seconds, *, think=None):
+            turned = [prompt.criterion == "darkness" for prompt in prompts]
+            sides = zip(firsts, seconds, turned, strict=True)
+            one, other = zip(*[(b, a) if turn else (a, b) for a, b, turn in sides], strict=True)
+            return super().compare_many([prompt.text for prompt in prompts], one, other)
+
+    judge = ByCriterion()
+    reward = ListenerReward(judge, scheme="anchors", criteria={"light": 1.0, "darkness": 0.5})
+    scores, info = reward([shade(r) for r in (0, 50, 150, 250)], ["a"] * 4)
+    assert reward.state_dict()["anchors"].keys() == {"a\x1fcriterion light", "a\x1fcriterion darkness"}
+    assert info["light/score"] == pytest.approx(-info["darkness/score"], abs=1e-6)
+    assert scores == pytest.approx(0.5 * info["light/score"], abs=1e-6)
+    assert info["light/win_share"] == pytest.approx(1 - info["darkness/win_share"], abs=1e-6)
+    assert len(judge.calls) == 2 and len(judge.calls[1]) == 2 * 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------

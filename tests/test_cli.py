@@ -110,6 +110,7 @@ JUDGING = {
     "rank-videos": ["--prompt", "red", "a.gif", "b.gif"],
     "eval": ["--data", "tiny:id", "--limit", "2"],
     "score": ["--data", "tiny:id", "--limit", "2", "--out", "scores.parquet"],
+    "anchors": ["--images", "images.json", "--out", "anchors"],
     "calibrate": ["--data", "tiny:id", "--limit", "2", "--out", "calibrated"],
     "serve": [],
 }
@@ -149,6 +150,7 @@ def test_every_command_takes_the_same_options_of_a_judge(command: str, tmp_path:
     calls: Loads = []
     monkeypatch.setattr(Judge, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "images.json").write_text('{"red": ["images.json"]}', encoding="utf-8")  # a file that is there
     given = MODEL_OPTIONS_GIVEN | ({} if command == "rank-videos" else {"clips": "frames"})
     written = given | {"engine": json.dumps(given["engine"])}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in written.items()]

@@ -165,6 +165,7 @@ COMMANDS = {
     "card tiny": "judge",
     "serve --judge tiny": "serve",
     "bench rank": "judge",
+    "anchors --judge tiny --pipeline tiny --prompts README.md --out anchors": "diffusers",
     "eval --judge tiny --data tiny:id": "data",
     "calibrate --judge tiny --data tiny:id": "data",
     "data check pairs.jsonl": "data",

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from listener_reward import __version__
+from listener_reward.cli.anchoring import anchors
 from listener_reward.cli.cards import card
 from listener_reward.cli.evaluating import calibrate, check_data, evaluate_pairs
 from listener_reward.cli.judging import compare, rank, rank_videos
@@ -68,6 +69,7 @@ app.command()(rank)
 app.command("rank-videos")(rank_videos)
 app.command("eval")(evaluate_pairs)
 app.command()(score)
+app.command(no_args_is_help=True)(anchors)
 app.command()(calibrate)
 app.command(no_args_is_help=True)(card)
 data_app.command("check")(check_data)

@@ -304,14 +304,19 @@ def making_verdicts(options: JudgeOptions) -> dict[str, Any]:
 def _device_map(value: str) -> Any:
     if not value.lstrip().startswith("{"):
         return value
-    return _json("device-map", value, """give "auto", "balanced", or JSON such as {"": 0}""")
+    return read_json("device-map", value, """give "auto", "balanced", or JSON such as {"": 0}""")
 
 
 def _engine(value: str) -> Any:
-    return _json("engine", value, """give JSON such as {"tensor_parallel_size": 2}""")
+    return read_json("engine", value, """give JSON such as {"tensor_parallel_size": 2}""")
 
 
-def _json(option: str, value: str, fix: str) -> Any:
+def read_json(option: str, value: str, fix: str) -> Any:
+    """The JSON that an option is given as.
+
+    Raises:
+        InputError: it is none; `fix` says what to give.
+    """
     try:
         return json.loads(value)
     except ValueError as error:

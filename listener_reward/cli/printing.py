@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,16 @@ def print_ranking(ranking: Ranking, images: list[str], what: str = "image") -> N
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{ranking.comparisons} comparisons; scores are log-odds with mean zero")
+
+
+def print_anchors(answer: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
+    before = answer["prompts"] - answer["made"]
+    there = f", {before} of them from before" if before else ""
+    console.print(
+        Text(plain(f"{answer['folder']} has anchors of {answer['prompts']} prompts{there}, by {answer['judge']}")),
+        soft_wrap=True,
+    )
 
 
 def print_measured(measured: Measured, *, as_json: bool) -> None:

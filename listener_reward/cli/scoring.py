@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +22,7 @@ from listener_reward.cli.options import (
     making_verdicts,
 )
 from listener_reward.cli.printing import print_json, print_scored
-from listener_reward.cli.terminal import errors_in_one_line, working
+from listener_reward.cli.terminal import errors_in_one_line, stopped_softly, working
 from listener_reward.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +87,7 @@ def score(
 
     `listener-reward score --data pairs.jsonl --out scores.parquet --shard $SLURM_ARRAY_TASK_ID/16`
     """
-    with errors_in_one_line(debug), _stopped_softly():
+    with errors_in_one_line(debug), stopped_softly():
         with working("loading the judge", spinner=False):
             part = _shard(shard)
             check_taken([judge], how)
@@ -128,17 +125,3 @@ def _shard(given: str | None) -> tuple[int, int]:
     if not (found := re.fullmatch(r"(\d{1,9})/(\d{1,9})", given)):
         raise InputError(f"shard is {given!r}; give i/n, such as 0/16 for the first of sixteen")
     return int(found[1]), int(found[2])
-
-
-@contextmanager
-def _stopped_softly() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, keeps what was judged as Ctrl-C does."""
-
-    def stop(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,7 +23,7 @@ _REPLICAS = "Replicas, by Ray Serve"
 def serve(
     judge: JudgeName = None,
     scheme: Annotated[
-        str, typer.Option("--scheme", help='"reference", "group" or "auto"; see `ListenerReward`.')
+        str, typer.Option("--scheme", help='"reference", "anchors", "group" or "auto"; see `ListenerReward`.')
     ] = "reference",
     criteria: Annotated[
         str | None,
@@ -56,11 +56,21 @@ def serve(
             show_default="the first image seen of each prompt",
         ),
     ] = None,
+    anchors: Annotated[
+        str | None,
+        typer.Option(
+            "--anchors",
+            metavar="DIR",
+            help="For --scheme anchors: a folder that `listener-reward anchors` made, or a number, to take so many out "
+            "of the first group of each prompt.",
+            show_default="4",
+        ),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
             "--state",
-            help="File that keeps the first image seen of each prompt, for the next start.",
+            help="File that keeps the first image seen of each prompt, or its anchors, for the next start.",
             show_default="a temporary file",
         ),
     ] = None,
@@ -193,7 +203,8 @@ def serve(
             )
             chosen: Any = "group" if group_size else scheme
             given = None if reference is None else read_references(reference)
-            kept = "" if state is None and given is None and chosen != "group" else state
+            ready = given is not None or chosen == "group" or (anchors is not None and Path(anchors).is_dir())
+            kept = "" if state is None and not ready else state
             load, at_once = partial(load_judge, judge, **how), 1
             if replicas is None and deployed is None:
                 if gpus_per_replica or ray_address:
@@ -218,6 +229,7 @@ def serve(
                 scheme=chosen,
                 reference=given,
                 state=kept,
+                anchors=int(anchors) if anchors is not None and anchors.isdecimal() else anchors,
                 on_failure=cast(Any, on_failure),
                 criteria=criteria,
             )

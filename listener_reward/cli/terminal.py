@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -62,6 +63,20 @@ def working(what: str, *, spinner: bool = True) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+@contextmanager
+def stopped_softly() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, keeps what was judged as Ctrl-C does."""
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quieten() -> None:
