@@ -24,6 +24,7 @@ from listener_reward.integrations.ddpo.log import read_metrics
 from listener_reward.integrations.ddpo.prompts import ALONE, ONE_FOR_EACH, joint_arguments, read_prompts
 from listener_reward.integrations.ddpo.rollout import Step, record, replay, replayed_log_prob
 from listener_reward.integrations.ddpo.schedulers import log_prob_scheduler
+from listener_reward.integrations.video import VideoReward
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -174,6 +175,42 @@ def test_a_call_with_two_sources_gives_each_what_it_gets_alone(family: tuple[str
     both = draw(0, 1)
     for k in (0, 1):
         assert torch.allclose(draw(k)[0], both[k], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["instruct-pix2pix", "qwen-image-edit-plus", "wan2.2-i2v", "ltx-i2v"])
+def test_the_forward_process_loss_learns_edits_too(family: str, config: Callable[..., DDPOConfig]):
+    pipeline = tiny.build(family, torch.bfloat16)
+    trainer = DDPOTrainer(pipeline, likeness, EDITS, config(family, loss="nft"))
+    before = weights(pipeline)
+    trainer.train()
+    moved = changed(before, weights(pipeline))
+    assert moved and all("lora_B" in name for name in moved)
+
+
+def test_several_references_reach_the_pipeline_and_the_reward(config: Callable[..., DDPOConfig]):
+    pipeline, judge = tiny.build("qwen-image-edit-plus"), FakeJudge()
+    lengths, encode = [], pipeline.encode_prompt
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(len(kwargs["image"]))
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = watched
+    settings = config("qwen-image-edit-plus", images_per_prompt=2)
+    DDPOTrainer(pipeline, ListenerReward(cast(Any, judge)), [{"prompt": TEXT, "image": [*SOURCES]}], settings).train()
+    assert lengths == [2, 2] * 2  # a prompt and its negative, for each of two results; replays remember them
+    assert {prompt for call in judge.calls for prompt, _, _ in call} == {Prompt(TEXT, SOURCES)}
+
+
+def test_videos_are_judged_as_clips_beside_their_first_frame(config: Callable[..., DDPOConfig]):
+    judge: Any = FakeJudge(slope=50.0, listener_slope=50.0)
+    settings = config("wan-i2v", prompts_per_epoch=2, images_per_prompt=2, sample_every=1, sample_prompts=2)
+    trainer = DDPOTrainer(tiny.build("wan-i2v"), VideoReward(judge, frames=2), EDITS, settings)
+    folder = trainer.train()
+    assert trainer.history[0]["info/comparisons"] == 1 and trainer.history[0]["reward_missing"] == 0
+    assert {prompt for call in judge.calls for prompt, _, _ in call} == {Prompt(TEXT, (image,)) for image in SOURCES}
+    sheet = np.asarray(Image.open(folder / "samples" / "epoch-00001.png"))
+    assert sheet.shape == (32, 32, 3)  # frames of 16 x 16, below sources that were reduced to that
 
 
 # --- groups, samples, resume

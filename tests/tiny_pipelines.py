@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import inspect
 import logging
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +20,12 @@ import diffusers as released
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
@@ -29,14 +35,18 @@ from transformers import (
     T5EncoderModel,
 )
 
+from listener_reward.models.older_transformers import Qwen2VLImageProcessorPil
+from listener_reward.models.processing import ImageOnlyQwen2_5_VLProcessor
+
 diffusers: Any = released
 """As `Any`: diffusers' annotations refuse what its own checkpoints hold, such as two sizes of block."""
 
 WORDS = "a an the red green blue yellow circle square triangle left right of above on and photo cat dog moving".split()
 
 
-def tokenizer(max_length: int = 16) -> Any:
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{word: 4 + i for i, word in enumerate(WORDS)}}
+def tokenizer(max_length: int = 16, special: Sequence[str] = ()) -> Any:
+    words_of_it = "<pad> <bos> <eos> <unk>".split() + WORDS + [*special]
+    vocabulary = {word: number for number, word in enumerate(words_of_it)}
     words: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -49,6 +59,7 @@ def tokenizer(max_length: int = 16) -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         model_max_length=max_length,
+        additional_special_tokens=[*special],
     )
 
 
@@ -207,7 +218,7 @@ def sd3() -> Any:
     )
 
 
-def flux() -> Any:
+def flux(kind: str = "FluxPipeline") -> Any:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -220,7 +231,7 @@ def flux() -> Any:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     )
-    return diffusers.FluxPipeline(
+    return getattr(diffusers, kind)(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(**FLOW_VAE),
@@ -231,7 +242,12 @@ def flux() -> Any:
     )
 
 
-def qwen_image() -> Any:
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def qwen_image(kind: str = "QwenImagePipeline") -> Any:
+    words, looks = tokenizer(1024, VISION_TOKENS), kind != "QwenImagePipeline"
+    starts, ends, image, video = words.convert_tokens_to_ids([*VISION_TOKENS])
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -247,7 +263,7 @@ def qwen_image() -> Any:
         z_dim=4,
         dim_mult=[1, 2],
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[False] if looks else [False, True],  # its length says how much smaller latents are
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
@@ -264,17 +280,50 @@ def qwen_image() -> Any:
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+        vision_start_token_id=starts,
+        vision_end_token_id=ends,
+        image_token_id=image,
+        video_token_id=video,
     )
-    pipeline = diffusers.QwenImagePipeline(
+    pipeline = getattr(diffusers, kind)(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, shift_terminal=0.02),
         vae=autoencoder.eval(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(reader).eval(),
-        tokenizer=tokenizer(1024),
+        tokenizer=words,
+        **({"processor": _reader_of(words)} if looks else {}),
     )
-    pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx = "{}", 0
+    before = "".join((VISION_TOKENS[0], VISION_TOKENS[2], VISION_TOKENS[1])) if kind == "QwenImageEditPipeline" else ""
+    pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx = before + "{}", 0
+    if looks:
+        _shrink(kind)
     return pipeline
+
+
+def _reader_of(words: Any) -> Any:
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    return ImageOnlyQwen2_5_VLProcessor(Qwen2VLImageProcessorPil(size=size), words)
+
+
+def _shrink(kind: str) -> None:
+    """Has the Qwen editors work on 32 x 32 pixels: their area, 1024 x 1024, is a constant of the module."""
+    name = "pipeline_qwenimage_edit_plus" if "Plus" in kind else "pipeline_qwenimage_edit"
+    module: Any = importlib.import_module(f"diffusers.pipelines.qwenimage.{name}")
+    calculate = inspect.unwrap(module.calculate_dimensions)
+
+    @functools.wraps(calculate)
+    def small(area: int, ratio: float) -> Any:
+        return calculate(32 * 32, ratio)
+
+    module.calculate_dimensions = small
 
 
 def pixart_sigma() -> Any:
@@ -360,14 +409,19 @@ def sana() -> Any:
     )
 
 
-def wan(boundary: bool = False) -> Any:
+def wan(boundary: bool = False, image: bool = False) -> Any:
+    """With `image`, Wan 2.1's image to video, which looks at the first frame by CLIP too, and Wan 2.2's, which does
+    not."""
+    looks = image and not boundary
+
     def transformer() -> Any:
         return diffusers.WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
             attention_head_dim=12,
-            in_channels=16,
+            in_channels=36 if image else 16,  # with the first frame's latents and a mask
             out_channels=16,
+            image_dim=4 if looks else None,
             text_dim=32,
             freq_dim=32,
             ffn_dim=32,
@@ -380,7 +434,23 @@ def wan(boundary: bool = False) -> Any:
     autoencoder = diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    return diffusers.WanPipeline(
+    encoder = CLIPVisionConfig(
+        hidden_size=4,
+        projection_dim=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        intermediate_size=16,
+        patch_size=1,
+    )
+    if image:
+        _without_ftfy()
+    eyes = {
+        "image_encoder": CLIPVisionModelWithProjection(encoder).eval() if looks else None,
+        "image_processor": CLIPImageProcessor(crop_size=32, size=32) if looks else None,
+    }
+    return (diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline)(
+        **(eyes if image else {}),
         transformer=transformer(),
         transformer_2=transformer() if boundary else None,
         boundary_ratio=0.8 if boundary else None,
@@ -393,7 +463,14 @@ def wan(boundary: bool = False) -> Any:
     )
 
 
-def ltx() -> Any:
+def _without_ftfy() -> None:
+    """Wan's image to video repairs its prompts by ftfy, which is of no use to these."""
+    module: Any = importlib.import_module("diffusers.pipelines.wan.pipeline_wan_i2v")
+    if not hasattr(module, "ftfy"):
+        module.ftfy = types.SimpleNamespace(fix_text=lambda text: text)
+
+
+def ltx(kind: str = "LTXPipeline") -> Any:
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -424,7 +501,7 @@ def ltx() -> Any:
         encoder_causal=True,
         decoder_causal=False,
     )
-    return diffusers.LTXPipeline(
+    return getattr(diffusers, kind)(
         transformer=transformer.eval(),
         vae=autoencoder.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -433,11 +510,11 @@ def ltx() -> Any:
     )
 
 
-def cogvideox() -> Any:
+def cogvideox(image: bool = False) -> Any:
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=8,
-        in_channels=4,
+        in_channels=8 if image else 4,  # with the first frame's latents
         out_channels=4,
         time_embed_dim=2,
         text_embed_dim=32,
@@ -460,7 +537,7 @@ def cogvideox() -> Any:
         norm_num_groups=2,
         temporal_compression_ratio=4,
     )
-    return diffusers.CogVideoXPipeline(
+    return (diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline)(
         transformer=transformer.eval(),
         vae=autoencoder.eval(),
         scheduler=diffusers.CogVideoXDDIMScheduler(
@@ -524,6 +601,40 @@ FAMILIES = {
 
 EDITORS = {
     "instruct-pix2pix": Family(instruct_pix2pix, {}, CFG | {"image_guidance_scale": 1.5}, NO_CFG),
+    "flux-kontext": Family(
+        functools.partial(flux, "FluxKontextPipeline"),
+        SMALL,
+        TRUE_CFG,
+        {"guidance_scale": 3.5},
+        SHORT | {"max_area": 16 * 16, "_auto_resize": False},
+    ),
+    "qwen-image-edit": Family(
+        functools.partial(qwen_image, "QwenImageEditPipeline"), SMALL, TRUE_CFG, {"true_cfg_scale": 1.0}, SHORT, batch=1
+    ),
+    "qwen-image-edit-plus": Family(
+        functools.partial(qwen_image, "QwenImageEditPlusPipeline"),
+        SMALL,
+        TRUE_CFG,
+        {"true_cfg_scale": 1.0},
+        SHORT,
+        batch=1,
+    ),
+    "wan-i2v": Family(functools.partial(wan, image=True), SMALL | {"num_frames": 5}, CFG, NO_CFG, SHORT),
+    "wan2.2-i2v": Family(
+        functools.partial(wan, boundary=True, image=True),
+        SMALL | {"num_frames": 5},
+        CFG | {"guidance_scale_2": 3.0},
+        NO_CFG,
+        SHORT,
+    ),
+    "ltx-i2v": Family(
+        functools.partial(ltx, "LTXImageToVideoPipeline"),
+        {"height": 32, "width": 32, "num_frames": 9},
+        CFG,
+        NO_CFG,
+        SHORT,
+    ),
+    "cogvideox-i2v": Family(functools.partial(cogvideox, image=True), SMALL | {"num_frames": 9}, CFG, NO_CFG, SHORT),
 }
 """Pipelines that are given an image, and the options of their calls beside it."""
 

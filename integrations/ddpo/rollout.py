@@ -285,11 +285,14 @@ def _once(owner: Any, name: str, results: list[Any]) -> Iterator[None]:
                 results.append(_drawn_once(run(*args, **kwargs)))
         return results[k]
 
+    own = vars(owner).get(name)
     setattr(owner, name, give)
     try:
         yield
     finally:
         delattr(owner, name)  # the instance's; the class's comes back
+        if own is not None:
+            setattr(owner, name, own)
 
 
 def _drawn_once(result: Any) -> Any:
