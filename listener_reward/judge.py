@@ -498,6 +498,15 @@ class Judge:
         )
         return candidate.score
 
+    def check_question(self, *, sources: int = 0, criterion: str | None = None) -> None:
+        """Whether a prompt with so many source images and this criterion can be asked about. Nothing is judged.
+
+        Raises:
+            InputError: the card has no question about sources, or no such criterion; or the listener's format has none.
+        """
+        for asks in (self.card.format, *([] if self.listener is None else [self.listener.chat_format])):
+            asks.messages("", sources=sources, criterion=criterion)
+
     def check_format(self) -> None:
         """Says whether the answers so far are in the judge's format, and the listener's, however few they are.
 

@@ -19,6 +19,7 @@ from listener_reward.cli.terminal import plain
 if TYPE_CHECKING:
     from listener_reward.datasets.check import DataCheck
     from listener_reward.evaluate import Evaluation
+    from listener_reward.evaluate.asked import CriterionResult
     from listener_reward.evaluate.calibrate import Calibrated
     from listener_reward.evaluate.judged import ProtocolResult
     from listener_reward.evaluate.leaderboard import Leaderboard
@@ -142,10 +143,12 @@ def print_measured(measured: Measured, *, as_json: bool) -> None:
 def print_evaluation(evaluation: Evaluation) -> None:
     table = Table("metric", "value")
     for name, value in evaluation.to_dict().items():
-        if name != "protocols":
+        if name not in ("protocols", "by_criterion"):
             table.add_row(name.replace("_", " "), escape(plain(_cell(value))))
     console = Console(highlight=False)
     console.print(table)
+    if evaluation.by_criterion:
+        console.print(criteria_table(evaluation.by_criterion))
     console.print(protocols_table(evaluation.protocols))
 
 
@@ -158,6 +161,15 @@ def print_leaderboard(board: Leaderboard) -> None:
         "same pairs; intervals and p draw prompts, not pairs.",
         markup=False,
     )
+
+
+def criteria_table(results: Sequence[CriterionResult]) -> Table:
+    """One judge: a row for each criterion."""
+    table = _table("criterion", "accuracy", "95 % interval", "ece", "pairs", "ties")
+    for result in results:
+        found = _number(result.accuracy), _interval(result.accuracy_interval), _number(result.ece)
+        table.add_row(escape(plain(result.criterion)), *found, str(result.n), str(result.n_ties))
+    return table
 
 
 def protocols_table(results: Sequence[ProtocolResult]) -> Table:

@@ -343,7 +343,7 @@ def _general(spec: str) -> tuple[str, bool]:
 
 
 def _opened(kind: str, source: Iterable[tuple[Place, Row]], form: Format, general: bool) -> Opened:
-    return Opened(kind, source, form, None, general, form.asks - ({"criterion"} if general else set()))
+    return Opened(kind, source, form, None, general, form.asks - {"criterion"} if general else form.asks)
 
 
 def _open(target: str, form: Format, dimension: str | None, stream: bool) -> Files | Hub:

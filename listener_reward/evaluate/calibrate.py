@@ -13,6 +13,7 @@ from scipy.special import betaincinv, logit
 from listener_reward.calibration.fit import Method, fit_curve, fit_platt
 from listener_reward.calibration.maps import CURVE_OF, Calibration
 from listener_reward.errors import InputError, check_choice
+from listener_reward.evaluate.asked import check_asked
 from listener_reward.evaluate.batches import batches_of, load_batches
 from listener_reward.evaluate.confidence import reliability
 from listener_reward.progress import progress_bars
@@ -110,7 +111,7 @@ def calibrate(
 
     Args:
         judge: a `Judge`.
-        pairs: as `evaluate` reads them.
+        pairs: as `evaluate` reads them; each is judged by its own question.
         method: of the verdict's curve: "temperature", "isotonic", or "auto" for what fits the validation part better.
         sure: see `choose_tie_band`.
         batch_size: pairs for each call of the judge.
@@ -118,7 +119,8 @@ def calibrate(
         progress: show a progress bar on standard error.
 
     Raises:
-        InputError: fewer than 50 pairs, or too few prompts to divide them; a method or `sure` out of range.
+        InputError: fewer than 50 pairs, or too few prompts to divide them; a method or `sure` out of range; or pairs
+            with sources or a criterion that the judge has no question about.
         JudgeError: the judge broke.
     """
     check_choice("method", method, get_args(Method))
@@ -132,6 +134,7 @@ def calibrate(
         raise InputError(f"pairs has too few prompts to divide its {len(pairs)} rows by prompt; give more prompts")
     fit, validation, test = (parts == part for part in range(3))
 
+    check_asked(judge, pairs)
     judgements: list[Any] = []
     with progress_bars(visible=progress) as bars:
         task = bars.add_task("judging", total=len(pairs))

@@ -269,6 +269,8 @@ class Labels:
     prompts: list[int] = field(default_factory=list)
     datasets: dict[str, None] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    criteria: list[str | None] = field(default_factory=list)
+    """Each pair's criterion, None for the general question."""
     _numbers: dict[str, int] = field(default_factory=dict)
 
     KEPT = ("id", "swapped", "item_first", "item_second", "rank_first", "rank_second", "both_bad")
@@ -276,7 +278,9 @@ class Labels:
     @classmethod
     def read(cls, column_names: Sequence[str]) -> list[str]:
         """Which of a data set's columns are read, the pictures left out."""
-        return [name for name in column_names if name in ("prompt", "p_first", "group", "dataset", *cls.KEPT)]
+        return [
+            name for name in column_names if name in ("prompt", "p_first", "group", "dataset", "criterion", *cls.KEPT)
+        ]
 
     def add(self, rows: Mapping[str, list[Any]]) -> None:
         """A batch: column to list.
@@ -291,6 +295,7 @@ class Labels:
         for group, prompt in zip(groups, rows["prompt"], strict=True):
             # The prompt's text where there is no group: then pairs that only share their words share a cluster.
             self.prompts.append(self._numbers.setdefault(prompt if group is None else f"\0{group}", len(self._numbers)))
+        self.criteria += rows.get("criterion") or [None] * len(fractions)
         self.datasets |= dict.fromkeys(rows.get("dataset", []))
         for name in self.KEPT:
             if name in rows:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from listener_reward.errors import InputError
+from listener_reward.evaluate.asked import CriterionResult, by_criterion, check_asked
 from listener_reward.evaluate.batches import batches_of, load_batches
 from listener_reward.evaluate.confidence import brier_score, expected_calibration_error, negative_log_likelihood
 from listener_reward.evaluate.intervals import clustered_interval
@@ -96,15 +97,19 @@ class Evaluation:
     """Pairs without a score in a file of scores. They count as wrong, except where a protocol says otherwise."""
     protocols: tuple[ProtocolResult, ...] = ()
     """The published protocols, the data set's own first."""
+    by_criterion: tuple[CriterionResult, ...] = ()
+    """The same metrics for the pairs of each criterion, where the data has criteria."""
     judged: JudgedPairs | None = None
     """Labels and the judge's margins as arrays, for further protocols and paired tests."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The metrics as JSON-able values, without `verdicts` and `judged`; `protocols` by name."""
-        left_out = ("verdicts", "judged", "protocols")
+        """The metrics as JSON-able values, without `verdicts` and `judged`; `protocols` and `by_criterion` by name."""
+        left_out = ("verdicts", "judged", "protocols", "by_criterion")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return plain | {"protocols": {result.protocol: result.to_dict() for result in self.protocols}}
+        by_criterion = {result.criterion: result.to_dict() for result in self.by_criterion}
+        protocols = {result.protocol: result.to_dict() for result in self.protocols}
+        return plain | ({"by_criterion": by_criterion} if by_criterion else {}) | {"protocols": protocols}
 
 
 def evaluate(
@@ -127,7 +132,8 @@ def evaluate(
 
     Args:
         judge: a `Judge`, or any other `PairJudge`.
-        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `source`, as `load_pairs` makes them. Videos
+        pairs: columns `prompt`, `images` (two), `p_first` in [0, 1] and `dataset`, as `load_pairs` makes them, and
+            `sources` and `criterion` where the data has them: each pair is judged by its own question. Videos
             are judged as clips: a `Judge` looks at clips as its `clips` says, other judges see storyboards.
         batch_size: pairs for each call of the judge.
         progress: show a progress bar on standard error.
@@ -142,7 +148,8 @@ def evaluate(
 
     Raises:
         InputError: no pairs; a column or label missing or out of range; a batch size below 1; an unknown protocol, or
-            one that needs columns that the data lacks; or `validation` without a protocol that uses it.
+            one that needs columns that the data lacks; `validation` without a protocol that uses it; or pairs with
+            sources or a criterion that the judge has no question about, which is said before any pair is judged.
         JudgeError: the judge broke. One pair without a verdict leaves the whole set without metrics.
     """
     if batch_size < 1:
@@ -151,6 +158,8 @@ def evaluate(
         raise InputError(f"swap_check is {swap_check}; it must be 0 or more")
     check_protocols(protocols or ())
     n = _check(pairs)
+    for some in (pairs, *([] if validation is None else [validation])):
+        check_asked(judge, some)
     threshold = None if validation is None else _judged_threshold(judge, validation, batch_size, think, protocols)
     labels, tally, kept = Labels(), _Tally(), []
     mirrored = checked = right = decided = 0
@@ -265,7 +274,7 @@ def _judged_threshold(
         if not p_first:
             _threshold(labels, protocols, None)
         firsts, seconds = map(list, zip(*rows["images"], strict=True))
-        p_first += [verdict.p_first for verdict in _judge(judge, rows["prompt"], firsts, seconds, think)]
+        p_first += [verdict.p_first for verdict in _judge(judge, rows["asked"], firsts, seconds, think)]
     return _threshold(labels, protocols, {"judge": 2 * np.array(p_first) - 1})
 
 
@@ -313,6 +322,9 @@ def _record(
         listener_accuracy=None,
         seconds=0.0,
         protocols=tuple(apply_protocol(judged, protocol) for protocol in names),
+        by_criterion=by_criterion(
+            labels.criteria, fractions, side(fractions) == preferred, p_first if calibrated else None, judged.prompts
+        ),
         judged=judged,
     )
 

@@ -111,6 +111,14 @@ class EndpointJudge:
 
         return self._client.map(both, range(len(prompts)))
 
+    def check_question(self, *, sources: int = 0, criterion: str | None = None) -> None:
+        """Whether a prompt with so many source images and this criterion can be asked about. Nothing is sent.
+
+        Raises:
+            InputError: there is no such criterion.
+        """
+        self._format.messages("", sources=sources, criterion=criterion)
+
     def _ask(self, prompt: PromptLike, first: Picture, second: Picture) -> _Reply:
         chat = self._format.chat(prompt, first, second, FOREIGN_RESERVED)
         messages = self._client.messages(chat.messages, chat.images)

@@ -97,6 +97,16 @@ class ScoreJudge:
             _verdict(self._scale * (scores[one] - scores[other])) for one, other in zip(keys[0], keys[1], strict=True)
         ]
 
+    def check_question(self, *, sources: int = 0, criterion: str | None = None) -> None:
+        """Refuses, as `compare_many` does, any source image and any criterion.
+
+        Raises:
+            InputError: there is one.
+        """
+        if sources or criterion is not None:
+            what = "source images" if sources else f"the criterion {criterion!r}"
+            raise InputError(f"the pairs have {what}, which {self.name} cannot judge by; take a Judge")
+
     def _scored(self, prompts: list[str], images: list[Image]) -> list[float]:
         scores: list[float] = []
         for start in range(0, len(images), self._batch_size):
