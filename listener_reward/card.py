@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 from listener_reward.calibration.maps import Calibration
 from listener_reward.chat import ChatFormat
@@ -64,6 +64,11 @@ class Card:
     early stop, and keeps that mode when they change."""
     fast_calibration: Calibration = field(default_factory=Calibration)
     """The same without thoughts."""
+    criterion_calibrations: Mapping[str, Calibration] = field(default_factory=dict[str, Calibration], hash=False)
+    """For verdicts by a criterion of that name, fitted by `listener-reward calibrate --criterion`. A verdict by another
+    one goes by `calibration`, with a warning if that was fitted."""
+    fast_criterion_calibrations: Mapping[str, Calibration] = field(default_factory=dict[str, Calibration], hash=False)
+    """The same without thoughts."""
 
     def __post_init__(self) -> None:
         for name, least in (("thoughts", 1), ("max_new_tokens", 1)):
@@ -88,6 +93,13 @@ class Card:
             if calibration.mode is None and calibration != Calibration():
                 object.__setattr__(self, name, replace(calibration, mode=self.mode(think)))
 
+    def calibration_for(self, think: bool, criterion: str | None = None) -> Calibration:
+        """The calibration of verdicts with or without thoughts, by a criterion if it has its own."""
+        general = self.calibration if think else self.fast_calibration
+        if criterion is None:
+            return general
+        return (self.criterion_calibrations if think else self.fast_criterion_calibrations).get(criterion, general)
+
     def mode(self, think: bool = True) -> Mode:
         """How this card has verdicts made. Without thoughts none can be counted, and none be left out."""
         if think:
@@ -100,7 +112,11 @@ class Card:
 
     def write(self, path: str | Path) -> None:
         """Writes the card as the file `path`, which `read` reads."""
-        calibrations = {name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")}
+        calibrations: dict[str, Any] = {
+            name: getattr(self, name).to_dict() for name in ("calibration", "fast_calibration")
+        }
+        for name in ("criterion_calibrations", "fast_criterion_calibrations"):
+            calibrations[name] = {criterion: each.to_dict() for criterion, each in getattr(self, name).items()}
         saved = asdict(self) | {"format": self.format.to_dict()} | calibrations
         text = json.dumps(saved, indent=2, ensure_ascii=False)
         # A pair of numbers reads better on one line. No string is touched: JSON has no line break inside one.
@@ -134,6 +150,8 @@ class Card:
             "format": ChatFormat.from_dict,
             "calibration": Calibration.from_dict,
             "fast_calibration": Calibration.from_dict,
+            "criterion_calibrations": _by_criterion,
+            "fast_criterion_calibrations": _by_criterion,
         }
         try:
             values: dict[str, Any] = {
@@ -199,6 +217,13 @@ class Card:
                 "give the listener's name, or its folder's whole path"
             )
         return replace(self, listener=str((folder / self.listener).resolve()))
+
+
+def _by_criterion(saved: Any) -> dict[str, Calibration]:
+    if not isinstance(saved, Mapping):
+        raise InputError(f"a card's calibrations by criterion are {saved!r:.80}; give {{name: calibration}}")
+    given = cast("Mapping[Any, Any]", saved)
+    return {str(name): Calibration.from_dict(each) for name, each in given.items()}
 
 
 def _tempered(values: dict[str, Any], temperature: Any) -> dict[str, Any]:

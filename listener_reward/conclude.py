@@ -42,6 +42,8 @@ class Judgement:
     """Both labels' probability at the reasoner's answer slot, in [0, 1]; None where it is not known."""
     frame: int = 0
     """Index of the frame, where clips are judged frame by frame."""
+    criterion: str | None = None
+    """The criterion that was asked by, see `Prompt.criterion`."""
 
     @property
     def vote(self) -> float:

@@ -39,7 +39,7 @@ from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.options import ModelOptions, check_options, is_address, listed
 from listener_reward.models.vlm import VLM, check_finite
-from listener_reward.pairs import PromptLike, check_questions, key_of, prompt_with
+from listener_reward.pairs import PromptLike, as_prompt, check_questions, key_of, prompt_with
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Masking, Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
@@ -116,6 +116,7 @@ class Judge:
         self.misfits = Misfits("the judge", strict=strict)
         self._origin: dict[str, Any] | None = None
         self._told_of_mode = False
+        self._told_of_criterion = False
 
     @classmethod
     @listed
@@ -388,13 +389,17 @@ class Judge:
         if mode.early_stop is None:
             self._ask(questions, mode.think, gathered)
         else:
-            calibration = self._calibration(mode)
+            calibrations = [self._calibration(mode, _criterion(match.prompt)) for match in matches]
             for number in range(mode.thoughts):
-                done = {place for place, judgements in enumerate(gathered) if settled(judgements, mode, calibration)}
+                done = {
+                    place
+                    for place, (judgements, calibration) in enumerate(zip(gathered, calibrations, strict=True))
+                    if settled(judgements, mode, calibration)
+                }
                 due = [question for question in questions if question.number == number and question.match not in done]
                 self._ask([question for question in due if number == 0 or not question.twin], mode.think, gathered)
         return [
-            [replace(judgement, frame=match.frame) for judgement in judgements]
+            [replace(judgement, frame=match.frame, criterion=_criterion(match.prompt)) for judgement in judgements]
             for match, judgements in zip(matches, gathered, strict=True)
         ]
 
@@ -411,7 +416,7 @@ class Judge:
         Args:
             judgements: one element of what `judgements` returns.
             think: whether the judgements have thoughts; None is the judge's own setting.
-            calibration: another than the card's.
+            calibration: another than the card's, which is that of the judgements' criterion.
             aggregate: another than the card's.
 
         Raises:
@@ -420,7 +425,8 @@ class Judge:
         mode = self.card.mode(self._thinks(think))
         if aggregate is not None:
             mode = replace(mode, aggregate=aggregate)
-        calibration = self._calibration(mode) if calibration is None else calibration
+        if calibration is None:
+            calibration = self._calibration(mode, judgements[0].criterion if judgements else None)
         return verdict_of(self._needed(judgements, mode, calibration), mode, calibration)
 
     def rank(
@@ -442,7 +448,7 @@ class Judge:
         same = first_equal(visuals)
         distinct = [visual for place, visual in enumerate(visuals) if same[place] == place]
         mode = self.card.mode(self.think)
-        calibration, curve = self._calibration(mode), None
+        calibration, curve = self._calibration(mode, _criterion(prompt)), None
         if not mode.think:  # docs/ranking.md has what this gains, and that thoughts are better off without
             last = CURVE_OF[mode.aggregate]
             curve = getattr(calibration, last)
@@ -562,15 +568,24 @@ class Judge:
             if question.twin:
                 gathered[question.match].append(replace(judgement, flipped=True))
 
-    def _calibration(self, mode: Mode) -> Calibration:
-        """The card's calibration for this mode. Warns once if the calibration was fitted for another mode."""
-        calibration = self.card.calibration if mode.think else self.card.fast_calibration
+    def _calibration(self, mode: Mode, criterion: str | None) -> Calibration:
+        """The card's calibration for this mode and criterion. Warns once if it was fitted for another of either."""
+        calibration = self.card.calibration_for(mode.think, criterion)
         if not (self._told_of_mode or calibration.covers(mode)):
             self._told_of_mode = True
             warnings.warn(
                 f"the judge's confidence was calibrated for {calibration.mode}; it judges with {mode}, and may be more "
                 "or less sure than it should. Fit it by `listener-reward calibrate` with the options that it judges "
                 "with. Said once",
+                stacklevel=2,
+            )
+        fitted = replace(calibration, mode=None) != Calibration()
+        borrowed = criterion is not None and calibration is self.card.calibration_for(mode.think)
+        if fitted and borrowed and not self._told_of_criterion:
+            self._told_of_criterion = True
+            warnings.warn(
+                f"the judge's confidence was calibrated for its general question; by {criterion!r} it may be more or "
+                f"less sure than it should. Fit it by `listener-reward calibrate --criterion {criterion}`. Said once",
                 stacklevel=2,
             )
         return calibration
@@ -650,6 +665,10 @@ class Judge:
                     _Question(place, left == 1, chat, listener_chat, number, int.from_bytes(seed, "big"), twin)
                 )
         return questions
+
+
+def _criterion(prompt: PromptLike) -> str | None:
+    return as_prompt(prompt).criterion
 
 
 def _checked(clips: ClipView) -> ClipView:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.special import expit, logit
 from typer.testing import CliRunner
 
@@ -21,11 +22,14 @@ from listener_reward import Judge
 from listener_reward.calibration.fit import fit_curve, fit_isotonic, fit_platt, fit_temperature
 from listener_reward.calibration.maps import Calibration, Curve, Platt
 from listener_reward.card import CARD, Card
+from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.evaluate.calibrate import calibrate, choose_tie_band
 from listener_reward.evaluate.confidence import binned, expected_calibration_error, reliability
+from listener_reward.pairs import Prompt
+from listener_reward.tiny.models import QUESTION
 from listener_reward.verdict import Mode
 
 RNG = np.random.default_rng(0)
@@ -478,6 +482,87 @@ def test_another_way_of_judging_is_warned_of_once_and_both_are_named(tiny, raw):
         warnings.simplefilter("error")
         copy.copy(tiny).conclude(judgements[0])
         judge.conclude(judgements[0], calibration=Calibration())
+
+
+def by(criterion: str | None, judgements: Any) -> Any:
+    return [replace(judgement, criterion=criterion) for judgement in judgements]
+
+
+def test_a_verdict_by_a_criterion_goes_by_its_own_calibration_or_the_general_one_and_says_so(tiny, raw):
+    views = raw[1][0]
+    judge = copy.copy(tiny)
+    own = Calibration(Platt(5.0), mode=tiny.card.mode())
+    judge.card = replace(tiny.card, criterion_calibrations={"color": own})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        general = judge.conclude(views)
+        assert judge.conclude(by("color", views)) == judge.conclude(views, calibration=own) != general
+    with pytest.warns(UserWarning, match="calibrate --criterion shape") as caught:
+        assert judge.conclude(by("shape", views)) == general
+        judge.conclude(by("count", views))
+    assert len(caught) == 1
+    judge.card = replace(judge.card, calibration=Calibration(), criterion_calibrations={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge._told_of_criterion = False
+        judge.conclude(by("shape", views))  # nothing was fitted that could be amiss
+
+
+def test_a_judgement_knows_its_criterion_and_early_stop_goes_by_its_calibration(random_judge, monkeypatch):
+    sure = Calibration(Platt(0.5), mode=Mode(thoughts=3, early_stop=0.9))
+    card = {"format": {"question": QUESTION, "criteria": {"color": "red ?"}}, "listener": ".", "early_stop": 0.9}
+    card |= {"thoughts": 3, "max_new_tokens": 2, "criterion_calibrations": {"color": sure.to_dict()}}
+    judge = Judge.from_pretrained(random_judge, card=card, device="cpu")
+    monkeypatch.setattr(
+        "listener_reward.judge.settled", lambda some, _, calibration: bool(some) and calibration == sure
+    )
+    red, blue = (Image.new("RGB", (56, 56), color) for color in ("red", "blue"))
+    asked = ["a", Prompt("a", (), "color")]
+    general, colored = judge.judgements(asked, [red] * 2, [blue] * 2, early_stop=0.9)
+    assert (len(general), {one.criterion for one in general}) == (6, {None})
+    assert (len(colored), {one.criterion for one in colored}) == (2, {"color"}), "one thought in each order"
+
+
+def test_a_card_keeps_calibrations_by_criterion(tmp_path):
+    own = Calibration(Platt(2.0, 0.25), Curve(((1.0, 2.0),)), mode=Mode())
+    card = Card(criterion_calibrations={"color": own}, fast_criterion_calibrations={"color": Calibration()})
+    card.save(tmp_path)
+    assert Card.load(tmp_path) == card and hash(card) == hash(Card())
+    assert card.calibration_for(True, "color") == own and card.calibration_for(True, "shape") == Calibration()
+    with pytest.raises(InputError, match="a card's calibrations by criterion are 3"):
+        Card.from_dict({"criterion_calibrations": 3})
+
+
+def test_a_criterion_is_calibrated_on_the_pairs_that_are_labelled_by_it(random_judge, tmp_path):
+    card = {"format": {"question": QUESTION, "criteria": {"color": "red ?", "shape": "round ?"}}, "listener": "."}
+    judge = Judge.from_pretrained(random_judge, card=card, device="cpu", think=False)
+    pairs = load_pairs("tiny:id", limit=120)
+    labelled = pairs.add_column("criterion", ["color", None] * 60)
+    options: Any = {"progress": False}
+    found, plain = calibrate(judge, labelled, criterion="color", **options), calibrate(judge, labelled, **options)
+    assert found.n_fit + found.n_validation + found.n_test == plain.n_fit + plain.n_validation + plain.n_test == 60
+    every = list(range(0, 120, 2))
+    alone = calibrate(judge, pairs.select(every), criterion="color", **options)
+    assert alone.calibration == found.calibration != plain.calibration
+    with pytest.raises(InputError, match="no row for the criterion 'shape'; the criteria in it are 'color', none"):
+        calibrate(judge, labelled, criterion="shape", **options)
+    with pytest.raises(InputError, match="no row for the general question; the criteria in it are 'color'"):
+        calibrate(judge, labelled.select(every), **options)
+
+
+def test_the_command_calibrates_a_criterion_beside_the_general_question(random_judge, tmp_path):
+    folder = shutil.copytree(random_judge, tmp_path / "judge")
+    general = Calibration(Platt(2.0), mode=Mode(think=False))
+    chat_format = ChatFormat(question=QUESTION, criteria={"color": "red ?", "shape": "round ?"})
+    Card.amend(folder, format=chat_format, fast_calibration=general)
+    for name in ("color", "shape"):
+        arguments = ["calibrate", "--judge", str(folder), "--data", "tiny:id", "--limit", "60", "--no-think"]
+        result = CliRunner().invoke(app, [*arguments, "--criterion", name])
+        assert result.exit_code == 0, result.stderr
+    card = Card.load(folder)
+    assert set(card.fast_criterion_calibrations) == {"color", "shape"} and card.criterion_calibrations == {}
+    assert card.fast_calibration == general
+    assert card.fast_criterion_calibrations["color"] not in (general, card.fast_criterion_calibrations["shape"])
 
 
 @pytest.mark.parametrize("saved", [3, {"thoughts": 0}, {"aggregate": "median"}, {"order": "both"}, {"think": "yes"}])

@@ -168,7 +168,14 @@ def _card(own: Card, fit: Fit, max_new_tokens: int) -> Card:
     kept = replace(own, max_new_tokens=max_new_tokens)
     if fit.chat_format == own.format:
         return kept
-    return replace(kept, format=fit.chat_format, calibration=Calibration(), fast_calibration=Calibration())
+    return replace(
+        kept,
+        format=fit.chat_format,
+        calibration=Calibration(),
+        fast_calibration=Calibration(),
+        criterion_calibrations={},
+        fast_criterion_calibrations={},
+    )
 
 
 def _tell(name: str, best: Fit | None, fits: list[Fit], out: Path, written: bool) -> None:

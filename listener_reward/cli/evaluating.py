@@ -211,6 +211,15 @@ def calibrate(
     data: Annotated[
         str, typer.Option("--data", help="Labelled pairs, as `eval --data` takes them; none that you will report on.")
     ],
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion",
+            metavar="NAME",
+            help="Fit verdicts by this criterion: on the pairs with that label, or on all where none is labelled so.",
+            show_default="the general question",
+        ),
+    ] = None,
     judge: JudgeName = None,
     method: Annotated[
         str, typer.Option("--method", help='Of the verdict: "temperature", "isotonic", or "auto" for the likelier one.')
@@ -260,17 +269,19 @@ def calibrate(
                 from listener_reward.evaluate.plotting import reliability_figure, save_svg
             pairs = load_pairs(data, limit=limit, seed=seed)
             question = {"calibrated on": data, "limit": limit, "seed": seed}
+            question |= {} if criterion is None else {"criterion": criterion}
             with (journals := Journals(how, question, fresh=fresh, loads=load_judge)):
                 loaded: Any = journals.load(judge)
                 result = fit(
                     loaded,
                     pairs,
+                    criterion=criterion,
                     method=method,  # pyright: ignore[reportArgumentType]
                     sure=sure,
                     seed=seed,
                     progress=sys.stderr.isatty(),
                 )
-            folder = write_calibration(name, out, loaded, result, asked(how))
+            folder = write_calibration(name, out, loaded, result, asked(how), criterion)
             journals.remove()
             if plot is not None:
                 curves = {"before": (result.labels, result.p_before), "after": (result.labels, result.p_after)}

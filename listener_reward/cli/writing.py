@@ -31,8 +31,15 @@ def check_writable(name: str, out: Path | None) -> None:
         raise InputError(f"out is {quoted(out)}, which exists; give a folder to make")
 
 
-def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibrated, asked: Mapping[str, Any]) -> Path:
-    """Keeps the calibration beside the weights, with the way of judging that it was fitted for.
+def write_calibration(
+    name: str,
+    out: Path | None,
+    judge: Judge,
+    result: Calibrated,
+    asked: Mapping[str, Any],
+    criterion: str | None = None,
+) -> Path:
+    """Keeps the calibration beside the weights, with the way of judging and the criterion that it was fitted for.
 
     `asked` are the options that the judge was loaded with.
     """
@@ -40,7 +47,11 @@ def write_calibration(name: str, out: Path | None, judge: Judge, result: Calibra
     from listener_reward.listener import choose_listener
     from listener_reward.models.hub import lasting, resolve
 
-    changes: dict[str, Any] = {"calibration" if judge.think else "fast_calibration": result.calibration}
+    fast = "" if judge.think else "fast_"
+    changes: dict[str, Any] = {f"{fast}calibration": result.calibration}
+    if criterion is not None:
+        field = f"{fast}criterion_calibrations"
+        changes = {field: {**getattr(judge.card, field), criterion: result.calibration}}
     if judge.think:  # what was asked of a judge that does not think says nothing of how it should when it does
         kept = ("thoughts", "aggregate", "orders", "early_stop", "max_new_tokens", "sampling_temperature")
         changes |= {field: getattr(judge.card, field) for field in kept}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from scipy.special import betaincinv, logit
@@ -96,6 +97,7 @@ def calibrate(
     judge: Judge,
     pairs: datasets.Dataset,
     *,
+    criterion: str | None = None,
     method: Method = "auto",
     sure: float | None = None,
     batch_size: int = 64,
@@ -111,7 +113,9 @@ def calibrate(
 
     Args:
         judge: a `Judge`.
-        pairs: as `evaluate` reads them; each is judged by its own question.
+        pairs: as `evaluate` reads them.
+        criterion: the question that it is fitted for: of the pairs those whose column `criterion` is this one, and all
+            of them where they have no such column. None is the general question.
         method: of the verdict's curve: "temperature", "isotonic", or "auto" for what fits the validation part better.
         sure: see `choose_tie_band`.
         batch_size: pairs for each call of the judge.
@@ -119,13 +123,14 @@ def calibrate(
         progress: show a progress bar on standard error.
 
     Raises:
-        InputError: fewer than 50 pairs, or too few prompts to divide them; a method or `sure` out of range; or pairs
-            with sources or a criterion that the judge has no question about.
+        InputError: no pair by the criterion, fewer than 50, or too few prompts to divide them; a method or `sure` out
+            of range; or pairs with sources or a criterion that the judge has no question about.
         JudgeError: the judge broke.
     """
     check_choice("method", method, get_args(Method))
     if sure is not None and not 0.5 <= sure <= 1:
         raise InputError(f"sure is {sure}; give a fraction of pairs in [0.5, 1]")
+    pairs = _asked_by(criterion, pairs)
     if len(pairs) < 50:
         raise InputError(f"pairs has {len(pairs)} rows; a calibration needs 50 at the very least, and deserves 1,000")
     labels = np.asarray(pairs["p_first"], dtype=np.float64)
@@ -184,6 +189,20 @@ def calibrate(
         p_before=uncalibrated[0][test],
         p_after=after[0][test],
     )
+
+
+def _asked_by(criterion: str | None, pairs: datasets.Dataset) -> datasets.Dataset:
+    """The pairs that are asked by `criterion`."""
+    if "criterion" not in pairs.column_names:
+        return pairs if criterion is None else cast("Any", pairs).add_column("criterion", [criterion] * len(pairs))
+    given = Counter(pairs["criterion"])
+    if not given[criterion]:
+        what = "the general question" if criterion is None else f"the criterion {criterion!r}"
+        others = ", ".join("none" if name is None else repr(name) for name in given)
+        raise InputError(f"pairs has no row for {what}; the criteria in it are {others}: name one of them")
+    if len(given) == 1:
+        return pairs
+    return pairs.select([row for row, name in enumerate(pairs["criterion"]) if name == criterion])
 
 
 def _part(prompt: str, seed: int) -> int:
