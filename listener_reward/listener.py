@@ -149,6 +149,8 @@ def load_listener(
 ) -> Listener:
     """Loads a judge's listener. A listener with a card is asked in its own format, any other in the judge's.
 
+    One whose card has no criteria is asked by those of the judge's card, within its own question.
+
     Args:
         name: its checkpoint, or "base" for the reasoner's base.
         card: the judge's.
@@ -175,7 +177,7 @@ def load_listener(
     if reasoner is not None and _is_reasoner(reasoner, folder):
         options = {"revision": reasoner.revision} | options
     asked = Card.load(folder, own, revision=options.get("revision"))
-    chat_format: ChatFormat = card.format if asked == Card() else asked.format
+    chat_format = card.format if asked == Card() else _with_criteria(asked.format, card.format)
     vlm = _of_reasoner(reasoner, folder, chat_format) if reasoner is not None and shared else None
     if vlm is None:
         vlm = load_vlm(folder, chat_format, **options)
@@ -187,6 +189,10 @@ def _is_reasoner(reasoner: LoadedVLM, folder: str) -> bool:
     """Whether the checkpoint in `folder` is the one whose weights the reasoner has, those under its adapter."""
     own = reasoner.checkpoint if reasoner.base is None else reasoner.base
     return own is not None and same_checkpoint(folder, own)
+
+
+def _with_criteria(own: ChatFormat, judges: ChatFormat) -> ChatFormat:
+    return own if own.known_criteria or not judges.known_criteria else replace(own, criteria=judges.known_criteria)
 
 
 def _of_reasoner(reasoner: LoadedVLM, folder: str, chat_format: ChatFormat) -> LoadedVLM | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from conftest import FakeJudge, shade_image, sigmoid
 
 from listener_reward import Judge, ListenerReward, Mixture, Prompt
+from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.criteria import check_weight, read_criteria, summed
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import logged, score
-from listener_reward.listener import Listener
+from listener_reward.listener import Listener, _with_criteria, load_listener
+from listener_reward.models.hub import resolve
 from listener_reward.pairs import as_prompt
 from listener_reward.ranking import PRIOR_STD, Ranking
 from listener_reward.reward import INFO
@@ -176,6 +179,19 @@ def test_an_unknown_criterion_is_told_as_soon_as_the_judge_is_there(random_judge
     assert judge.criteria == ("color",)
     listener = Listener(judge.reasoner, ChatFormat(question=QUESTION))
     assert Judge(judge.reasoner, listener, judge.card).criteria == (), "the listener could not be asked"
+
+
+def test_a_listener_without_criteria_is_asked_by_those_of_the_judges_card():
+    card = {"format": {"question": QUESTION, "criteria": {"color": "which color is right ?"}}}
+    listener = load_listener("tiny-listener", Card.read(card), device="cpu")
+    assert listener.chat_format.question == QUESTION
+    assert dict(listener.chat_format.known_criteria) == card["format"]["criteria"]
+    other = replace(Card.load(resolve("tiny-listener")).format, criteria={"color": "red ?"})
+    assert _with_criteria(other, Card.read(card).format) == other, "its own come first"
+    assert (
+        load_listener("tiny-listener", Card(format=ChatFormat(question=QUESTION)), device="cpu").chat_format.criteria
+        is None
+    )
 
 
 def test_a_judge_by_criteria_scores_as_one_criterion_at_a_time(random_judge):
