@@ -43,7 +43,7 @@ FLOORS = (
     # the reward, and training a judge
     ("criteria",),
     ("reward",),
-    ("remote", "mixture"),
+    ("remote", "mixture", "absolute"),
     ("train",),
     # the public names, and what is made of everything
     ("",),

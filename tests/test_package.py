@@ -101,7 +101,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 NEEDS = {
     "data": "datasets scoring",
-    "judge": "bench formats judge listener models.auto_processing models.backends models.endpoint_vlm "
+    "judge": "bench formats judge listener models.auto_processing models.backends models.bradley_terry "
+    "models.endpoint_vlm "
     "models.families models.head models.memory models.older_transformers models.placement models.plain "
     "models.processing models.transformers_vlm models.turns models.video_processing models.vision "
     "models.vlm peers.scorers plan prefix tiny.models",

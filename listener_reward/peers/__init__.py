@@ -1,10 +1,11 @@
-"""Other people's models as judges of pairs, so that one table says who is best on your own data.
+"""Other models as judges of pairs, so that one table says who is best on your own data.
 
 | name | what it is | needs |
 | --- | --- | --- |
 | `pickscore`, `pickscore:FOLDER` | PickScore v1, or a checkpoint of that kind | nothing more |
 | `clip`, `clip:FOLDER_OR_HUB_NAME` | CLIP ViT-H/14, or another CLIP | nothing more |
 | `imscore:MODEL` | a model of the imscore package: ImageReward, HPSv2, HPSv3, MPS, ... | `pip install imscore` |
+| `bradley-terry:FOLDER` | a model with a scalar head, trained by `train.bradley_terry` | nothing more |
 | `openai:MODEL@BASE_URL` | a vision-language model behind an OpenAI-compatible endpoint | an address, extra `openai` |
 
 A peer has what `evaluate` needs of a judge: a `name`, and `compare_many`, which gives a `Verdict` for each pair.
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from listener_reward.peers.endpoint import EndpointJudge
     from listener_reward.peers.scorers import ScoreJudge
 
-PEERS = ("pickscore", "clip", "imscore", "openai")
+PEERS = ("pickscore", "clip", "imscore", "bradley-terry", "openai")
 
 
 def is_peer(name: str) -> bool:
@@ -42,4 +43,6 @@ def load_peer(name: str) -> ScoreJudge | EndpointJudge:
 
     if kind == "imscore":
         return scorers.imscore_judge(rest)
+    if kind == "bradley-terry":
+        return scorers.bradley_terry_judge(rest)
     return scorers.pickscore_judge(rest) if kind == "pickscore" else scorers.clip_judge(rest)

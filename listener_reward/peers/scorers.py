@@ -23,14 +23,17 @@ from scipy.special import expit
 
 from listener_reward.conclude import Evidence, make_verdict
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
+from listener_reward.media.clips import Visual
 from listener_reward.media.images import ImageLike, Picture
 from listener_reward.media.storyboards import to_still, to_visual
+from listener_reward.models.bradley_terry import BradleyTerryModel
 from listener_reward.models.hub import hub_options
-from listener_reward.pairs import PromptLike, check_questions, plain_texts
+from listener_reward.pairs import PromptLike, as_prompt, check_questions, key_of, plain_texts
 from listener_reward.verdict import Verdict
 
-Score = Callable[[list[str], list[Image]], Sequence[float]]
-"""Prompts and images of equal number to one score each, higher is better."""
+Score = Callable[[list[Any], list[Image]], Sequence[float]]
+"""Prompts and images of equal number to one score each, higher is better. Prompts are texts, or `Prompt`s for a model
+that reads sources."""
 
 CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """The CLIP that PickScore was trained from, and whose processor it uses."""
@@ -61,9 +64,18 @@ class ScoreJudge:
     once.
     """
 
-    def __init__(self, name: str, score: Score, *, scale: float = 1.0, batch_size: int = 32):
+    def __init__(self, name: str, score: Score, *, scale: float = 1.0, batch_size: int = 32, sources: bool = False):
+        """
+        Args:
+            name: what tables and errors call the model.
+            score: the model.
+            scale: what a score is multiplied by to be log-odds.
+            batch_size: images for each call of `score`.
+            sources: whether `score` reads the sources of a `Prompt`. Without, prompts are handed on as texts, and one
+                with sources or a criterion is refused.
+        """
         self.name = name
-        self._score, self._scale, self._batch_size = score, scale, batch_size
+        self._score, self._scale, self._batch_size, self._sources = score, scale, batch_size, sources
 
     def compare_many(
         self,
@@ -76,45 +88,59 @@ class ScoreJudge:
         """One verdict for each pair; `think` changes nothing.
 
         Raises:
-            InputError: unequal lengths, an image that cannot be read, or a prompt with sources or a criterion.
+            InputError: unequal lengths, an image that cannot be read, or a prompt with sources or a criterion that the
+                model does not read.
             JudgeError: the model gave a score that is no finite number.
         """
         check_questions(prompts, firsts, seconds)
-        texts = plain_texts(prompts, self.name)
-        asked: dict[tuple[str, bytes], Image] = {}
-        keys: list[list[tuple[str, bytes]]] = []
-        read: dict[int, Picture] = {}  # by object: whoever shows a picture in many pairs may hand over one
-        for place, images in (("firsts", firsts), ("seconds", seconds)):
-            keys.append([])
-            for number, (prompt, image) in enumerate(zip(texts, images, strict=True)):
-                if id(image) not in read:
-                    read[id(image)] = to_still(to_visual(image, field=f"{place}[{number}]"))
-                picture = read[id(image)]
-                asked[prompt, picture.digest] = picture.image
-                keys[-1].append((prompt, picture.digest))
-        scores = dict(zip(asked, self._scored([prompt for prompt, _ in asked], list(asked.values())), strict=True))
+        fields = [f"{place}[{number}]" for place in ("firsts", "seconds") for number in range(len(prompts))]
+        scores = self.score_many([*prompts, *prompts], [*firsts, *seconds], fields)
         return [
-            _verdict(self._scale * (scores[one] - scores[other])) for one, other in zip(keys[0], keys[1], strict=True)
+            _verdict(one - other) for one, other in zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)
         ]
 
     def check_question(self, *, sources: int = 0, criterion: str | None = None) -> None:
-        """Refuses, as `compare_many` does, any source image and any criterion.
+        """Refuses, as `compare_many` does, any criterion, and source images that the model does not look at.
 
         Raises:
             InputError: there is one.
         """
-        if sources or criterion is not None:
-            what = "source images" if sources else f"the criterion {criterion!r}"
+        if (sources and not self._sources) or criterion is not None:
+            what = f"the criterion {criterion!r}" if criterion is not None else "source images"
             raise InputError(f"the pairs have {what}, which {self.name} cannot judge by; take a Judge")
 
-    def _scored(self, prompts: list[str], images: list[Image]) -> list[float]:
+    def score_many(
+        self, prompts: Sequence[PromptLike], images: Sequence[ImageLike | Visual], fields: Sequence[str] | None = None
+    ) -> list[float]:
+        """One score for each image and its prompt, in log-odds; `fields` are what errors call the images.
+
+        Raises:
+            InputError, JudgeError: as `compare_many`.
+        """
+        asked_of: Sequence[PromptLike] = prompts if self._sources else plain_texts(prompts, self.name)
+        asked: dict[tuple[str, bytes], tuple[PromptLike, Image]] = {}
+        keys: list[tuple[str, bytes]] = []
+        read: dict[int, Picture] = {}  # by object: whoever shows a picture in many pairs may hand over one
+        for number, (prompt, image) in enumerate(zip(asked_of, images, strict=True)):
+            if id(image) not in read:
+                field = f"images[{number}]" if fields is None else fields[number]
+                read[id(image)] = to_still(to_visual(image, field=field))
+            picture = read[id(image)]
+            keys.append((key_of(prompt), picture.digest))
+            asked[keys[-1]] = prompt, picture.image
+        scored = (
+            dict(zip(asked, self._scored(*map(list, zip(*asked.values(), strict=True))), strict=True)) if asked else {}
+        )
+        return [self._scale * scored[key] for key in keys]
+
+    def _scored(self, prompts: list[Any], images: list[Any]) -> list[float]:
         scores: list[float] = []
         for start in range(0, len(images), self._batch_size):
             part = slice(start, start + self._batch_size)
             scores += map(float, self._score(prompts[part], images[part]))
         for prompt, score in zip(prompts, scores, strict=True):
             if not math.isfinite(score):
-                raise JudgeError(f"{self.name} gave the score {score} for prompt {prompt[:60]!r}")
+                raise JudgeError(f"{self.name} gave the score {score} for prompt {as_prompt(prompt).text[:60]!r}")
         return scores
 
 
@@ -128,6 +154,18 @@ def _verdict(log_odds: float) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Through transformers
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def bradley_terry_judge(folder: str) -> ScoreJudge:
+    """A model of one's own, trained by `train.bradley_terry`.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    if not folder:
+        raise InputError("bradley-terry needs a folder: bradley-terry:FOLDER, as train_bradley_terry writes one")
+    model: BradleyTerryModel = BradleyTerryModel.from_pretrained(folder)
+    return ScoreJudge(f"bradley-terry:{folder}", model.score, sources=True)
 
 
 def clip_judge(checkpoint: str = "") -> ScoreJudge:

@@ -150,6 +150,38 @@ def train_sft_variant(
     train_sft(recipe.base, training_pairs(recipe), args, callbacks=[Steps()])
 
 
+def train_bradley_terry_variant(
+    report: Report, out: str, seed: int, recipe: Recipe, options: Mapping[str, Any] | None = None
+) -> None:
+    """Trains the Bradley-Terry baseline on the same pairs, for as many steps as SFT; `out` then holds its model.
+    `options` are further fields of `TrainingArguments`."""
+    from transformers import TrainerCallback, TrainingArguments
+
+    from listener_reward.train.bradley_terry import train_bradley_terry
+
+    class Steps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                report(state.global_step, recipe.sft_steps, f"loss {float(logs['loss']):.2f}")
+
+    settings: dict[str, Any] = dict(
+        output_dir=out,
+        per_device_train_batch_size=32,
+        max_steps=recipe.sft_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        seed=seed,
+    )
+    args = TrainingArguments(**settings | dict(options or {}))
+    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[Steps()])
+
+
 def training_pairs(recipe: Recipe) -> Any:
     """The pairs that a recipe trains on: the same for every seed and every way to train."""
     from listener_reward.datasets import load_pairs

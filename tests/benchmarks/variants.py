@@ -35,6 +35,7 @@ ABLATIONS = {
     "verdict masked": Arm(weights=SHAPED, recipe=replace(RECIPE, masking="verdict")),
     "ungrounded listener": Arm(weights=SHAPED, recipe=replace(RECIPE, grounding=0.0)),
     "SFT": Arm(method="sft", recipe=RECIPE),
+    "Bradley-Terry": Arm(method="bradley-terry", recipe=RECIPE),
 }
 # Whoever listened in training, contradictions are always counted by the same, independent listener.
 MEASURED = {"splits": Splits(SPLITS, RECIPE.test_pairs, listener=RECIPE.listener)}

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from listener_reward.files import write_text
+from listener_reward.peers import load_peer
 from listener_reward.recipes.study.configuration import Arm, Splits, key
 from listener_reward.recipes.study.plans import Run
 from listener_reward.recipes.study.runs import keep, record_of, slug
 from listener_reward.recipes.variants import (
+    evaluate_judge,
     evaluate_splits,
+    train_bradley_terry_variant,
     train_sft_variant,
     train_variant,
 )
@@ -60,6 +63,8 @@ def _train(report: Report, arm: Arm, seed: int, out: str) -> dict[str, list[Any]
     recipe, options = arm.recipe, dict(arm.options)
     if arm.method == "sft":
         return train_sft_variant(report, out, seed, recipe, options)
+    if arm.method == "bradley-terry":
+        return train_bradley_terry_variant(report, out, seed, recipe, options)
     return train_variant(report, arm.weights, out, seed, recipe, options=options)
 
 
@@ -67,6 +72,9 @@ def measure(report: Report, run: Run, model: str, folder: str) -> dict[str, Any]
     """The results of one measurement of a judge."""
     arm, measured = run.arm, run.measured
     assert isinstance(measured, Splits)
+    if arm.method == "bradley-terry":
+        judge = load_peer(f"bradley-terry:{model}")
+        return evaluate_judge(report, judge, measured.splits, measured.pairs, measured.diagnostics)
     return evaluate_splits(
         report,
         model,
