@@ -18,7 +18,7 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.mixture import Mixture
-from listener_reward.pairs import PromptLike, check_company
+from listener_reward.pairs import PromptLike, as_prompt, check_company
 from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores, with_sources
 from listener_reward.verdict import PairJudge
 
@@ -78,7 +78,14 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
 
 
 def score(
-    reward: Reward, images: Any, prompts: Sequence[PromptLike], metadata: Any = None, *, missing: bool = False
+    reward: Reward,
+    images: Any,
+    prompts: Sequence[PromptLike],
+    metadata: Any = None,
+    *,
+    sources: Any = None,
+    edits: bool = False,
+    missing: bool = False,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Calls `reward` and checks what goes in and what comes out.
 
@@ -87,22 +94,30 @@ def score(
         prompts: B prompts; none of them empty.
         metadata: B entries in a list or tuple, handed on; None becomes B empty dicts. Images that a prompt speaks of
             are `metadata[i]["sources"]`.
+        sources: for a host that has them elsewhere: B entries of one image, several, or None. The reward gets them as
+            `metadata[i]["sources"]`.
+        edits: whether each prompt has to have a source. A host that is to edit, and hands over texts alone, would else
+            be judged by another question.
         missing: whether the host has a word for a sample without a score. If it has none, NaN is an error.
 
     Returns:
         Scores, float32 `(B,)`, and those entries of the info that are numbers for each image, float32 `(B,)`.
 
     Raises:
-        InputError: unusable images or prompts, lengths that differ, or a prompt that stands alone where the scheme is
-            `group`: there is nothing to compare its image with, and 0 would pass for a score.
+        InputError: unusable images, sources or prompts, lengths that differ, `edits` without sources, or a prompt that
+            stands alone where the scheme is `group`: there is nothing to compare its image with, and 0 would pass for a
+            score.
         JudgeError: the reward gave something else than B finite scores.
     """
-    asked = with_sources(prompts, len(images), metadata)
+    asked = with_sources(prompts, len(images), metadata, sources)
+    if edits:
+        check_edits(asked)
     if isinstance(reward, (ListenerReward, Mixture)) and reward.scheme == "group":
         check_company(asked)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
-    given, info = reward(images, prompts, tuple({} for _ in prompts) if metadata is None else metadata)
+    entries = tuple({} for _ in prompts) if metadata is None else metadata
+    given, info = reward(images, prompts, entries if sources is None else _with(entries, asked))
     scores, arrays = read_scores(given, info, len(prompts))
     unknown = np.flatnonzero(~np.isfinite(scores))
     if len(unknown) and not (missing and np.isnan(scores[unknown]).all()):
@@ -112,6 +127,27 @@ def score(
             "this host would take a missing score for a number"
         )
     return scores, arrays
+
+
+def _with(metadata: Any, asked: Sequence[PromptLike]) -> tuple[dict[str, Any], ...]:
+    """The host's metadata, and in it the sources of each prompt, decoded."""
+    if others := [type(entry).__name__ for entry in metadata if not isinstance(entry, Mapping | None)]:
+        raise InputError(f"metadata has a {others[0]}; with source images each entry has to be a dict, or None")
+    pictures = {prompt: [source.image for source in as_prompt(prompt).sources] for prompt in asked}
+    return tuple(
+        {**(entry or {}), **({"sources": pictures[prompt]} if pictures[prompt] else {})}
+        for entry, prompt in zip(metadata, asked, strict=True)
+    )
+
+
+def check_edits(prompts: Sequence[PromptLike]) -> None:
+    """Raises `InputError` for a prompt without a source."""
+    for position, prompt in enumerate(prompts):
+        if not as_prompt(prompt).sources:
+            raise InputError(
+                f"prompts[{position}], {as_prompt(prompt).text[:80]!r}, has no source image, and this reward is for "
+                "edits; hand the source over as the adapter's recipe says"
+            )
 
 
 def _check_policy(reward: ListenerReward) -> None:
@@ -133,8 +169,10 @@ def logged(info: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values for name, values in info.items() if name in ALWAYS_FINITE or name.endswith("/score")}
 
 
-async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -> tuple[np.ndarray, dict]:
-    """`score` for a host that runs an event loop, in a thread of the call's own.
+async def score_in_thread(
+    reward: Reward, images: Any, prompts: Sequence[PromptLike], **options: Any
+) -> tuple[np.ndarray, dict]:
+    """`score`, with its options, for a host that runs an event loop, in a thread of the call's own.
 
     Not in the loop's default executor, as `asyncio.to_thread` does: it has few threads, which the host needs too, and
     calls may have to wait for one another, where a server collects their group.
@@ -144,7 +182,7 @@ async def score_in_thread(reward: Reward, images: Any, prompts: Sequence[str]) -
 
     def work() -> None:
         try:
-            done.set_result(score(reward, images, prompts))
+            done.set_result(score(reward, images, prompts, **options))
         except BaseException as error:
             done.set_exception(error)
 

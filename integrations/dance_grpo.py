@@ -22,7 +22,10 @@ With two lines less: the scripts that know HPSv3 (flux_lora, qwenimage, sd) call
 `ListenerScorer` has that method, so it is enough to make `reward_model` or `inferencer` one, and to switch that reward
 on (`--use_hpsv3`, `--use_videoalign`). Each image is then compared with the first one of its caption, which tells less.
 
-train_grpo_qwenimage_edit.py hands over no source image, so nothing here can refuse it: do not judge its edits yet.
+train_grpo_qwenimage_edit.py has no source image, but the latents of one. Its preprocessing has the file: write it into
+the items of the JSON (`item["source_image"] = data["source_image"][idx]`), have the data set return it beside the
+caption, and hand it down to the loop as `caption` is. Then `reward_model.add(decoded_image[0], batch_caption[0],
+sources=source)`. With `edits=True` an image without its source is an `InputError`.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ from typing import TYPE_CHECKING, Any
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
 from listener_reward.media.storyboards import as_picture
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import PromptLike, check_prompts, prompt_with
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import as_reward, score
+from .contract import as_reward, check_edits, score
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +47,18 @@ if TYPE_CHECKING:
 class ListenerScorer:
     """A reward model for DanceGRPO's loop. Not thread-safe between `add` and `collect`; neither is the loop."""
 
-    def __init__(self, reward: Any = PAPER_CHECKPOINT, *, device: str | int | torch.device = "cpu", **options: Any):
+    def __init__(
+        self,
+        reward: Any = PAPER_CHECKPOINT,
+        *,
+        device: str | int | torch.device = "cpu",
+        edits: bool = False,
+        **options: Any,
+    ):
         """
         Args:
             reward, options: as in `contract.as_reward`; the scheme is `auto`: groups, and else the reference.
+            edits: whether each image has to come with a source.
             device: where the host wants its tensors: NCCL gathers none of the CPU's. A number is a GPU's.
         """
         import torch  # the host's
@@ -55,12 +66,20 @@ class ListenerScorer:
         self.device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         wanted = None if self.device.type == "cpu" else self.device
         self._scorer = as_reward(reward, options, scheme="auto", device=wanted)
-        self._added: list[tuple[Any, str]] = []
+        self.edits = edits
+        self._added: list[tuple[Any, PromptLike]] = []
 
-    def add(self, image: Any, caption: str) -> None:
-        """Keeps one image until `collect`. Raises `InputError` at once where it or its caption is of no use."""
+    def add(self, image: Any, caption: str, *, sources: Any = ()) -> None:
+        """Keeps one image until `collect`, with the source image of an edit, or several.
+
+        Raises:
+            InputError: at once, where an image or the caption is of no use, or with `edits` no source is there.
+        """
         check_prompts([caption], 1)
-        self._added.append((to_pil(image), caption))
+        prompt = prompt_with(str(caption), sources)
+        if self.edits:
+            check_edits([prompt])
+        self._added.append((to_pil(image), prompt))
 
     def collect(self, device: str | int | torch.device | None = None) -> torch.Tensor:
         """The scores of all images added since the last call, in their order: float32 `(B,)`, on `device` or its own.
@@ -74,20 +93,22 @@ class ListenerScorer:
         added, self._added = self._added, []
         if not added:
             raise InputError("nothing was added; call add(image, caption) for each image of the group")
-        images, captions = zip(*added, strict=True)
+        images, prompts = zip(*added, strict=True)
         return torch.as_tensor(
-            score(self._scorer, images, captions)[0], device=self.device if device is None else device
+            score(self._scorer, images, prompts)[0], device=self.device if device is None else device
         )
 
-    def __call__(self, image: Any, caption: str, device: str | int | torch.device | None = None) -> torch.Tensor:
+    def __call__(
+        self, image: Any, caption: str, device: str | int | torch.device | None = None, *, sources: Any = None
+    ) -> torch.Tensor:
         """The score of one image against the first one of its caption: float32 `(1,)`, 0 for that first one."""
         import torch
 
-        scores, _ = score(self._scorer, [image], [caption])
+        scores, _ = score(self._scorer, [image], [caption], sources=[sources], edits=self.edits)
         return torch.as_tensor(scores, device=self.device if device is None else device)
 
     def reward(
-        self, paths: list[str], prompts: list[str], use_norm: bool | None = None
+        self, paths: list[str], prompts: list[str], use_norm: bool | None = None, *, sources: Any = None
     ) -> torch.Tensor | list[dict[str, float]]:
         """The calls that the host makes of `HPSv3RewardInferencer` and of `VideoVLMRewardInference`.
 
@@ -96,13 +117,14 @@ class ListenerScorer:
         With `use_norm`, as of VideoAlign, whatever its value: video files, judged as storyboards. The judge has one
         verdict and not three, so `VQ`, `MQ`, `TA` and `Overall` are all of them its score: set the host's weights of
         all but one to 0. The host turns an exception of this call into -1 for the sample.
+
+        `sources` are the source images of each file, which no script of the host hands over by itself.
         """
         import torch
 
         check_prompts(prompts, len(paths))
-        scores, _ = score(
-            self._scorer, [as_picture(path, field=f"paths[{i}]") for i, path in enumerate(paths)], prompts
-        )
+        pictures = [as_picture(path, field=f"paths[{i}]") for i, path in enumerate(paths)]
+        scores, _ = score(self._scorer, pictures, prompts, sources=sources, edits=self.edits)
         if use_norm is None:
             return torch.as_tensor(scores, device=self.device)
         return [dict.fromkeys(("VQ", "MQ", "TA", "Overall"), value) for value in scores.tolist()]

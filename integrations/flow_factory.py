@@ -21,7 +21,13 @@ Where the two packages cannot share an environment, the host's own remote classe
         server_url: http://127.0.0.1:8300/group       # listener-reward serve --scheme group
         timeout: 600
 
-`RemotePointwiseRewardModel` takes `.../reference`. Condition images are an `InputError`: edits are not judged yet.
+`RemotePointwiseRewardModel` takes `.../reference`.
+
+Condition images and videos are the sources of an edit; a video becomes a storyboard, as the results do. Say so in the
+entry: `edits: true`, or `edits: condition_videos`. A sample without its source is then an `InputError`, and with the
+sampler `distributed_k_repeat` the host gathers what a reward asks for, and nothing else. Its own remote classes ask for
+no condition images and lose them with that sampler: for edits take the class above, with the server's URL as its
+`judge`.
 """
 
 from __future__ import annotations
@@ -32,7 +38,6 @@ from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.media.storyboards import as_pictures
 from listener_reward.reward import PAPER_CHECKPOINT, Scheme
 
-from .checks import check_no_source
 from .contract import as_reward, score
 
 try:
@@ -47,7 +52,7 @@ except ImportError as error:
     ) from error
 
 
-KEYS = ("judge", "judge_options", "video")
+KEYS = ("judge", "judge_options", "video", "edits")
 """What an entry of the YAML may have beside the host's own keys."""
 
 
@@ -61,6 +66,7 @@ class ListenerPointwise(PointwiseRewardModel):
         super().__init__(config, accelerator)
         self.reward = _reward(config, self.scheme, self.device)
         self.required_fields = _fields(config)
+        self.edits = bool(getattr(config, "edits", False))
 
     # By name, and not **: of what is named here alone does the host move and convert the fields.
     def __call__(
@@ -71,8 +77,7 @@ class ListenerPointwise(PointwiseRewardModel):
         condition_images: Any = None,
         condition_videos: Any = None,
     ) -> RewardModelOutput:
-        sources = {"condition_images": condition_images, "condition_videos": condition_videos}
-        return _compute(self.reward, prompt, image, video, **sources)
+        return _compute(self.reward, prompt, image, video, _sources(condition_images, condition_videos), self.edits)
 
 
 class ListenerGroupwise(GroupwiseRewardModel):
@@ -85,6 +90,7 @@ class ListenerGroupwise(GroupwiseRewardModel):
         super().__init__(config, accelerator)
         self.reward = _reward(config, self.scheme, self.device)
         self.required_fields = _fields(config)
+        self.edits = bool(getattr(config, "edits", False))
 
     # By name, and not **: of what is named here alone does the host move and convert the fields.
     def __call__(
@@ -95,12 +101,15 @@ class ListenerGroupwise(GroupwiseRewardModel):
         condition_images: Any = None,
         condition_videos: Any = None,
     ) -> RewardModelOutput:
-        sources = {"condition_images": condition_images, "condition_videos": condition_videos}
-        return _compute(self.reward, prompt, image, video, **sources)
+        return _compute(self.reward, prompt, image, video, _sources(condition_images, condition_videos), self.edits)
 
 
-def _fields(config: Any) -> tuple[str, str]:
-    return ("prompt", "video" if getattr(config, "video", False) else "image")
+def _fields(config: Any) -> tuple[str, ...]:
+    edits = getattr(config, "edits", False)
+    if edits not in (False, True, "condition_images", "condition_videos"):
+        raise InputError(f"edits is {edits!r}; choose true, which is condition_images, or condition_videos")
+    sources = () if not edits else ("condition_images",) if edits is True else (edits,)
+    return ("prompt", "video" if getattr(config, "video", False) else "image", *sources)
 
 
 def _reward(config: Any, scheme: Scheme, device: Any) -> Any:
@@ -112,10 +121,16 @@ def _reward(config: Any, scheme: Scheme, device: Any) -> Any:
     return as_reward(judge, getattr(config, "judge_options", None) or {}, scheme=scheme, device=device)
 
 
-def _compute(reward: Any, prompt: list[str], image: Any, video: Any, **sources: Any) -> RewardModelOutput:
+def _sources(images: Any, videos: Any) -> list[list[Any]] | None:
+    """The condition images of each sample, and after them its condition videos as storyboards; None without any."""
+    given = [entries for entries in (images, videos and [as_pictures(each) for each in videos]) if entries is not None]
+    return [[source for entry in each for source in entry] for each in zip(*given, strict=True)] if given else None
+
+
+def _compute(reward: Any, prompt: list[str], image: Any, video: Any, sources: Any, edits: bool) -> RewardModelOutput:
     """Scores float32 `(B,)`. `image` is a list of PIL images, `video` of lists of PIL frames; one of the two."""
-    check_no_source(**sources)
     if (image is None) == (video is None):
         raise InputError("give image or video, one of the two; for videos set video: true")
-    scores, info = score(reward, as_pictures(video) if image is None else image, prompt)
+    media = as_pictures(video) if image is None else image
+    scores, info = score(reward, media, prompt, sources=sources, edits=edits)
     return RewardModelOutput(rewards=scores, extra_info=info)

@@ -11,26 +11,34 @@ are all there, and go to a `listener-reward serve --scheme group` as a whole.
 
 Evaluation calls the same function, with one sample at a time: `group_size` would wait for the others in vain, and the
 host itself refuses to evaluate with `--group-rm`. Evaluate with the reference scheme, in a run of its own.
+
+The host has no word for source images. Those of edits are `sample.metadata["sources"]`, which come from the data's
+metadata: paths, one or a list. With `edits=True` a sample without one is an `InputError`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import check_prompts, prompt_with
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import as_reward, score_in_thread
+from .contract import as_reward, check_edits, score_in_thread
 from .serving.collector import GroupCollector
 
 
 def listener_rm(
-    reward: Any = PAPER_CHECKPOINT, *, group_size: int | None = None, timeout: float = 600.0, **options: Any
+    reward: Any = PAPER_CHECKPOINT,
+    *,
+    group_size: int | None = None,
+    timeout: float = 600.0,
+    edits: bool = False,
+    **options: Any,
 ) -> Callable[..., Awaitable[list[float]]]:
     """`async rm(args, samples) -> list[float]`, one score for each sample.
 
@@ -39,6 +47,7 @@ def listener_rm(
         group_size: samples of one group (the host's `group_index`, or else the prompt) that wait for one another; None
             scores each call for itself.
         timeout: seconds that a call waits for the rest of its group.
+        edits: whether each sample has to have a source image.
 
     Raises:
         InputError, JudgeError: when awaited; the host has no word for a missing score, so the rollout stops. Parts of a
@@ -51,7 +60,7 @@ def listener_rm(
     async def rm(args: Any, samples: Sequence[Any], **_: Any) -> list[float]:
         if collector:
             # All before the first wait: an image that cannot be read must not keep its neighbours from the group.
-            futures = [_submit(collector, sample, position) for position, sample in enumerate(samples)]
+            futures = [_submit(collector, sample, position, edits) for position, sample in enumerate(samples)]
             results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):
@@ -64,20 +73,29 @@ def listener_rm(
                 "start the host with --group-rm, give group_size, or take scheme='reference'"
             )
         pictures = [_picture(sample, position) for position, sample in enumerate(samples)]
-        scores, _info = await score_in_thread(scorer, pictures, [sample.prompt for sample in samples])
+        prompts, sources = [sample.prompt for sample in samples], [_sources(sample) for sample in samples]
+        scores, _info = await score_in_thread(scorer, pictures, prompts, sources=sources, edits=edits)
         return scores.tolist()
 
     return rm
 
 
-def _submit(collector: GroupCollector, sample: Any, position: int) -> Future:
+def _sources(sample: Any) -> Any:
+    metadata = getattr(sample, "metadata", None)
+    return metadata.get("sources") if isinstance(metadata, Mapping) else None
+
+
+def _submit(collector: GroupCollector, sample: Any, position: int, edits: bool) -> Future:
     check_prompts([sample.prompt], 1)
+    prompt = prompt_with(str(sample.prompt), _sources(sample))
+    if edits:
+        check_edits([prompt])
     try:
         picture: Any = _picture(sample, position)
     except InputError as error:
         picture = error
     index = getattr(sample, "group_index", None)
-    return collector.submit(picture, sample.prompt, group=None if index is None else str(index))
+    return collector.submit(picture, prompt, group=None if index is None else str(index))
 
 
 def _picture(sample: Any, position: int) -> Any:

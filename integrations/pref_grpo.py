@@ -9,6 +9,11 @@ In the training script, where `reward_dispatcher` is made, and with `--reward_sp
     host = RewardDispatcher(args=args, device=device, reward_weights=others) if others else None
     reward_dispatcher = ListenerDispatcher("http://127.0.0.1:8300", device=device, host=host)
 
+The scripts of edits (train_flux1_kontext_edit.py and its like) hand the source to their own rewards. One word more
+hands it to this one, and `edits=True` makes an edit without it an `InputError`:
+
+    if reward_name in ("unifiedreward_edit_pairwise", "listener"):
+
 The host's pairwise rewards show each pair in one order, count wins and round to three decimals; a parse failure is half
 a win for both. Here a pair is shown in both orders and its probability enters a Bradley-Terry fit, whose log-odds are
 the reward.
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
 
 NAME = "listener"
 
+PATH, PROMPT = ("path", "edited_path"), ("prompt", "instruction")
+"""What the host calls the file and the text of an item, of an edit the second."""
+
 
 class ListenerDispatcher:
     """Stands in for the host's `RewardDispatcher`, whose two methods it has."""
@@ -41,6 +49,7 @@ class ListenerDispatcher:
         device: str | int | torch.device = "cpu",
         host: Any = None,
         modality: str = "image",
+        edits: bool = False,
         **options: Any,
     ):
         """
@@ -50,6 +59,7 @@ class ListenerDispatcher:
                 the default device if this one is the CPU.
             host: the host's dispatcher, if other rewards are asked for beside this one.
             modality: "image", or "video" for files of videos, each judged as a storyboard.
+            edits: whether each item has to have a source image.
         """
         import torch  # the host's
 
@@ -60,9 +70,11 @@ class ListenerDispatcher:
         self.reward = as_reward(reward, options, scheme="group", device=wanted)
         self.host = host
         self.modality = modality
+        self.edits = edits
 
     def build_reward_inputs(self) -> dict[str, list[dict]]:
-        """An empty list for each reward, which the host fills with `{"path": ..., "prompt": ...}`."""
+        """An empty list for each reward, which the host fills with `{"path": ..., "prompt": ...}`, or for an edit with
+        `{"edited_path": ..., "instruction": ..., "source_path": ...}`."""
         return {**(self.host.build_reward_inputs() if self.host else {}), NAME: []}
 
     def compute_rewards(
@@ -84,12 +96,19 @@ class ListenerDispatcher:
         items = reward_inputs.get(NAME)
         if not items:
             raise InputError(f"reward_inputs has no {NAME!r} inputs; fill what build_reward_inputs() gave")
-        lost = [key for key in ("path", "prompt") if any(item.get(key) is None for item in items)]
+        paths, prompts = ([_either(item, *names) for item in items] for names in (PATH, PROMPT))
+        lost = [names[0] for names, found in ((PATH, paths), (PROMPT, prompts)) if None in found]
         if lost:
             raise InputError(f"reward_inputs[{NAME!r}] has items without {' and '.join(lost)}; each needs both")
-        paths, prompts = [item["path"] for item in items], [item["prompt"] for item in items]
-        scores, info = score(self.reward, as_pictures(paths) if self.modality == "video" else paths, prompts)
+        images = as_pictures(paths) if self.modality == "video" else paths
+        scores, info = score(
+            self.reward, images, prompts, sources=[item.get("source_path") for item in items], edits=self.edits
+        )
         logged = {**logged, f"{NAME}_score": scores}
         if "standard_error" in info:  # the host takes means, of which NaN would be one
             logged[f"{NAME}_standard_error"] = info["standard_error"]
         return {**tensors, NAME: torch.as_tensor(scores, device=self.device)}, logged
+
+
+def _either(item: Mapping[str, Any], *names: str) -> Any:
+    return next((item[name] for name in names if item.get(name) is not None), None)

@@ -18,11 +18,12 @@ from listener_reward.reward import PAPER_CHECKPOINT
 from .contract import Reward, as_reward, score
 
 
-def ddpo_reward(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Reward:
+def ddpo_reward(reward: Any = PAPER_CHECKPOINT, *, edits: bool = False, **options: Any) -> Reward:
     """A reward function for `DDPOTrainer`; its scores are float32 `(B,)`.
 
     The scheme is `reference` unless `options` say otherwise: the trainer normalises over all prompts of a batch, or
-    over the steps of a prompt, so scores of different calls must be on one scale.
+    over the steps of a prompt, so scores of different calls must be on one scale. Source images of edits are
+    `metadata[i]["sources"]`, which `prompt_fn` may give; with `edits` a prompt without one is an `InputError`.
 
     Raises:
         InputError, JudgeError: when called; the trainer has no word for a missing score, so the step stops.
@@ -30,7 +31,7 @@ def ddpo_reward(reward: Any = PAPER_CHECKPOINT, **options: Any) -> Reward:
     scorer = as_reward(reward, options, scheme="reference")
 
     def reward_fn(images: Any, prompts: Any, metadata: Any) -> tuple[_Scores, _Info]:
-        scores, info = score(scorer, images, prompts, metadata)
+        scores, info = score(scorer, images, prompts, metadata, edits=edits)
         return scores.view(_Scores), _Info(info)
 
     return reward_fn

@@ -25,11 +25,20 @@ With `group_size` the call waits, without blocking the host's event loop, until 
 there, and they are compared with one another. That needs all of a group in one process (`reward.num_workers=1`). Or
 give `scheme: group`, and one `listener-reward serve --group-size N` sees the samples of all processes. Both need
 validation to draw as many images a prompt, too: the host calls the same function there and does not say so.
+
+Of an edit the host hands over no source image, but `extra_info` as the data has it. Put `"sources"` there, a path, the
+bytes of a file, or a list; or, for the data that its own prepare_data.py of qwen_image_edit writes, which name a file
+in `extra_info["image"]`, give the folder:
+
+    +reward.reward_functions.listener.source_folder=my_image_edit_data/images
+
+Data that name an image are an `InputError` without one of the two.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -38,10 +47,10 @@ import numpy as np
 
 from listener_reward.errors import InputError
 from listener_reward.media.storyboards import as_picture
-from listener_reward.pairs import check_prompts
+from listener_reward.pairs import check_prompts, prompt_with
 from listener_reward.reward import PAPER_CHECKPOINT
 
-from .contract import Reward, as_reward, logged, score_in_thread
+from .contract import Reward, as_reward, check_edits, logged, score_in_thread
 from .serving.collector import GroupCollector
 
 
@@ -55,6 +64,8 @@ async def compute_score(
     scheme: str | None = None,
     group_size: int = 0,
     timeout: float = 600.0,
+    source_folder: str = "",
+    edits: bool = False,
     reward_router_address: Any = None,
     reward_model_tokenizer: Any = None,
     model_name: Any = None,
@@ -71,6 +82,8 @@ async def compute_score(
         scheme: what the sample is compared with; left out, "group" with `group_size` and else "reference".
         group_size: samples of one prompt that wait for one another; 0 compares with a reference image.
         timeout: seconds that a sample waits for its group, or for the server.
+        source_folder: where the file `extra_info["image"]` is, the source of an edit without `extra_info["sources"]`.
+        edits: whether a sample has to have a source.
         reward_router_address, reward_model_tokenizer, model_name: of a reward model that the host serves; not used.
         options: of `ListenerReward`, such as `reference`, the path of a JSON file; or of `RemoteReward`, for a URL.
 
@@ -81,7 +94,10 @@ async def compute_score(
     Raises:
         InputError, JudgeError: the host stops, given `required=true`.
     """
-    prompt = _prompt(ground_truth, extra_info or {}, data_source)
+    text = _prompt(ground_truth, extra_info or {}, data_source)
+    prompt = prompt_with(text, _sources(extra_info or {}, source_folder))
+    if edits:
+        check_edits([prompt])
     picture = as_picture(solution_image, field="solution_image")
     if isinstance(judge, str) and "://" in judge:
         options["timeout"] = timeout
@@ -101,8 +117,24 @@ def _reward(judge: Any, scheme: Any, group_size: int, timeout: float, options: t
     try:
         reward = as_reward(judge, dict(options), scheme=scheme)
     except InputError as error:  # which names the keys of the reward, and not those that are read here
-        raise InputError(f"{error}; beside those this entry may have judge, scheme, group_size and timeout") from error
+        raise InputError(
+            f"{error}; beside those this entry may have judge, scheme, group_size, timeout, source_folder and edits"
+        ) from error
     return GroupCollector(reward, group_size, timeout=timeout) if group_size else reward
+
+
+def _sources(extra_info: Mapping[str, Any], folder: str) -> Any:
+    given, image = extra_info.get("sources"), extra_info.get("image")
+    if isinstance(given, np.ndarray) and given.dtype == object:  # what Parquet's lists become
+        given = given.tolist()
+    if given is not None or not isinstance(image, str):
+        return given
+    if not folder:
+        raise InputError(
+            f"extra_info names a source image, {image[:80]!r}, which the host does not hand over; give source_folder, "
+            "or add 'sources' to the extra_info of the data"
+        )
+    return os.path.join(folder, image)
 
 
 def _prompt(ground_truth: Any, extra_info: Mapping[str, Any], data_source: str) -> str:

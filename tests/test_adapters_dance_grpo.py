@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,33 @@ def test_dance_grpo_group(FakeJudge, shade):
         advantages = dance_grpo_host(scorer, [shade(red) for red in (*REDS, *reversed(REDS))], ["a"] * 4 + ["b"] * 4)
         assert order(advantages[:4]) == BETTER and torch.allclose(advantages[:4], advantages[4:].flip(0), atol=1e-5)
     assert [len(call) for call in judge.calls] == [12, 12]  # every pair of both groups, in one call of the judge
+
+
+def test_dance_grpo_edits():
+    scorer = ListenerScorer(edits.EditJudge(), edits=True)
+    for source, images in (
+        (edits.DARK, (edits.GOOD, edits.HALF, edits.WRONG)),
+        (edits.DARK, (edits.GOOD, edits.BRIGHT_GOOD)),
+        (edits.BRIGHT, (edits.BRIGHT_GOOD, edits.GOOD)),
+    ):
+        for image in images:
+            scorer.add(image, edits.INSTRUCTION, sources=source)
+    good, half, wrong, _, too_much, done, none = scorer.collect().tolist()
+    assert good > half > wrong and done > none and good > too_much
+    scorer(edits.HALF, edits.INSTRUCTION, sources=edits.BRIGHT)  # what the next one meets
+    assert scorer(edits.BRIGHT_GOOD, edits.INSTRUCTION, sources=edits.BRIGHT).item() > 0
+    for call in (scorer.add, scorer):
+        with pytest.raises(InputError, match="has no source image"):
+            call(edits.GOOD, edits.INSTRUCTION)
+
+
+def test_dance_grpo_edit_files(tmp_path):
+    scorer = ListenerScorer(edits.EditJudge())
+    paths = [str(tmp_path / f"{k}.png") for k in range(3)]
+    for path, image in zip(paths, (edits.HALF, edits.GOOD, edits.WRONG), strict=True):
+        image.save(path)
+    rewards = scorer.reward(paths, [edits.INSTRUCTION] * 3, sources=[edits.DARK] * 3)
+    assert order(rewards) == [1, 0, 2]
 
 
 def test_dance_grpo_without_a_reward_of_its_own(FakeJudge, shade):

@@ -5,18 +5,37 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import edits
 import numpy as np
 import pytest
 import torch
 from adapter_hosts import BAD_TENSORS, BETTER, ERRORS, PROMPTS, REFERENCE, broken, order, pixels, trl_host
 
-from listener_reward.errors import JudgeError
+from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.ddpo_pytorch import listener_reward
 from listener_reward.integrations.trl import ddpo_reward
 from listener_reward.reward import ListenerReward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # trl, whose host is in adapter_hosts.py
+
+
+@pytest.mark.parametrize("make", [ddpo_reward, listener_reward])
+def test_edits_whose_sources_the_prompt_function_gives(make):
+    """Both hosts hand on what their prompt functions give beside the prompt."""
+    reward_fn = make(edits.EditJudge(), edits=True)
+
+    def scores(images, source):
+        tensors = torch.stack([torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 for image in images])
+        return reward_fn(tensors, (edits.INSTRUCTION,) * len(images), ({"sources": [source]},) * len(images))[0]
+
+    for source in (edits.DARK, edits.BRIGHT):
+        scores([edits.HALF], source)  # what the others meet
+    good, half, wrong, too_much = scores([edits.GOOD, edits.HALF, edits.WRONG, edits.BRIGHT_GOOD], edits.DARK)
+    none, done = scores([edits.GOOD, edits.BRIGHT_GOOD], edits.BRIGHT)
+    assert good > half > wrong and good > too_much and done > none
+    with pytest.raises(InputError, match="has no source image"):
+        reward_fn(pixels(), PROMPTS, ({},) * 4)
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -172,13 +172,51 @@ def test_flow_factory_stops_on_bad_input(FakeJudge, flow_factory, name, cls):
 
 
 @pytest.mark.parametrize("cls", ["ListenerPointwise", "ListenerGroupwise"])
-def test_flow_factory_condition_images_and_unknown_keys_are_refused(FakeJudge, flow_factory, cls):
-    model = getattr(flow_factory, cls)(config(FakeJudge()), HERE)
-    for key in ("condition_images", "condition_videos"):
-        with pytest.raises(InputError, match=f"{key} is given.*edits"):
-            flow_factory_host(model, [sample(red, **{key: [Image.new("RGB", (4, 4))]}) for red in REDS])
+def test_flow_factory_unknown_keys_are_refused(flow_factory, cls):
+    with pytest.raises(InputError, match="edits is 'yes'; choose true"):
+        getattr(flow_factory, cls)(config("tiny", edits="yes"), HERE)
     with pytest.raises(InputError, match="jugde: no key of this reward, which has judge, judge_options, video"):
         getattr(flow_factory, cls)(config("tiny", jugde="other"), HERE)
+
+
+def edit(source: Any, image: Any, **more: Any) -> dict[str, Any]:
+    """What is left of an `I2ISample` after `_convert_media_format`."""
+    return sample(prompt=edits.INSTRUCTION, image=image, condition_images=[source]) | more
+
+
+@pytest.mark.parametrize("cls", ["ListenerPointwise", "ListenerGroupwise"])
+def test_flow_factory_edits(flow_factory, cls):
+    model = getattr(flow_factory, cls)(config(edits.EditJudge(), edits=True), HERE)
+    assert model.required_fields == ("prompt", "image", "condition_images")
+    if cls == "ListenerPointwise":  # the first sample of each source is what the others meet
+        flow_factory_host(model, [edit(source, edits.HALF) for source in (edits.DARK, edits.BRIGHT)])
+    good, half, wrong = flow_factory_host(
+        model, [edit(edits.DARK, image) for image in (edits.GOOD, edits.HALF, edits.WRONG)]
+    ).tolist()
+    assert good > half > wrong
+    both = [edits.GOOD, edits.BRIGHT_GOOD]
+    dark, dark_too_much = flow_factory_host(model, [edit(edits.DARK, image) for image in both]).tolist()
+    bright_none, bright = flow_factory_host(model, [edit(edits.BRIGHT, image) for image in both]).tolist()
+    assert dark > dark_too_much and bright > bright_none
+    with pytest.raises(InputError, match=r"prompts\[0\], 'make it redder', has no source image"):
+        flow_factory_host(model, [edit(edits.DARK, edits.GOOD, condition_images=None)] * 2)
+
+
+def test_flow_factory_source_videos_are_storyboards_after_the_images(flow_factory):
+    seen: list[Any] = []
+
+    def reward(images, prompts, metadata):
+        seen.extend(entry["sources"] for entry in metadata)
+        return torch.zeros(len(images)), {}
+
+    model = flow_factory.ListenerGroupwise(config(reward, video=True, edits="condition_videos"), HERE)
+    assert model.required_fields == ("prompt", "video", "condition_videos")
+    clip = [edits.DARK] * 8
+    one = sample(video=clip, condition_images=[edits.DARK], condition_videos=[clip, clip])
+    flow_factory_host(model, [one, sample(video=clip, condition_images=[edits.BRIGHT], condition_videos=[clip, clip])])
+    assert [[source.size for source in sources] for sources in seen] == [[(8, 8), (44, 20), (44, 20)]] * 2
+    with pytest.raises(InputError, match="has no source image"):
+        flow_factory_host(model, [sample(video=clip)] * 2)
 
 
 def test_flow_factory_stops_where_the_judge_breaks(FakeJudge, flow_factory):

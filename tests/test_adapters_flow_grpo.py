@@ -8,11 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import edits
 import numpy as np
 import pytest
 import torch
 from adapter_hosts import BAD_TENSORS, BETTER, ERRORS, PROMPTS, REDS, REFERENCE, broken, order, pixels
-from PIL import Image
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.flow_grpo import listener_multi_score, listener_score
@@ -31,7 +31,10 @@ def flow_grpo_multi_score(device, score_dict, score_functions):
     def _fn(images, prompts, metadata, ref_images=None, only_strict=True):
         total_scores, score_details = [], {}
         for name, weight in score_dict.items():
-            scores, _ = score_fns[name](images, prompts, metadata)
+            if name == "listener" and ref_images is not None:  # the lines that the adapter's docstring adds
+                scores, _ = score_fns[name](images, prompts, metadata, ref_images)
+            else:
+                scores, _ = score_fns[name](images, prompts, metadata)
             score_details[name] = scores
             weighted = [weight * one for one in scores]
             total_scores = (
@@ -46,9 +49,9 @@ def flow_grpo_multi_score(device, score_dict, score_functions):
 def flow_grpo_host(reward_fn, batches, nft: bool = False):
     samples = []
     with ThreadPoolExecutor(max_workers=8) as executor:
-        for images, prompts, metadata in batches:
+        for images, prompts, metadata, *ref_images in batches:  # train_flux_kontext.py hands over the last
             keywords = {} if nft else {"only_strict": True}
-            samples.append(executor.submit(reward_fn, images, prompts, metadata, **keywords))
+            samples.append(executor.submit(reward_fn, images, prompts, metadata, *ref_images, **keywords))
             time.sleep(0)
         details = []
         for sample in samples:
@@ -90,14 +93,41 @@ def _as_array(item):
     return item[0], item[1].numpy()
 
 
-def test_flow_grpo_source_images_are_refused(FakeJudge):
-    """An edit would be judged without the image that it was to change."""
-    source = [Image.new("RGB", (4, 4))] * 4
-    for make in (lambda judge: listener_score(judge)("cpu"), listener_multi_score):
-        reward_fn = make(FakeJudge())
-        with pytest.raises(InputError, match=r"ref_images is given.*edits"):
-            reward_fn(pixels(), list(PROMPTS), [{}] * 4, ref_images=source)
-        assert reward_fn(pixels(), list(PROMPTS), [{}] * 4, ref_images=None)
+def edit_batch(images, sources):
+    """As train_flux_kontext.py has them: tensors, and PIL images whose files the metadata name."""
+    tensors = torch.stack([torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 for image in images])
+    metadata = [{"prompt": edits.INSTRUCTION, "image": "generated_images/image_9.jpg"} for _ in images]
+    return tensors, [edits.INSTRUCTION] * len(images), metadata, list(sources)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_flow_grpo_edits(whole):
+    judge = edits.EditJudge()
+    if whole:
+        reward_fn = listener_multi_score(judge, edits=True)
+    else:
+        factories = {"jpeg": jpeg_compressibility, "listener": listener_score(judge, edits=True)}
+        reward_fn = flow_grpo_multi_score(torch.device("cpu"), {"jpeg": 1.0, "listener": 2.0}, factories)
+    first = edit_batch([edits.HALF, edits.HALF], [edits.DARK, edits.BRIGHT])  # what the others meet
+    flow_grpo_host(reward_fn, [first])
+    images = [edits.GOOD, edits.HALF, edits.WRONG, edits.GOOD, edits.BRIGHT_GOOD, edits.GOOD, edits.BRIGHT_GOOD]
+    sources = [edits.DARK] * 5 + [edits.BRIGHT] * 2
+    good, half, wrong, dark, dark_too_much, bright_none, bright = flow_grpo_host(
+        reward_fn, [edit_batch(images, sources)]
+    )["avg"].tolist()
+    assert good > half > wrong and dark > dark_too_much and bright > bright_none and good == dark
+
+
+@pytest.mark.parametrize("make", [lambda judge, **more: listener_score(judge, **more)("cpu"), listener_multi_score])
+def test_flow_grpo_edit_without_its_source_stops(make):
+    images, prompts, metadata, _ = edit_batch([edits.GOOD, edits.HALF], [edits.DARK] * 2)
+    with pytest.raises(
+        InputError, match=r"names a source image, 'generated_images/image_9.jpg', and ref_images did not"
+    ):
+        make(edits.EditJudge())(images, prompts, metadata)
+    with pytest.raises(InputError, match=r"prompts\[0\], 'make it redder', has no source image"):
+        make(edits.EditJudge(), edits=True)(images, prompts, [{}] * 2)
+    assert make(edits.EditJudge())(images, prompts, metadata, torch.stack([images[0] * 0] * 2))
 
 
 def test_flow_grpo_videos_are_judged_as_storyboards(FakeJudge):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,21 @@ def test_miles_diffusion_layouts(FakeJudge, layout, scale, frames):
     rm = listener_rm(FakeJudge(), reference=REFERENCE)
     rewards = miles_host(rm, [[generated(red, layout, scale, frames) for red in REDS]])
     assert order(rewards) == BETTER and all(type(reward) is float for reward in rewards)
+
+
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_miles_diffusion_edits(group_size):
+    def edited(image, source, prompt=edits.INSTRUCTION):
+        output = torch.tensor(np.asarray(image)).permute(2, 0, 1)[:, None]
+        return SimpleNamespace(prompt=prompt, generated_output=output, reward=None, metadata={"sources": source})
+
+    rm = listener_rm(edits.EditJudge(), scheme="group", group_size=group_size, edits=True)
+    images = (edits.HALF, edits.GOOD, edits.WRONG)
+    assert order(miles_host(rm, [[edited(image, edits.DARK) for image in images]])) == [1, 0, 2]
+    both = [edited(image, edits.BRIGHT) for image in (edits.GOOD, edits.BRIGHT_GOOD, edits.HALF)]
+    assert order(miles_host(rm, [both])) == [1, 0, 2]
+    with pytest.raises(InputError, match="has no source image, and this reward is for edits"):
+        miles_host(rm, [[edited(image, None) for image in images]])
 
 
 def test_miles_diffusion_microgroups_wait_for_their_group(FakeJudge):

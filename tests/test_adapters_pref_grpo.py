@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import edits
 import pytest
 import torch
 from adapter_hosts import BETTER, REDS, broken, order, png, serving
@@ -37,6 +38,25 @@ def pref_grpo_advantages(dispatcher, reward_inputs, weights, generations=4):
             advantages[start : start + generations] += weight * (group - group.mean()) / (group.std() + 1e-8)
     assert all(len(values) == len(advantages) for values in dim_reward.values())
     return advantages
+
+
+def test_pref_grpo_edits(tmp_path):
+    """train_flux1_kontext_edit.py: sample_reference_model, with the branch that the adapter's docstring widens."""
+    dispatcher = ListenerDispatcher(edits.EditJudge(), edits=True)
+    reward_inputs = dispatcher.build_reward_inputs()
+    samples = [(edits.DARK, image) for image in (edits.HALF, edits.GOOD, edits.WRONG, edits.BRIGHT_GOOD)]
+    samples += [(edits.BRIGHT, image) for image in (edits.GOOD, edits.BRIGHT_GOOD)]
+    for index, (source, image) in enumerate(samples):
+        paths = tmp_path / f"source_{index}.png", tmp_path / f"flux1_kontext_0_{index}.png"
+        source.save(paths[0])
+        image.save(paths[1])
+        item = {"source_path": str(paths[0]), "edited_path": str(paths[1]), "instruction": edits.INSTRUCTION}
+        reward_inputs["listener"].append(item)
+    half, good, wrong, too_much, none, done = dispatcher.compute_rewards(reward_inputs)[0]["listener"].tolist()
+    assert good > half > wrong and good > too_much and done > none
+    lost = {"listener": [{"path": str(paths[1]), "prompt": edits.INSTRUCTION}] * 2}  # the host's other branch
+    with pytest.raises(ValueError, match="has no source image, and this reward is for edits"):
+        dispatcher.compute_rewards(lost)
 
 
 class HostDispatcher:

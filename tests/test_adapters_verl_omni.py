@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,54 @@ def test_verl_omni_logs_no_nan(FakeJudge):
     for key in results[0]["reward_extra_info"]:
         assert np.isfinite(np.mean([result["reward_extra_info"][key] for result in results])), key
     assert sorted(results[0]["reward_extra_info"]) == ["comparisons", "failed", "standard_error"]
+
+
+def verl_edit(images, sources, **entry) -> list[float]:
+    """Data as the host's examples/flowgrpo_trainer/qwen_image_edit/prepare_data.py writes them, with a source."""
+    visuals = [torch.tensor(np.asarray(image)).permute(2, 0, 1) for image in images]
+    infos = [{"split": "train", "index": 0, "instruction": edits.INSTRUCTION} | source for source in sources]
+    results = verl(visuals, infos, [edits.INSTRUCTION] * len(images), data_source="image_edit", **entry)
+    return [result["reward_score"] for result in results]
+
+
+@pytest.mark.parametrize("how", ["sources", "list", "Parquet's list", "source_folder"])
+def test_verl_omni_edits(how, tmp_path):
+    judge = edits.EditJudge()
+    for name, source in (("dark.png", edits.DARK), ("bright.png", edits.BRIGHT)):
+        source.save(tmp_path / name)
+    entry: dict[str, Any] = {"judge": judge, "edits": True}
+
+    def of(name: str) -> dict[str, Any]:
+        data = {"bytes": (tmp_path / name).read_bytes(), "path": None}
+        return {
+            "sources": {"sources": str(tmp_path / name)},
+            "list": {"sources": [data]},
+            "Parquet's list": {"sources": np.array([data], dtype=object)},
+            "source_folder": {"image": name},
+        }[how]
+
+    if how == "source_folder":
+        entry["source_folder"] = str(tmp_path)
+    verl_edit([edits.HALF] * 2, [of("dark.png"), of("bright.png")], **entry)  # what the others meet
+    images = [edits.GOOD, edits.HALF, edits.WRONG, edits.BRIGHT_GOOD]
+    good, half, wrong, too_much = verl_edit(images, [of("dark.png")] * 4, **entry)
+    none, done = verl_edit([edits.GOOD, edits.BRIGHT_GOOD], [of("bright.png")] * 2, **entry)
+    assert good > half > wrong and good > too_much and done > none
+
+
+def test_verl_omni_edits_in_a_group():
+    images = [edits.HALF, edits.GOOD, edits.WRONG]
+    rewards = verl_edit(images, [{"sources": [edits.DARK]}] * 3, judge=edits.EditJudge(), group_size=3)
+    assert order(rewards) == [1, 0, 2] and sum(rewards) == pytest.approx(0, abs=1e-5)
+
+
+def test_verl_omni_edit_without_its_source_stops():
+    with pytest.raises(
+        InputError, match=r"names a source image, 'a.png', which the host does not hand over; give source"
+    ):
+        verl_edit([edits.GOOD], [{"image": "a.png"}], judge=edits.EditJudge())
+    with pytest.raises(InputError, match="has no source image, and this reward is for edits"):
+        verl_edit([edits.GOOD], [{}], judge=edits.EditJudge(), edits=True)
 
 
 @pytest.mark.parametrize(
