@@ -6,6 +6,11 @@
 
 Every image has a random generator of its own, so any candidate can be made again, alone, from its seed:
 `pipeline(prompt, generator=torch.Generator().manual_seed(best.seeds[i]))` (up to rounding, which depends on the batch).
+
+An editing pipeline, or one that makes a video of an image, is called with `image=`; its results are judged as edits of
+that image:
+
+    best = best_of_n(editor, "make the hat red", image=original, reward=ListenerReward(edit_judge))
 """
 
 from __future__ import annotations
@@ -20,9 +25,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from listener_reward.errors import InputError, JudgeError
-from listener_reward.media.images import to_pil
+from listener_reward.media.images import ImageLike, Picture, to_pil
 from listener_reward.media.storyboards import as_picture
-from listener_reward.pairs import check_text
+from listener_reward.pairs import check_text, read_sources
 from listener_reward.reward import PAPER_CHECKPOINT
 
 from .contract import as_reward, score
@@ -37,6 +42,8 @@ class BestOfN:
     """What `best_of_n` made. Lists and arrays are in the order of the seeds, except `images` and `order`."""
 
     prompt: str
+    sources: tuple[Picture, ...]
+    """What the candidates were judged with beside the prompt."""
     images: list[Any]
     """The best candidates, best first."""
     candidates: list[Any]
@@ -83,6 +90,7 @@ def best_of_n(
     n: int = 8,
     *,
     reward: Any = PAPER_CHECKPOINT,
+    sources: Sequence[ImageLike] | ImageLike | None = None,
     keep: int = 1,
     seed: int | Sequence[int] = 0,
     batch_size: int = 4,
@@ -92,10 +100,14 @@ def best_of_n(
     """Samples `n` candidates of one prompt and orders them by `reward`.
 
     Args:
-        pipeline: any diffusers text-to-image or text-to-video pipeline.
+        pipeline: any diffusers pipeline of images or videos: from text, or from text and images.
+        prompt: what to make; for an editing pipeline the instruction.
         n: candidates, at least 2.
         reward: a judge's name or folder, a judge, a URL, or a callable of the contract: a `ListenerReward`; for a
             video pipeline a `VideoReward`.
+        sources: the images to judge the candidates with. Left out, they are those that the call has as `image`: an
+            edit's original, reference subjects, a first frame. Not so where the pipeline has a `strength`, whose image
+            is a start that the prompt does not speak of. `()` judges by the prompt alone.
         keep: how many of the best to return.
         seed: the first of `n` consecutive seeds, or all of them.
         batch_size: candidates sampled at a time.
@@ -103,7 +115,9 @@ def best_of_n(
             a preview is rejected if the `keep`-th best one leads it by more than `CLEAR` standard errors of their
             difference. At least two are finished. It pays where a preview costs little of a full sample; whether the
             pipeline's previews resemble its images is for you to see.
-        call: arguments of the pipeline's call, such as `num_inference_steps`.
+        call: arguments of the pipeline's call, such as `num_inference_steps`, or `image`: one image, or a list of those
+            that every candidate is made from. A pipeline that wants one for each prompt gets
+            `[original] * batch_size`, or one with `batch_size=1`.
 
     Raises:
         InputError: unusable arguments, or previews asked of a reward that gives no `standard_error`.
@@ -120,10 +134,12 @@ def best_of_n(
     }
     if taken:
         raise InputError(f"{', '.join(sorted(taken))} cannot be given; best_of_n sets what it needs of them itself")
+    pictures = _sources(pipeline, call) if sources is None else read_sources(sources)
     scorer = as_reward(reward, {}, scheme="group")
 
     def judged(candidates: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-        scores, info = score(scorer, candidates, [prompt] * len(candidates), missing=True)
+        given = [pictures] * len(candidates) if pictures else None
+        scores, info = score(scorer, candidates, [prompt] * len(candidates), sources=given, missing=True)
         return scores, info.get("standard_error", np.full_like(scores, np.nan))
 
     going, preview_scores = list(range(n)), None
@@ -145,6 +161,7 @@ def best_of_n(
         raise JudgeError(f"the judge broke on every one of the {len(going)} candidates")
     return BestOfN(
         prompt=prompt,
+        sources=pictures,
         images=[candidates[k] for k in order[:keep]],
         candidates=candidates,
         scores=scores,
@@ -154,6 +171,13 @@ def best_of_n(
         preview_scores=preview_scores,
         rejected=[k for k in range(n) if k not in going],
     )
+
+
+def _sources(pipeline: Any, call: dict[str, Any]) -> tuple[Picture, ...]:
+    """The distinct images that the pipeline is to change."""
+    if call.get("image") is None or "strength" in inspect.signature(pipeline.__call__).parameters:
+        return ()
+    return tuple(dict.fromkeys(read_sources(call["image"], field="image")))
 
 
 def _seeds(seed: int | Sequence[int], n: int) -> list[int]:

@@ -22,6 +22,8 @@ from listener_reward.pairs import PromptLike, as_prompt, check_company
 from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores, with_sources
 from listener_reward.verdict import PairJudge
 
+from .video import VideoReward
+
 CLIENT_OPTIONS = ("scheme", "timeout", "retries", "api_key")
 """What an adapter that is given a URL takes beside it; see `RemoteReward`."""
 
@@ -65,14 +67,14 @@ def as_reward(reward: Any, options: Mapping[str, Any], *, scheme: Scheme, device
     elif options:
         raise InputError(f"{', '.join(options)} would have no effect on a reward already made; give it a judge's name")
     for part in made.rewards.values() if isinstance(made, Mixture) else (made,):
-        if scheme == "reference" and isinstance(part, ListenerReward):
+        if scheme == "reference" and isinstance(part, (ListenerReward, VideoReward)):
             _check_policy(part)
     if isinstance(made, Mixture) and scheme == "reference" and made.on_failure == "drop-component":
         raise InputError(
             "on_failure is 'drop-component', and this host scatters a group over calls: the images of one prompt would "
             "be scored by different components; take on_failure='nan'"
         )
-    if device is not None and isinstance(made, (ListenerReward, Mixture)):
+    if device is not None and isinstance(made, (ListenerReward, Mixture, VideoReward)):
         made.prefer_device(device)
     return made
 
@@ -112,7 +114,7 @@ def score(
     asked = with_sources(prompts, len(images), metadata, sources)
     if edits:
         check_edits(asked)
-    if isinstance(reward, (ListenerReward, Mixture)) and reward.scheme == "group":
+    if isinstance(reward, (ListenerReward, Mixture, VideoReward)) and reward.scheme == "group":
         check_company(asked)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
@@ -150,8 +152,8 @@ def check_edits(prompts: Sequence[PromptLike]) -> None:
             )
 
 
-def _check_policy(reward: ListenerReward) -> None:
-    """Raises `InputError` for a `ListenerReward` that a host which scatters groups must not have."""
+def _check_policy(reward: ListenerReward | VideoReward) -> None:
+    """Raises `InputError` for a reward that a host which scatters groups must not have."""
     if reward.on_failure == "group-mean" and reward.scheme != "group":
         # Of a few images of a group the mean may be anything: a broken image would get the advantage of its call.
         raise InputError(

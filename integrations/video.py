@@ -16,6 +16,7 @@ import numpy as np
 from listener_reward.conclude import mean_verdict
 from listener_reward.errors import InputError, check_choice
 from listener_reward.media.clips import ClipView, frame_by_frame
+from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import as_picture, as_pictures, read_clips, storyboard, to_still
 from listener_reward.media.videos import FRAMES, check_frames, read_clip
 from listener_reward.pairs import PromptLike
@@ -38,9 +39,11 @@ __all__ = [
 
 def rank_videos(
     judge: Any,
-    prompt: str,
+    prompt: PromptLike,
     videos: Any,
     *,
+    sources: Sequence[ImageLike] | ImageLike = (),
+    criterion: str | None = None,
     strategy: ClipView = "storyboard",
     frames: int = FRAMES,
     fps: float | None = None,
@@ -54,6 +57,8 @@ def rank_videos(
         prompt: what the videos were made from.
         videos: n videos, each as `read_clip` takes it: the `.frames` of a diffusers pipeline in any of its three output
             types, or files.
+        sources: images that the prompt speaks of, such as the first frame that the videos were made from.
+        criterion: see `Judge.compare`.
         strategy: how the judge looks at a clip; see `clips.ClipView`.
         frames, fps, rate: see `read_clip`.
         budget: see `Judge.rank`.
@@ -62,12 +67,12 @@ def rank_videos(
         Log-odds with mean zero and their standard errors, in the order of `videos`; see `Ranking`.
 
     Raises:
-        InputError: a video that cannot be read, or fewer than one of them.
+        InputError: a video or a source that cannot be read, or no video.
         JudgeError: the judge broke.
         MissingExtraError: a video file, and PyAV is not installed.
     """
     reward = VideoReward(judge, strategy=strategy, frames=frames, fps=fps, rate=rate)  # before the slow reading
-    return reward.rank(prompt, videos, budget=budget)
+    return reward.rank(prompt, videos, sources=sources, criterion=criterion, budget=budget)
 
 
 class VideoReward:
@@ -97,14 +102,40 @@ class VideoReward:
         self.reading: dict[str, Any] = {"frames": frames, "fps": fps, "rate": rate}
 
     def __call__(
-        self, videos: Any, prompts: Sequence[str], metadata: Any = None
+        self, videos: Any, prompts: Sequence[PromptLike], metadata: Any = None, *, sources: Any = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores B videos: an array or tensor `(B, F, C, H, W)` or `(B, F, H, W, C)`, or a sequence of videos."""
-        return self.reward(read_clips(videos, **self.reading), prompts, metadata)
+        """Scores B videos: an array or tensor `(B, F, C, H, W)` or `(B, F, H, W, C)`, or a sequence of videos.
 
-    def rank(self, prompt: str, videos: Any, *, budget: int | None = None) -> Ranking:
+        `sources` are images, such as the first frame of each; see `ListenerReward`.
+        """
+        return self.reward(read_clips(videos, **self.reading), prompts, metadata, sources=sources)
+
+    def rank(
+        self,
+        prompt: PromptLike,
+        videos: Any,
+        *,
+        sources: Sequence[ImageLike] | ImageLike = (),
+        criterion: str | None = None,
+        budget: int | None = None,
+    ) -> Ranking:
         """Orders videos of one prompt; see `rank_videos`."""
-        return self.reward.rank(prompt, read_clips(videos, **self.reading), budget=budget)
+        clips = read_clips(videos, **self.reading)
+        return self.reward.rank(prompt, clips, sources=sources, criterion=criterion, budget=budget)
+
+    @property
+    def scheme(self) -> str:
+        """See `ListenerReward`."""
+        return self.reward.scheme
+
+    @property
+    def on_failure(self) -> str:
+        """See `ListenerReward`."""
+        return self.reward.on_failure
+
+    def prefer_device(self, device: Any) -> None:
+        """See `ListenerReward.prefer_device`."""
+        self.reward.prefer_device(device)
 
     def state_dict(self) -> dict[str, Any]:
         """The clips kept as references; see `ListenerReward.state_dict`."""

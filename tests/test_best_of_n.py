@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -14,6 +15,7 @@ from PIL import Image
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.best_of_n import best_of_n
 from listener_reward.integrations.video import VideoReward
+from listener_reward.media.images import to_picture
 from listener_reward.reward import ListenerReward
 
 PROMPT = "a red circle"
@@ -66,7 +68,7 @@ def test_the_best_comes_first_and_everything_keeps_the_order_of_the_seeds(FakeJu
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_any_candidate_can_be_made_again_from_its_seed_alone(FakeJudge, name):
     pipeline = tiny_pipelines.build(name)
-    options = tiny_pipelines.FAMILIES[name].call(guided=False) | {"num_inference_steps": 2}
+    options: dict[str, Any] = tiny_pipelines.FAMILIES[name].call(guided=False) | {"num_inference_steps": 2}
     best = best_of_n(pipeline, PROMPT, 3, reward=FakeJudge(), batch_size=3, **options)
     for k in range(3):
         again = pipeline(PROMPT, generator=torch.Generator().manual_seed(best.seeds[k]), **options).images[0]
@@ -84,7 +86,7 @@ def test_seeds_may_be_given_and_batches_do_not_matter(FakeJudge, sd15, call):
 
 def test_videos(FakeJudge):
     pipeline = tiny_pipelines.build("wan")
-    options = tiny_pipelines.FAMILIES["wan"].call(guided=False) | {"num_inference_steps": 2}
+    options: dict[str, Any] = tiny_pipelines.FAMILIES["wan"].call(guided=False) | {"num_inference_steps": 2}
     best = best_of_n(pipeline, PROMPT, 3, reward=VideoReward(FakeJudge(), frames=4), **options)
     assert [len(clip) for clip in best.candidates] == [5, 5, 5] and np.isfinite(best.scores).all()
     assert best.images[0] is best.candidates[int(np.argmax(best.scores))]
@@ -138,6 +140,56 @@ def test_previews_need_standard_errors():
         best_of_n(
             Stub({0: 1, 1: 2}), PROMPT, 2, reward=lambda images, *_: (np.arange(len(images)), {}), preview_steps=1
         )
+
+
+# --- edits
+
+
+class Editor:
+    """A pipeline whose results do not depend on its image: half done, done, something else, too much."""
+
+    made = (edits.HALF, edits.GOOD, edits.WRONG, edits.BRIGHT_GOOD)
+
+    def __call__(self, image, prompt, generator, output_type):
+        return SimpleNamespace(images=[self.made[one.initial_seed()] for one in generator])
+
+
+class Img2Img(Editor):
+    def __call__(self, image, prompt, generator, output_type, strength=0.8):
+        return super().__call__(image, prompt, generator, output_type)
+
+
+def test_edits_are_judged_with_the_image_that_the_pipeline_was_given():
+    judge = edits.EditJudge()
+    best = best_of_n(Editor(), edits.INSTRUCTION, 4, reward=judge, image=edits.DARK)
+    assert best.order[0] == 1 and best.images == [edits.GOOD] and best.sources == (to_picture(edits.DARK),)
+    assert best_of_n(Editor(), edits.INSTRUCTION, 4, reward=judge, image=edits.BRIGHT).images == [edits.BRIGHT_GOOD]
+    in_a_batch = best_of_n(Editor(), edits.INSTRUCTION, 4, reward=judge, image=[edits.DARK] * 4)
+    assert in_a_batch.order == best.order and in_a_batch.sources == best.sources
+
+
+def test_sources_may_be_others_than_the_image_or_none(FakeJudge):
+    judge = edits.EditJudge()
+    best = best_of_n(Editor(), edits.INSTRUCTION, 4, reward=judge, sources=edits.BRIGHT, image=edits.DARK)
+    assert best.images == [edits.BRIGHT_GOOD] and best.sources == (to_picture(edits.BRIGHT),)
+    for pipeline, sources in ((Editor(), ()), (Img2Img(), None)):  # a start, of which the prompt does not speak
+        best = best_of_n(pipeline, PROMPT, 4, reward=FakeJudge(), sources=sources, image=edits.DARK)
+        assert best.sources == () and best.images == [edits.BRIGHT_GOOD]
+        with pytest.raises(InputError, match="got 0 sources"):
+            best_of_n(pipeline, PROMPT, 4, reward=judge, sources=sources, image=edits.DARK)
+    assert best_of_n(Img2Img(), PROMPT, 4, reward=judge, sources=edits.DARK, image=edits.BRIGHT).images == [edits.GOOD]
+    with pytest.raises(InputError, match=r"image is 'nowhere.png'"):
+        best_of_n(Editor(), PROMPT, 4, reward=judge, image="nowhere.png")
+
+
+def test_an_editing_pipeline_of_diffusers():
+    family = tiny_pipelines.EDITORS["instruct-pix2pix"]
+    source = edits.plain(90).resize((16, 16))
+    options: dict[str, Any] = family.call(guided=True) | {"num_inference_steps": 2, "image": source}
+    judge = edits.EditJudge()
+    best = best_of_n(tiny_pipelines.build("instruct-pix2pix"), PROMPT, 3, reward=judge, batch_size=1, **options)
+    assert len({image.tobytes() for image in best.candidates}) == 3 and len(best.order) == 3
+    assert {prompt.sources for prompt in judge.asked} == {(to_picture(source),)}
 
 
 # --- failure

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -23,7 +24,7 @@ from listener_reward.cli.printing import print_calibrated
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.judge import Judge
 from listener_reward.pairs import Prompt
-from listener_reward.reward import JUDGE_OPTIONS, PAPER_CHECKPOINT
+from listener_reward.reward import JUDGE_OPTIONS, PAPER_CHECKPOINT, ListenerReward
 from listener_reward.verdict import Thought, Verdict
 
 COMPARE_KEYS = (
@@ -244,6 +245,32 @@ def test_rank_within_a_budget(loads: Any, FakeJudge: Any, pictures: Any):
     answer = json.loads(run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "2", "--json").stdout)
     assert (answer["comparisons"], sorted(answer["order"])) == (2, [0, 1, 2])
     assert run("rank", "--judge", "tiny", "--prompt", "red", *pictures, "--budget", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["compare", "rank", "rank-videos"])
+def test_an_edit_is_judged_with_its_source(loads: Any, tmp_path: Path, command: str):
+    judge = edits.EditJudge()
+    loads(judge if command == "rank-videos" else ListenerReward(judge))
+    images = {"dark": edits.DARK, "bright": edits.BRIGHT, "good": edits.GOOD, "too-much": edits.BRIGHT_GOOD}
+    names = {}
+    for name, image in images.items():
+        names[name] = str(tmp_path / f"{name}.png")
+        image.save(names[name])
+        if command == "rank-videos" and image not in (edits.DARK, edits.BRIGHT):
+            names[name] = str(tmp_path / f"{name}.gif")
+            image.save(names[name], save_all=True, append_images=[image] * 3, duration=100)
+    for source, best in (("dark", "good"), ("bright", "too-much")):
+        sides = [names["good"], names["too-much"]]
+        asked = [command, "--prompt", edits.INSTRUCTION, "--source", names[source], *sides, "--json"]
+        result = run(*asked)
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        found = sides[answer["preferred"] - 1] if command == "compare" else answer["files"][0]
+        assert found == names[best]
+    two = run(*asked, "--source", names["dark"])
+    assert two.exit_code == 2 and "got 2 sources" in " ".join(two.stderr.split())
+    absent = run(command, "--prompt", "x", "--source", "nowhere.png", *sides)
+    assert absent.exit_code == 2 and "sources[0] is 'nowhere.png', where there is no file" in absent.stderr
 
 
 @pytest.mark.parametrize("command", ["compare", "rank"])

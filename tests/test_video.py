@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import edits
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.errors import InputError, JudgeError, MissingExtraError
 from listener_reward.evaluate.run import margins_by_order
+from listener_reward.integrations.contract import as_reward, score
 from listener_reward.integrations.video import ClipJudge, VideoReward, rank_videos, read_clips
 from listener_reward.judge import Judge
 from listener_reward.listener import Listener
@@ -569,6 +571,31 @@ def test_unknown_options_are_named(FakeJudge, options):
         VideoReward(FakeJudge(), device="cpu")
     with pytest.raises(InputError, match="judge is a int"):
         rank_videos(5, "a", [ARRAY])
+
+
+def test_videos_of_an_image_are_judged_with_their_first_frame():
+    judge = edits.EditJudge()
+    videos = [[image] * 4 for image in (edits.HALF, edits.GOOD, edits.WRONG)]
+    assert rank_videos(judge, edits.INSTRUCTION, videos, sources=edits.DARK, strategy="frames").order == [1, 0, 2]
+    reward = VideoReward(judge, frames=2, strategy="frames", scheme="group")
+    by_keyword, _ = reward(videos, [edits.INSTRUCTION] * 3, sources=[edits.DARK] * 3)
+    by_metadata, _ = reward(videos, [edits.INSTRUCTION] * 3, [{"sources": edits.DARK}] * 3)
+    assert by_keyword.argsort().tolist() == [2, 0, 1] and by_keyword.tolist() == by_metadata.tolist()
+    both = [[image] * 4 for image in (edits.GOOD, edits.BRIGHT_GOOD)] * 2
+    sources = [edits.DARK, edits.DARK, edits.BRIGHT, edits.BRIGHT]
+    first, second, third, fourth = reward(both, [edits.INSTRUCTION] * 4, sources=sources)[0]
+    assert first > second and third < fourth
+
+
+def test_a_reward_of_videos_is_to_a_host_what_a_reward_of_images_is(FakeJudge):
+    reward = VideoReward(FakeJudge(), frames=2, scheme="group", on_failure="nan")
+    assert (reward.scheme, reward.on_failure) == ("group", "nan")
+    with pytest.raises(InputError, match="1 of the prompts have one image in this call"):
+        score(reward, [[edits.GOOD] * 2], ["a"])
+    with pytest.raises(InputError, match="on_failure is 'group-mean' with scheme='auto'"):
+        as_reward(VideoReward(FakeJudge(), on_failure="group-mean"), {}, scheme="reference")
+    as_reward(reward, {}, scheme="group", device="cuda:3")
+    assert reward.reward._device == "cuda:3"
 
 
 def test_the_tiny_judge_puts_the_right_clip_first():

@@ -13,6 +13,7 @@ from listener_reward.cli.options import (
     JudgeName,
     JudgeOptions,
     Prompt,
+    Sources,
     judge_options,
     load_judge,
 )
@@ -29,6 +30,7 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="FIRST", help="The first image or video file.")],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The second image or video file.")],
     prompt: Prompt,
+    source: Sources = None,
     criterion: Criterion = None,
     judge: JudgeName = None,
     as_json: AsJson = False,
@@ -38,13 +40,16 @@ def compare(
     """Say which of two images people would prefer, and why.
 
     `listener-reward compare --judge tiny --prompt "two red circles" a.png b.png`
+
+    Two edits: `listener-reward compare --prompt "make the hat red" --source original.png a.png b.png`
     """
     with errors_in_one_line(debug):
         with working("judging"):
             from listener_reward.pairs import prompt_with
 
+            asked = prompt_with(prompt, source, criterion)  # before the judge, which takes longer to load
             loaded = load_judge(judge, **how)
-            verdict = loaded.compare(prompt_with(prompt, (), criterion), first, second)
+            verdict = loaded.compare(asked, first, second)
             check_format(loaded)
         if as_json:
             print_json(verdict.to_dict())
@@ -56,6 +61,7 @@ def compare(
 def rank(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="The image files to order.")],
     prompt: Prompt,
+    source: Sources = None,
     criterion: Criterion = None,
     judge: JudgeName = None,
     budget: Annotated[
@@ -83,8 +89,9 @@ def rank(
         with working("judging"):
             from listener_reward.pairs import prompt_with
 
+            asked = prompt_with(prompt, source, criterion)
             loaded = load_judge(judge, **how)
-            ranking = loaded.rank(prompt_with(prompt, (), criterion), images, budget=budget)
+            ranking = loaded.rank(asked, images, budget=budget)
             check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [images[place] for place in ranking.order]})
@@ -96,6 +103,8 @@ def rank(
 def rank_videos(
     videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="The video files: mp4, webm, mov, mkv, gif.")],
     prompt: Prompt,
+    source: Sources = None,
+    criterion: Criterion = None,
     judge: JudgeName = None,
     strategy: Annotated[
         str,
@@ -130,10 +139,12 @@ def rank_videos(
     with errors_in_one_line(debug):
         with working("judging"):
             from listener_reward.integrations.video import rank_videos
+            from listener_reward.pairs import prompt_with
 
+            asked = prompt_with(prompt, source, criterion)
             loaded = load_judge(judge, **how)
             chosen: Any = strategy
-            ranking = rank_videos(loaded, prompt, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
+            ranking = rank_videos(loaded, asked, videos, strategy=chosen, frames=frames, fps=fps, rate=rate)
             check_format(loaded)
         if as_json:
             print_json(ranking.to_dict() | {"files": [videos[place] for place in ranking.order]})

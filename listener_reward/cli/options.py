@@ -50,6 +50,15 @@ Criterion = Annotated[
         show_default="the general question",
     ),
 ]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        metavar="FILE",
+        help="An image that the prompt speaks of: an edit's original, a reference subject, a first frame. Repeatable.",
+        show_default="none",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
