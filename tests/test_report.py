@@ -225,6 +225,8 @@ def everywhere(text: str) -> dict[str, Any]:
         "pairs": [
             pair(prompt=text, split=text, model=text, verdict=verdict(thoughts=said)),
             pair(first_png=text, second_png=text, p_first=text, verdict=text),
+            pair(source_pngs=[text], criterion=text),
+            pair(source_pngs=[text, pair()["first_png"]], criterion=text + "2"),
         ],
         "ranking": {
             "prompt": text,
@@ -232,6 +234,7 @@ def everywhere(text: str) -> dict[str, Any]:
             "order": [0, 1],
             "scores": [text, 1],
             "standard_errors": [1, text],
+            "sources": [text, pair()["second_png"]],
         },
     }
 
@@ -246,6 +249,41 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "{{ 7 * 6 }}" in page.text and "<|vision_pad|>" in page.text and "&lt;b&gt;" in page.text
     assert html.count("<script>") == 1 and html.count("</style>") == 1
     assert any(HOSTILE in a["alt"] for a in page.all("img"))
+
+
+def test_a_source_stands_beside_the_two_pictures(tmp_path: Path) -> None:
+    first, second = pair()["first_png"], pair()["second_png"]
+    html, page = written(tmp_path, pairs=[pair(source_pngs=[second])])
+    (row_of_three,) = [a for a in page.all("div") if a.get("class") == "two and-source"]
+    assert row_of_three and not [a for a in page.all("div") if a.get("class") == "sources"]
+    shown = [(a["alt"], a["src"]) for a in page.all("img")][-3:]
+    assert [alt.partition(" for")[0] for alt, _ in shown] == ["source image", "picture 1", "picture 2"]
+    assert [source for _, source in shown] == [f"data:image/png;base64,{one}" for one in (second, first, second)]
+    assert "<figcaption>source</figcaption>" in html and "a dashed frame has a source image" in page.text
+    assert "dashed frame" not in written(tmp_path, pairs=[pair()])[1].text
+
+
+def test_several_sources_stand_above_the_two_pictures(tmp_path: Path) -> None:
+    html, page = written(tmp_path, pairs=[pair(source_pngs=[pair()["first_png"], "no picture"], criterion="quality")])
+    assert [a.get("class") for a in page.all("div") if a.get("class") in ("two", "two and-source", "sources")] == [
+        "sources",
+        "two",
+    ]
+    assert "<figcaption>source 1</figcaption>" in html and "<figcaption>source 2</figcaption>" in html
+    assert html.count('<span class="no-picture">') == 1 and "by <bdi>quality</bdi>" in html
+
+
+def test_pairs_can_be_chosen_by_their_criterion(tmp_path: Path) -> None:
+    html, _ = written(tmp_path, pairs=[pair(criterion="quality"), pair(criterion="alignment"), pair()])
+    assert '<select name="criterion">' in html
+    assert [place for place in re.findall(r'data-criterion="(\d)"', html)] == ["0", "1", "2"]
+    assert '<select name="criterion">' not in written(tmp_path, pairs=[pair(), pair()])[0]
+
+
+def test_a_ranking_of_edits_shows_what_was_edited(tmp_path: Path) -> None:
+    edits = results()["ranking"] | {"sources": [pair()["second_png"]]}
+    html, page = written(tmp_path, ranking=edits, pairs=[])
+    assert next(a["alt"] for a in page.all("img")) == "source image" and "<figcaption>source</figcaption>" in html
 
 
 def test_right_to_left_text_and_emoji_are_kept_and_isolated(tmp_path: Path) -> None:

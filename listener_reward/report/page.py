@@ -64,9 +64,11 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
       A split that is not there has its own name for a title.
     - `curves`: variant to `{"step": [...], "reward": [...], "accuracy": [...], "listener": [...], "contradiction":
       [...], "malformed": [...]}`, lists of equal length; rates in [0, 1]; None where nothing was measured.
-    - `ranking`: `Ranking.to_dict()` with `prompt` and `images` (base64 of PNG, JPEG or WebP) added.
+    - `ranking`: `Ranking.to_dict()` with `prompt` and `images` (base64 of PNG, JPEG or WebP) added, and optionally the
+      prompt's `sources` (likewise).
     - `pairs`: mappings with `prompt`, `split`, `model`, `p_first`, `first_png`, `second_png` (base64) and `verdict`
-      (`Verdict.to_dict()`), optionally `id`; as `Gallery.pairs` has them. `pairs_title` and `pairs_note`: text.
+      (`Verdict.to_dict()`), optionally `id`, `source_pngs` and `criterion`; as `Gallery.pairs` has them. `pairs_title`
+      and `pairs_note`: text.
     """
     template = _environment().from_string(
         importlib.resources.files("listener_reward.report").joinpath("report.html").read_text(encoding="utf-8")

@@ -24,6 +24,10 @@ PIXELATED_BELOW = 192
 """Pictures whose longest side is smaller are enlarged in hard pixels: smoothing would blur what the judge saw."""
 
 
+MOST_SOURCES = 16
+"""More source images of a prompt are not shown."""
+
+
 def picture(encoded: object) -> dict[str, Any] | None:
     """An `<img>` for base64 of a PNG, JPEG or WebP; None for anything else, so that no other data gets into a URL."""
     if not isinstance(encoded, str):
@@ -65,6 +69,7 @@ def ranked(ranking: Mapping[str, Any]) -> dict[str, Any]:
             entry["zero"] = -low / span
     return {
         "prompt": ranking.get("prompt"),
+        "sources": [picture(source) for source in to_list(ranking.get("sources"))[:MOST_SOURCES]],
         "entries": entries,
         "comparisons": to_decimals(ranking.get("comparisons"), 0),
     }
@@ -77,7 +82,7 @@ def pair_card(pair: Mapping[str, Any], captions: Mapping[str, Caption]) -> dict[
     first_of_order = {thought["order"]: i for i, thought in reversed(list(enumerate(thoughts)))}
     visible = [thought for i, thought in enumerate(thoughts) if i in first_of_order.values()]
     folded = [thought for i, thought in enumerate(thoughts) if i not in first_of_order.values()]
-    split = pair.get("split")
+    split, criterion = pair.get("split"), pair.get("criterion")
     people = to_fraction(pair.get("p_first"))
     listener = to_fraction(verdict.get("listener_p_first"))
     contradicted = bool(verdict.get("contradicted"))
@@ -86,6 +91,8 @@ def pair_card(pair: Mapping[str, Any], captions: Mapping[str, Caption]) -> dict[
         "split": captions[split].title if isinstance(split, str) and split in captions else split,
         "id": pair.get("id"),
         "model": pair.get("model"),
+        "criterion": criterion if isinstance(criterion, str) else None,
+        "sources": [picture(source) for source in to_list(pair.get("source_pngs"))[:MOST_SOURCES]],
         "pictures": [picture(pair.get("first_png")), picture(pair.get("second_png"))],
         "people_prefer": None if people is None or people == 0.5 else 1 if people > 0.5 else 2,
         "judge_prefers": verdict.get("preferred"),
@@ -119,7 +126,14 @@ def filters(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return str(to_printable(pair[name]))
 
     found = []
-    for name, title in (("mark", "Verdict"), ("contradicted", "Listener"), ("model", "Judge"), ("split", "Data")):
+    titles = {
+        "mark": "Verdict",
+        "contradicted": "Listener",
+        "model": "Judge",
+        "split": "Data",
+        "criterion": "Criterion",
+    }
+    for name, title in titles.items():
         values = [told(pair, name) for pair in pairs]
         options = list(dict.fromkeys(values))
         if len(options) > 1:
