@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnreachableError
 from listener_reward.forks import renew
 from listener_reward.media.storyboards import to_visuals
 from listener_reward.pairs import PromptLike, check_questions
@@ -300,8 +300,10 @@ class BatchingJudge:
                     verdicts = None
                     raise JudgeError(f"the judge gave {count} verdicts on {len(prompts)} pairs")
             except Exception as error:
-                if len(calls) == 1:
-                    calls[0].end(error=error)
+                if len(calls) == 1 or isinstance(error, UnreachableError):
+                    for call in calls:
+                        call.end(error=error)
+                    calls = []
             finally:
                 if self.observe is not None:
                     self.observe(len(prompts), time.monotonic() - start, verdicts)

@@ -27,6 +27,11 @@ class JudgeError(RuntimeError):
     """A judge or a listener broke. It is raised, or masked by a named policy; it never becomes a score."""
 
 
+class UnreachableError(JudgeError):
+    """No server takes a connection at a judge's address, after several tries. Whatever else is asked of it now fails
+    too: a batch is given up whole, and not asked about pair by pair."""
+
+
 class FormatError(JudgeError):
     """A strict judge's answers are not in its format, so that none of its verdicts would mean anything; see
     `misfits`. No policy masks it."""

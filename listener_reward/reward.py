@@ -32,7 +32,7 @@ from listener_reward.anchor_sets import AnchorSets
 from listener_reward.anchors import Anchors, Candidate, check_effort, identity_of, meet
 from listener_reward.batching import BatchingJudge
 from listener_reward.criteria import check_asked, combined, read_criteria, summed
-from listener_reward.errors import FormatError, InputError, JudgeError, check_choice
+from listener_reward.errors import FormatError, InputError, JudgeError, UnreachableError, check_choice
 from listener_reward.forks import renew
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
@@ -486,6 +486,9 @@ class ListenerReward:
         except JudgeError as error:
             if self.on_failure == "raise" or isinstance(error, FormatError):
                 raise
+            if isinstance(error, UnreachableError):
+                logger.warning("no verdict on %d comparisons: %s", len(matches), error)
+                return [None] * len(matches)
             if len(matches) == 1:
                 logger.warning("no verdict for prompt %r: %s", as_prompt(matches[0][0]).text, error)
                 return [None]

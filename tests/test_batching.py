@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from listener_reward.batching import BatchingJudge, Unwanted, while_wanted
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnreachableError
 from listener_reward.judge import Judge
 from listener_reward.media.images import Picture
 from listener_reward.media.storyboards import to_visuals
@@ -107,6 +107,24 @@ def test_a_failed_pair_fails_alone(FakeJudge, shade):
         else:
             assert call.result(30)[0].p_first > 0.5
     assert [1] in [[first for _, first, _ in call] for call in judge.calls]
+
+
+def test_a_server_that_has_gone_is_not_asked_for_every_caller(FakeJudge, shade):
+    class Gone(FakeJudge):
+        asked = 0
+
+        def compare_many(self, *args, **options):
+            self.asked += 1
+            raise UnreachableError("no response in 6 tries")
+
+    judge = Gone()
+    held = Held(judge)
+    calls = [held.come(*pair(shade, red)) for red in range(1, 6)]
+    held.go.set()
+    for call in calls:
+        with pytest.raises(UnreachableError):
+            call.result(30)
+    assert judge.asked == 2  # the first caller's, and all who came in the meantime
 
 
 def test_too_few_verdicts_and_bad_input_are_their_callers_fault(FakeJudge, shade):

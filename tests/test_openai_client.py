@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from listener_reward.addresses import is_here
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnreachableError
 from listener_reward.media.images import to_picture
 from listener_reward.models import openai_client
 from listener_reward.models.openai_client import OpenAIClient
@@ -52,6 +52,14 @@ def test_a_try_ends_at_its_time_though_bytes_keep_coming():
         with pytest.raises(JudgeError, match="in 2 tries; the last time, ReadTimeout: timed out"):
             quick(address, tries=2, timeout=0.15).post("/chat/completions", {})
         assert 0.3 <= time.monotonic() - begun < 2
+
+
+def test_a_server_that_takes_no_connection_is_told_from_one_that_fails():
+    with pytest.raises(UnreachableError, match="no response in 3 tries; the last time, ConnectError"):
+        quick("http://127.0.0.1:9/v1").post("/chat/completions", {})
+    with dripping(0.02) as address, pytest.raises(JudgeError) as failed:
+        quick(address, tries=2, timeout=0.1).post("/chat/completions", {})
+    assert not isinstance(failed.value, UnreachableError)
 
 
 def test_the_deadline_ends_the_tries():

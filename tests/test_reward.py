@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from listener_reward.errors import InputError, JudgeError
+from listener_reward.errors import InputError, JudgeError, UnreachableError
 from listener_reward.judge import Judge
 from listener_reward.media.storyboards import to_visual
 from listener_reward.models.transformers_vlm import default_device
@@ -523,6 +523,23 @@ def test_one_broken_pair_is_found_by_halving(FakeJudge, shade):
     scores, _ = reward([shade(9 if k == 40 else 50) for k in range(64)], prompts)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [40]
     assert len(judge.calls) == 1 + 2 * 6  # all 64, then two halves of each size from 32 to 1
+
+
+def test_a_judge_whose_server_has_gone_is_asked_once(FakeJudge, shade):
+    class Gone(FakeJudge):
+        asked = 0
+
+        def compare_many(self, prompts, *args, **options):
+            self.asked += 1
+            raise UnreachableError("no response in 6 tries")
+
+    judge = Gone()
+    reward = ListenerReward(judge, on_failure="nan", reference=lambda prompt: shade(100))
+    scores, info = reward([shade(50)] * 8, [f"prompt {k}" for k in range(8)])
+    assert np.isnan(scores).all() and info["failed"].tolist() == [1] * 8
+    assert judge.asked == 1
+    with pytest.raises(UnreachableError):
+        ListenerReward(judge, reference=lambda prompt: shade(100), on_failure="raise")([shade(50)] * 2, ["a", "b"])
 
 
 def test_group_mean_gives_the_mean_of_the_prompt_s_other_images(FakeJudge, shade):

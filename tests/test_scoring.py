@@ -21,7 +21,7 @@ from PIL import Image
 
 from listener_reward import Judge
 from listener_reward.datasets import load_pairs
-from listener_reward.errors import FormatError, InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError, UnreachableError
 from listener_reward.evaluate import evaluate, evaluate_scores
 from listener_reward.evaluate.scores import read_scores
 from listener_reward.media.storyboards import as_picture
@@ -163,6 +163,21 @@ def test_one_bad_pair_in_a_batch_costs_a_few_more_calls(data: Any, tmp_path: Pat
     judge = Counting()
     scored = score_pairs(judge, data(64, **{"5": "break"}), tmp_path / "out.parquet", progress=False)
     assert scored.failed == 1 and judge.calls == 13  # the whole, and two halves six times
+
+
+def test_a_judge_whose_server_has_gone_is_asked_once_a_batch(data: Any, tmp_path: Path):
+    class Gone(Brightness):
+        calls = 0
+
+        def compare_many(self, *args: Any, **more: Any) -> list[Verdict]:
+            self.calls += 1
+            raise UnreachableError("no response in 6 tries")
+
+    judge = Gone()
+    scored = score_pairs(judge, data(16), tmp_path / "out.parquet", batch_size=8, max_failed=1.0, progress=False)
+    assert scored.failed == 16 and judge.calls == 2
+    errors = pq.read_table(tmp_path / "out.parquet")["error"].to_pylist()
+    assert errors == ["UnreachableError: no response in 6 tries"] * 16
 
 
 def test_a_judge_that_keeps_failing_stops_and_its_pairs_are_asked_again(data: Any, tmp_path: Path):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from listener_reward.chat import ChatFormat
-from listener_reward.errors import JudgeError
+from listener_reward.errors import JudgeError, UnreachableError
 from listener_reward.listener import Listener
 from listener_reward.train.rewards import ShapedReward, text_of
 
@@ -196,6 +196,31 @@ def test_a_batch_that_fails_as_a_whole_is_data_too(reward: ShapedReward):
     with pytest.warns(UserWarning, match="2 of 2"):
         assert batch.through(reward) == [(None, None, None)] * 2
     assert batch.metrics == {"malformed_rate": 0, "accuracy": 0.5, "listener_failures": 2}
+
+
+def test_a_listener_whose_server_has_gone_is_asked_once_a_batch(parrot: ParrotVLM):
+    class Served(Listener):
+        calls, up = 0, False
+
+        def p_first(self, chats: Any, traces: Any) -> torch.Tensor:
+            self.calls += 1
+            if not self.up:
+                raise UnreachableError("the server gave no response in 6 tries.")
+            return super().p_first(chats, traces)
+
+    listener = Served(parrot, FORMAT)
+    reward = ShapedReward(FORMAT, listener)
+    rows = [(says(0.75, 1), 1.0)] * 3 + [("malformed", 1.0)]
+    for calls in (1, 2):
+        batch = Batch(*rows)
+        with pytest.warns(UserWarning, match="no response in 6 tries. These completions are left out of their groups"):
+            assert batch.through(reward) == [(None, None, None)] * 3 + [(0, 0, 0)]
+        assert batch.metrics["listener_failures"] == 3 and listener.calls == calls
+    listener.up = True
+    assert Batch(*rows).through(reward) == [(1, 1, pytest.approx(0.75))] * 3 + [(0, 0, 0)]
+    listener.up = False
+    with pytest.raises(JudgeError, match="no response"):
+        Batch(*rows).through(ShapedReward(FORMAT, listener, on_failure="raise"))
 
 
 def test_a_failure_can_stop_the_run(parrot: ParrotVLM):

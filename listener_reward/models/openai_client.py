@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from listener_reward.addresses import is_here
-from listener_reward.errors import InputError, JudgeError, missing
+from listener_reward.errors import InputError, JudgeError, UnreachableError, missing
 
 if fault := missing("openai", "a model behind an address"):
     raise fault
@@ -122,7 +122,7 @@ class OpenAIClient:
             ContentRefused: a content filter refused it.
             BadRequest: the server complains of anything else in the request.
             InputError: the server does not know the path, the model or the key.
-            JudgeError: the server kept failing.
+            JudgeError: the server kept failing; `UnreachableError` where there was none the last time.
         """
         while True:
             given = dict(optional or {})
@@ -191,13 +191,14 @@ class OpenAIClient:
         ]
 
     def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        failure, until = "", time.monotonic() + self._deadline
+        failure, kind, until = "", JudgeError, time.monotonic() + self._deadline
         number = 0
         for number in range(1, self._tries + 1):
             retry_after = ""
             try:
                 with self._turn:
                     status, headers, said = self._send(method, path, body, until)
+                kind = JudgeError
                 if status == 200:
                     return json.loads(said)
                 text = said[:2000].decode("utf-8", "replace")
@@ -208,11 +209,12 @@ class OpenAIClient:
                 if isinstance(error, InputError):
                     raise
                 failure = f"{type(error).__name__}: {error}"  # no connection, a broken one, too slow, or no JSON
+                kind = UnreachableError if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else JudgeError
             wait = self._wait(number - 1, retry_after)
             if number == self._tries or time.monotonic() + wait >= until:
                 break
             time.sleep(wait)
-        raise JudgeError(f"{self.name} gave no response in {number} tries; the last time, {failure}")
+        raise kind(f"{self.name} gave no response in {number} tries; the last time, {failure}")
 
     def _refusal(self, status: int, text: str, failure: str) -> Exception:
         if status in (400, 422):

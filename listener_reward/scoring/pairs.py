@@ -13,7 +13,7 @@ from listener_reward.datasets.format import Labelled, Skipped, Unlabelled
 from listener_reward.datasets.load import Opened, open_pairs
 from listener_reward.datasets.rows import Files
 from listener_reward.datasets.tiny import TINY_PAIRS
-from listener_reward.errors import FormatError, InputError, JudgeError
+from listener_reward.errors import FormatError, InputError, JudgeError, UnreachableError
 from listener_reward.evaluate.batches import Batch, load_batches
 from listener_reward.scoring.table import row_of
 from listener_reward.verdict import PairJudge, Verdict, checked
@@ -102,9 +102,9 @@ def score_batch(judge: PairJudge, batch: Sequence[Asked]) -> list[dict[str, Any]
     except FormatError:  # every pair would fail
         raise
     except (InputError, JudgeError) as error:
-        if len(batch) == 1:
-            seconds = time.perf_counter() - started
-            return [row_of(None, f"{type(error).__name__}: {error}", seconds=seconds, **batch[0].known)]
+        if len(batch) == 1 or isinstance(error, UnreachableError):
+            seconds = (time.perf_counter() - started) / len(batch)
+            return [row_of(None, f"{type(error).__name__}: {error}", seconds=seconds, **one.known) for one in batch]
         half = len(batch) // 2
         return score_batch(judge, batch[:half]) + score_batch(judge, batch[half:])
     seconds = (time.perf_counter() - started) / len(batch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from listener_reward.chat import ChatFormat
-from listener_reward.errors import JudgeError
+from listener_reward.errors import JudgeError, UnreachableError
 from listener_reward.listener import Listener
 from listener_reward.media.images import to_picture
 from listener_reward.models.vlm import check_finite
@@ -116,6 +116,8 @@ class ShapedReward:
             if self.on_failure == "raise":
                 raise
             warnings.warn(f"{error} These completions are left out of their groups.", stacklevel=2)
+            if isinstance(error, UnreachableError):  # the next batch asks again
+                return [None] * len(rows)
         # One failing row must not cost the other rows their reward: each row is read again alone.
         return [_alone(listener, chat, trace) for chat, trace in zip(chats, readable, strict=True)]
 
