@@ -561,6 +561,24 @@ def test_a_calibration_is_shown_on_any_terminal(told: Any, monkeypatch: pytest.M
     assert code == 0 and "people who agree" in output and "????" in output
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "--prompt", "red", "a.png", "b.png"],
+        ["eval", "--data", "tiny:id", "--limit", "2"],
+        ["serve", "--port", "0"],
+    ],
+)
+def test_quantisation_without_its_package_is_one_line(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    """As where it is not installed: it is neither found nor imported."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = run(*command, "--judge", "tiny", "--quantization", "4bit")
+    said = "Error: quantization='4bit' needs bitsandbytes: pip install \"listener-reward[large]\"\n"
+    assert (result.exit_code, result.stderr) == (2, said)
+    result = run(*command, "--judge", "tiny", "--listener-option", "quantization=8bit")
+    assert result.exit_code == 2 and result.stderr.endswith(said.replace("4", "8"))
+
+
 def test_a_full_disk_is_one_line(loads: Any, FakeJudge: Any, pictures: Any):
     error = OSError(errno.ENOSPC, "No space left on device", "a.html")
     loads(failing(FakeJudge(), error))
