@@ -439,6 +439,21 @@ def test_lenient_reading_takes_linear_time():
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("end", ["\\boxed{1}", "$\\boxed{1}$", "\\boxed{\\text{Image 1}}"])
+def test_a_boxed_answer_goes_from_the_model_to_the_verdict(end):
+    """Of a model trained on mathematics. It names the first place in both orders, and its slot says 0.75 of it."""
+    speaker, listener = Speaker(f"Image 2 is blurred.\n{end}"), Speaker("")
+    judge = Judge(speaker, Listener(listener, ChatFormat()), lenient=True)
+    verdict = judge.compare("a fox", RED, BLUE)
+    assert verdict.malformed == 0 and verdict.p_first == pytest.approx(0.5)
+    said = {thought.order: (thought.answer, thought.p_first, thought.contradicted) for thought in verdict.thoughts}
+    assert said == {"as given": (1, pytest.approx(0.75), False), "swapped": (2, pytest.approx(0.25), False)}
+    assert all("boxed" not in prefix for prefix in listener.prefixes), "the listener does not read the answer"
+    assert {thought.text for thought in verdict.thoughts} == {"Image 2 is blurred."}
+    strict = Judge(Speaker(f"Image 2 is blurred.\n{end}")).compare("a fox", RED, BLUE)
+    assert strict.malformed == 2 and {thought.answer for thought in strict.thoughts} == {None}
+
+
 def test_a_lenient_judge_votes_by_what_it_reads():
     assert Judge(Speaker("a fox.\n**1**")).compare("a fox", RED, BLUE).malformed == 2
     lenient = Judge(Speaker("a fox.\n**1**"), lenient=True).compare("a fox", RED, BLUE)
