@@ -61,7 +61,7 @@ def instead(judge: Any, act: Callable[[], Any]) -> Any:
     """`judge`, calling `act` before it judges; what `act` returns, if anything, is the answer."""
     compare, rank = judge.compare, judge.rank
     judge.compare = lambda *arguments: act() or compare(*arguments)
-    judge.rank = lambda *arguments: act() or rank(*arguments)
+    judge.rank = lambda *arguments, **options: act() or rank(*arguments, **options)
     return judge
 
 
