@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from listener_reward.anchors import identity_of
 from listener_reward.conclude import mean_verdict
 from listener_reward.errors import InputError, check_choice
 from listener_reward.media.clips import ClipView, frame_by_frame
@@ -181,7 +182,7 @@ class ClipJudge:
             )
         self.judge = judge
         self.strategy: ClipView = strategy
-        self.name = judge.name
+        self.name, self.identity = judge.name, f"{identity_of(judge)} {strategy}"
 
     def compare_many(
         self, prompts: Sequence[PromptLike], firsts: Sequence[Any], seconds: Sequence[Any], *, think: bool | None = None

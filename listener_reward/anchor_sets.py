@@ -100,6 +100,10 @@ class AnchorSets:
         self.kept: dict[str, Any] | AnchorFile = {} if state is None else AnchorFile(state)
         self._same: set[str] = set()  # prompts whose given images were found to be those kept
 
+    def has(self, prompt: PromptLike) -> bool:
+        """Whether there is nothing left to fit."""
+        return self.folder is not None or key_of(prompt) in self.kept
+
     def of(self, prompt: PromptLike, judge: str) -> Anchors | None:
         """The anchors of a prompt; None where they have yet to be fitted.
 

@@ -400,7 +400,7 @@ class ListenerReward:
         asked = {prompt: [prompt_with(prompt, (), criterion) for criterion in criteria] for prompt in groups}
 
         def plan() -> tuple[dict[PromptLike, list[Visual]], set[PromptLike]]:
-            new = {each: groups[prompt] for prompt in groups for each in asked[prompt] if sets.of(each, name) is None}
+            new = {each: groups[prompt] for prompt in groups for each in asked[prompt] if not sets.has(each)}
             return new, {prompt for prompt in groups if not new.keys().isdisjoint(asked[prompt])}
 
         with self._planned(groups, plan) as new:

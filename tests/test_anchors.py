@@ -9,6 +9,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -585,10 +586,19 @@ def test_a_server_says_whether_its_scores_are_what_a_client_wants(FakeJudge, has
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Run:
+    invoke: Callable[..., Any]
+    judges: list[Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.invoke(*arguments)
+
+
 @pytest.fixture
-def run(monkeypatch, FakeJudge):
+def run(monkeypatch, FakeJudge) -> Run:
     """`run(*arguments)` calls the command with `FakeJudge`s; `run.judges` are those that it loaded."""
-    judges = []
+    judges: list[Any] = []
 
     def load(name, **options):
         judges.append(FakeJudge(name=name, breaks_on=lambda prompt, first, second: prompt == "broken"))
@@ -600,8 +610,7 @@ def run(monkeypatch, FakeJudge):
     def invoke(*arguments: Any) -> Any:
         return CliRunner().invoke(app, ["anchors", *map(str, arguments)])
 
-    invoke.judges = judges
-    return invoke
+    return Run(invoke, judges)
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@
   Flow-Factory.
 - `POST /compute`: Flow-Factory's remote rewards, and `RemoteReward`.
 - `POST /score`: UniRL's reward service (`unirl.answer`).
-- The same after `/reference`, `/group` or `/auto`, as in `POST /group/compute`: the scheme that the client wants. A
-  server that answers by another replies 409, and `detail` says what to change. Clients that append their paths to a
-  base URL, as both hosts' do, need no more than that URL.
+- The same after `/reference`, `/anchors`, `/group` or `/auto`, as in `POST /group/compute`: the scheme that the client
+  wants. A server that answers by another replies 409, and `detail` says what to change. Clients that append their paths
+  to a base URL, as both hosts' do, need no more than that URL.
 - `POST /v1/compare` and `POST /v1/rank`: the judge itself, typed.
 - `GET /ready`, `GET /metrics`, `GET /openapi.json`, and `GET /docs`, which shows the latter.
 
@@ -50,7 +50,7 @@ from .schemas import (
 from .service import Service, Work
 
 ROUTES = (
-    "there are GET /health, POST /compute and POST /score, each also after /reference, /group or /auto, POST "
+    "there are GET /health, POST /compute and POST /score, each also after /reference, /anchors, /group or /auto, POST "
     "/v1/compare and /v1/rank, and GET /ready, /metrics, /openapi.json and /docs"
 )
 
