@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,18 @@ from listener_reward.media.images import png_of
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.pairs import PromptLike, as_prompt, key_of
 from listener_reward.ranking import pairings
-from listener_reward.references import AnchorFile
+from listener_reward.references import AnchorFile, size
 from listener_reward.verdict import PairJudge, Verdict, checked
 
 DEFAULT_COUNT = 4
 """How many anchors a prompt has where nobody says; docs/anchors.md has what more would give."""
 
+MANY_PROMPTS = 1000
+"""Keeping the anchors of more prompts than this in memory is worth a word in the log."""
+
 LINES = "anchors.jsonl"
+
+logger = logging.getLogger(__name__)
 
 Given = Mapping[Any, Any] | Callable[[Any], Any]
 """Prompts and the images that are their anchors: a dict, or a function of the prompt."""
@@ -158,8 +164,16 @@ class AnchorSets:
                 fitted[key_of(prompt)] = anchors.to_dict()
         if isinstance(self.kept, AnchorFile):
             self.kept.keep(fitted)  # in one transaction; of two processes the first one's stay
-        else:
-            self.kept.update(fitted)
+            return
+        before = len(self.kept)
+        self.kept.update(fitted)
+        if before <= MANY_PROMPTS < len(self.kept):
+            logger.warning(
+                "%d prompts have their anchors kept in memory (%.0f MiB); with this many prompts, give state= to keep "
+                "them in a file, or a folder that `listener-reward anchors` made",
+                len(self.kept),
+                sum(size(image) for anchors in self.kept.values() for image in anchors["images"]) / 2**20,
+            )
 
     def _fitted(
         self, pool: list[Visual], said: Sequence[tuple[int, int, Verdict | None]], judge: str

@@ -267,7 +267,9 @@ class Judge:
         origin = self._origin or {}
         asked = ("listener", "listener_options", "revision", "quantization", "max_pixels")
         about = {
-            "card": asdict(replace(self.card, listener=None)),  # the listener's name there is a path of this machine
+            # The listener's name in it is a path of this machine. What is at its default is left out, so that a field
+            # that a later version adds changes nothing.
+            "card": _differences(asdict(replace(self.card, listener=None)), asdict(Card())),
             "listens": self.listener is not None,
             **{name: getattr(self, name) for name in ("think", "clips", "lenient")},
             **{name: origin.get(name) for name in asked},
@@ -669,6 +671,19 @@ class Judge:
 
 def _criterion(prompt: PromptLike) -> str | None:
     return as_prompt(prompt).criterion
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `one` that are not those of `other`; of entries that are dicts, their own."""
+    found: dict[str, Any] = {}
+    for name, value in one.items():
+        against = other.get(name)
+        if value != against:
+            if isinstance(value, dict) and isinstance(against, dict):
+                found[name] = _differences(value, against)
+            else:
+                found[name] = value
+    return found
 
 
 def _checked(clips: ClipView) -> ClipView:

@@ -462,6 +462,18 @@ def test_the_first_writer_wins(FakeJudge, shade, tmp_path):
     assert len(Anchors.from_dict(AnchorFile(path)["a"])) == 3
 
 
+def test_many_prompts_in_memory_are_worth_a_word(FakeJudge, shade, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr("listener_reward.anchor_sets.MANY_PROMPTS", 2)
+    images, prompts = [shade(0), shade(9)] * 3, ["a", "a", "b", "b", "c", "c"]
+    ListenerReward(FakeJudge(), scheme="anchors", state=tmp_path / "state.db")(images, prompts)
+    reward = ListenerReward(FakeJudge(), scheme="anchors")
+    reward(images[:4], prompts[:4])
+    assert not caplog.records
+    reward(images, prompts)
+    reward(images, ["d", "d", *prompts[2:]])
+    assert [record.getMessage()[:23] for record in caplog.records] == ["3 prompts have their an"], "said once"
+
+
 def test_a_file_keeps_references_and_anchors_apart(FakeJudge, shade, tmp_path):
     path = tmp_path / "state.db"
     ListenerReward(FakeJudge(), scheme="anchors", state=path)([shade(0), shade(9)], ["a", "a"])
@@ -752,3 +764,14 @@ def test_an_identity_is_that_of_the_verdicts(tiny, FakeJudge):
     for options in others:
         assert Judge.from_pretrained("tiny", **options).identity != tiny.identity
     assert identity_of(FakeJudge()) == "fake"
+
+
+def test_a_field_that_a_later_card_adds_at_its_default_leaves_the_identity(tiny, monkeypatch):
+    from listener_reward import judge
+    from listener_reward.card import Card
+
+    before, asdict = tiny.identity, judge.asdict
+    monkeypatch.setattr(judge, "asdict", lambda card: asdict(card) | {"later": None})
+    assert tiny.identity == before
+    monkeypatch.setattr(judge, "asdict", lambda card: asdict(card) | {"later": card != Card()})
+    assert tiny.identity != before
