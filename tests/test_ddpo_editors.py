@@ -318,6 +318,9 @@ def test_an_image_may_be_given_in_any_form(tmp_path: Path):
         assert joint_arguments([opened], pipeline)["image"].tobytes() == SOURCES[0].tobytes()
         assert [image.tobytes() for image in opened.metadata["sources"]] == [SOURCES[0].tobytes()]
     assert read_prompts(given, pipeline)[0].metadata["id"] == 3
+    for nothing in (None, []):  # a column of a table that has no image here
+        opened = read_prompts([{"prompt": TEXT, "image": nothing, "sources": nothing}], pipeline)[0].opened()
+        assert opened.arguments == {} and "sources" not in opened.metadata
 
 
 def test_arguments_of_a_call_are_its_prompts_own():
@@ -346,6 +349,11 @@ def test_arguments_of_a_call_are_its_prompts_own():
             "instruct-pix2pix",
             {"prompt": TEXT, "image": "nowhere.png"},
             r"prompts\[0\].image is 'nowhere.png', and there",
+        ),
+        (
+            "sd15",
+            {"prompt": TEXT, "sources": [SOURCES[0], "nowhere.png"]},
+            r"prompts\[0\].sources is 'nowhere.png', and",
         ),
         ("instruct-pix2pix", {"prompt": TEXT, "latents": 1}, r"prompts\[0\] has latents, which the trainer sets"),
         ("instruct-pix2pix", {"image": SOURCES[0]}, r"prompts\[0\] is .* a mapping with a 'prompt'"),

@@ -54,20 +54,21 @@ class TrainingPrompt:
         return self.prompt.text if isinstance(self.prompt, Prompt) else self.prompt
 
     def opened(self) -> TrainingPrompt:
-        """With decoded images: lists of PIL images in `arguments`, and all of them in `metadata["sources"]`, unless the
-        prompt came with sources of its own there.
+        """With decoded images, lists of PIL images: those of `arguments`, and in `metadata["sources"]` what the prompt
+        has there, or else all of `arguments`.
 
         Raises:
             InputError: an image cannot be read.
         """
-        images = {
-            name: [picture.image for picture in read_sources(value, field=f"{self.place}.{name}")]
-            for name, value in self.arguments.items()
-            if is_image(name)
-        }
+        images = {name: self._decoded(name, value) for name, value in self.arguments.items() if is_image(name)}
         sources = [image for several in images.values() for image in several]
+        if "sources" in self.metadata:
+            sources = self._decoded("sources", self.metadata["sources"])
         told = {"sources": sources} if sources else {}
-        return replace(self, arguments=self.arguments | images, metadata=told | self.metadata)
+        return replace(self, arguments=self.arguments | images, metadata=self.metadata | told)
+
+    def _decoded(self, name: str, images: Any) -> list[Image.Image]:
+        return [picture.image for picture in read_sources(images, field=f"{self.place}.{name}")]
 
 
 def is_image(name: str) -> bool:
@@ -95,28 +96,40 @@ def call_arguments(pipeline: Any) -> set[str]:
 
 
 def _read(entry: Any, place: str, taken: set[str], kind: str) -> TrainingPrompt:
-    others = {name: value for name, value in entry.items() if name != "prompt"} if isinstance(entry, Mapping) else {}
-    asked = entry.get("prompt") if isinstance(entry, Mapping) else entry
+    others = dict(entry) if isinstance(entry, Mapping) else {"prompt": entry}
+    asked = others.pop("prompt", None)
     if not isinstance(asked, str | Prompt):
         raise InputError(f"{place} is {entry!r:.80}; it has to be a string, or a mapping with a 'prompt'")
+    if not _is_there(others, "sources"):
+        others.pop("sources", None)
     if isinstance(asked, Prompt) and asked.sources:
-        if clash := [name for name in (IMAGE, "sources") if name in others]:
+        if clash := [name for name in (IMAGE, "sources") if _is_there(others, name)]:
             raise InputError(f"{place} has {clash[0]}, and its prompt has sources of its own; leave one of them out")
-        others |= {IMAGE if IMAGE in taken else "sources": asked.sources}
+        others[IMAGE if IMAGE in taken else "sources"] = asked.sources
         asked = prompt_with(asked.text, (), asked.criterion)
     if reserved := [name for name in others if name in RESERVED and name in taken]:
         raise InputError(f"{place} has {', '.join(reserved)}, which the trainer sets; leave it out")
-    if IMAGE in others and IMAGE not in taken:
+    if _is_there(others, IMAGE) and IMAGE not in taken:
         raise InputError(
             f"{place} has an image, and the call of a {kind} takes none; load an editing pipeline, or give the image "
             "as 'sources', which only the reward sees"
         )
-    arguments = {name: value for name, value in others.items() if name in taken}
-    for name in filter(is_image, arguments):
-        for path in arguments[name] if isinstance(arguments[name], list | tuple) else [arguments[name]]:
-            if isinstance(path, str | os.PathLike) and not os.path.isfile(path):
-                raise InputError(f"{place}.{name} is {os.fspath(path)!r}, and there is no such file")
+    arguments = {name: others[name] for name in others if name in taken and _is_there(others, name)}
+    for name in [*filter(is_image, arguments), *({"sources"} & others.keys())]:
+        _check_files(others[name], f"{place}.{name}")
     return TrainingPrompt(asked, arguments, others, place)
+
+
+def _is_there(entry: Mapping[str, Any], name: str) -> bool:
+    """Whether an entry is more than the hole of a table: None, or no image in a list."""
+    value = entry.get(name)
+    return not (value is None or (isinstance(value, list | tuple) and not value))
+
+
+def _check_files(images: Any, field: str) -> None:
+    for image in images if isinstance(images, list | tuple) else [images]:
+        if isinstance(image, str | os.PathLike) and not os.path.isfile(image):
+            raise InputError(f"{field} is {os.fspath(image)!r}, and there is no such file")
 
 
 def joint_arguments(prompts: Sequence[TrainingPrompt], pipeline: Any) -> dict[str, Any]:

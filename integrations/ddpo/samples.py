@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from listener_reward.media.images import to_pil
 from listener_reward.mixture import remembers
-from listener_reward.pairs import read_sources
 
 from ..contract import Reward, score
 from .prompts import TrainingPrompt
@@ -39,8 +37,8 @@ class FixedSamples:
 
     def sources(self) -> list[Image.Image | None]:
         """The first source image of each prompt, None for a prompt without one."""
-        found = [read_sources(prompt.opened().metadata.get("sources"))[:1] for prompt in self.prompts]
-        return [to_pil(several[0]) if several else None for several in found]
+        found = [prompt.opened().metadata.get("sources") for prompt in self.prompts]
+        return [several[0] if several else None for several in found]
 
     def against_base(self, images: Sequence[torch.Tensor]) -> dict[str, float]:
         """`win_rate`, `reward_over_base` and its standard error of N `images`; NaN without a scored pair.
