@@ -24,7 +24,6 @@ from listener_reward.models.transformers_vlm import SeededSampling, Transformers
 from listener_reward.models.vlm import check_finite
 from listener_reward.pairs import Prompt
 from listener_reward.prefix.attention import ATTENTION, Layout
-from listener_reward.prefix.rows import Prompt as Tokenised
 from listener_reward.prefix.rows import fork
 from listener_reward.tiny.drawing import draw_pair
 from listener_reward.tiny.models import QUESTION, build_model, build_processor
@@ -335,16 +334,14 @@ def test_criteria_of_a_pair_share_images_and_prompt(vlm):
 
 def test_prompts_part_where_sharing_would_repeat_more_than_it_saves(vlm):
     model = vlm.model
-    ids = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([5, 6, 7, 11, 12]), torch.tensor([5, 6, 7, 8])]
-    prompts = [Tokenised(own, torch.arange(len(own)).expand(3, -1)) for own in ids]
-    trunk, ends = fork(model, prompts, [1, 1, 1]) or pytest.fail("they share three tokens")
-    assert trunk.ids.tolist() == [5, 6, 7] and trunk.positions.shape == (3, 3)
-    assert [end.tolist() for end in ends] == [[8, 9, 10], [11, 12], [8]]
-    assert fork(model, prompts, [2, 2, 1]) is not None, "six saved for five repeated"
+    prompts = [torch.tensor([5, 6, 7, *end]) for end in ([8, 9, 10], [11, 12], [8])]
+    assert fork(model, prompts, [1, 1, 1]) == 3
+    assert fork(model, prompts, [2, 2, 1]) == 3, "six saved for five repeated"
     assert fork(model, prompts, [2, 2, 2]) is None, "six saved for six repeated"
-    assert fork(model, prompts[:1] * 2, [1, 1]) is not None, "the last token is each prompt's own"
-    other = Tokenised(torch.tensor([5, 6, 7, model.config.image_token_id]), torch.arange(4).expand(3, -1))
-    assert fork(model, [prompts[0], other], [1, 1]) is None
+    assert fork(model, prompts[:1] * 2, [1, 1]) == 5, "the last token is each prompt's own"
+    assert fork(model, prompts[:1], [1]) is None and fork(model, [prompts[0][:2], prompts[1][:2]], [1, 1]) is None
+    image = torch.tensor([5, 6, 7, model.config.image_token_id])
+    assert fork(model, [prompts[0], image], [1, 1]) is None
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(random_judge, chats):

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from listener_reward.errors import missing
 
@@ -50,6 +50,16 @@ _TOLD: set[str] = set()
 
 _Sampler = Callable[[Sequence[int], dict[str, Any]], Tensor]
 """Token ids (n, longest completion) of one completion for each of n places in a batch, under `generate`'s options."""
+
+
+class _Written(NamedTuple):
+    """A chat as tokens, and where it is asked."""
+
+    ids: Tensor
+    """(P,) int64, image placeholders expanded."""
+    media: list[Encoded]
+    clips: Sequence[Clip]
+    rows: list[int]
 
 
 class TransformersVLM:
@@ -315,7 +325,7 @@ class TransformersVLM:
     def _read_groups(
         self, chats: list[Chat], texts: list[str], slots: list[list[int]], ids: Tensor, likelihood: bool
     ) -> tuple[Tensor, Tensor]:
-        prompts, groups, ends = self._forked(chats, *self._prompts(chats, texts))
+        prompts, groups, ends = self._forked(chats, texts)
         answers = [torch.tensor(slot, dtype=torch.long, device=self.model.device) for slot in slots]
         tokens = [
             answer if end is None else torch.cat([end, answer]) for end, answer in zip(ends, answers, strict=True)
@@ -347,6 +357,38 @@ class TransformersVLM:
 
     def _prompts(self, chats: Sequence[Chat], texts: Sequence[str]) -> tuple[list[Prompt], list[list[int]]]:
         """The distinct prompts of `chats`, and which rows ask each."""
+        written = self._written(chats, texts)
+        return [self._prompt(one.ids, one.media, one.clips) for one in written], [one.rows for one in written]
+
+    def _forked(
+        self, chats: Sequence[Chat], texts: Sequence[str]
+    ) -> tuple[list[Prompt], list[list[int]], list[Tensor | None]]:
+        """`_prompts`, those of one pair in one order as one: their common beginning, such as all criteria have.
+
+        Also gives what follows the beginning in each row, (B); None where the row's prompt stands alone.
+        """
+        kin: dict[Any, list[_Written]] = {}
+        for one in self._written(chats, texts):
+            times = (clip.times for clip in one.clips)
+            kin.setdefault((chats[one.rows[0]].prompt, *map(id, one.media), *times), []).append(one)
+        prompts: list[Prompt] = []
+        groups: list[list[int]] = []
+        ends: list[Tensor | None] = [None] * len(chats)
+        for some in kin.values():
+            common = fork(self.model, [one.ids for one in some], [len(one.rows) for one in some])
+            if common is None:
+                prompts += [self._prompt(one.ids, one.media, one.clips) for one in some]
+                groups += [one.rows for one in some]
+                continue
+            prompts.append(self._prompt(some[0].ids[:common], some[0].media, some[0].clips))
+            groups.append([row for one in some for row in one.rows])
+            for one in some:
+                for row in one.rows:
+                    ends[row] = one.ids[common:]
+        return prompts, groups, ends
+
+    def _written(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[_Written]:
+        """The distinct chats as tokens."""
         encoded = iter(self.features([visual for chat in chats for visual in chat.visuals]))
         found = [[next(encoded) for _ in chat.visuals] for chat in chats]
         groups: dict[Any, list[int]] = {}
@@ -354,47 +396,23 @@ class TransformersVLM:
             groups.setdefault((text, *map(id, some), *(clip.times for clip in chat.videos)), []).append(row)
         firsts = [rows[0] for rows in groups.values()]
         self.turns.warn_of_unknown_words(chats[row].prompt for row in firsts)
-        return [self._prompt(texts[row], found[row], chats[row].videos) for row in firsts], list(groups.values())
+        return [
+            _Written(self._ids(texts[row], found[row], chats[row].videos), found[row], chats[row].videos, rows)
+            for row, rows in zip(firsts, groups.values(), strict=True)
+        ]
 
-    def _forked(
-        self, chats: Sequence[Chat], prompts: list[Prompt], groups: list[list[int]]
-    ) -> tuple[list[Prompt], list[list[int]], list[Tensor | None]]:
-        """`_prompts`, those of one pair in one order as one: their common beginning, such as all criteria have.
-
-        Also gives what follows the beginning in each row, (B); None where the row's prompt stands alone.
-        """
-        kin: dict[Any, list[int]] = {}
-        for number, rows in enumerate(groups):
-            chat = chats[rows[0]]
-            times = (clip.times for clip in chat.videos)
-            kin.setdefault((chat.prompt, *map(id, prompts[number].images), *times), []).append(number)
-        shared: list[Prompt] = []
-        members: list[list[int]] = []
-        ends: list[Tensor | None] = [None] * len(chats)
-        for numbers in kin.values():
-            some, rows = [prompts[number] for number in numbers], [groups[number] for number in numbers]
-            forked = fork(self.model, some, [*map(len, rows)]) if len(some) > 1 else None
-            if forked is None:
-                shared, members = shared + some, members + rows
-                continue
-            shared.append(forked[0])
-            members.append([row for own in rows for row in own])
-            for own, end in zip(rows, forked[1], strict=True):
-                for row in own:
-                    ends[row] = end
-        return shared, members, ends
-
-    def _prompt(self, text: str, media: list[Encoded], clips: Sequence[Clip]) -> Prompt:
-        """The chat `text` with its placeholders written out; `shown` are its images and then its videos, `clips`."""
+    def _ids(self, text: str, media: list[Encoded], clips: Sequence[Clip]) -> Tensor:
+        """The tokens of the chat `text` with its placeholders written out; `media` are its images and then `clips`."""
         processor = self.processor
-        images, videos = ([each for each in media if each.moving is moving] for moving in (False, True))
-        image_grids, video_grids = _grids(images), _grids(videos)
+        images, videos = _by_kind(media)
         text = _filled(text, processor.image_token, [processor.image_token * len(image.features) for image in images])
-        inputs = {"video_grid_thw": video_grids, "video_metadata": [metadata(clip) for clip in clips]}
+        inputs = {"video_grid_thw": _grids(videos), "video_metadata": [metadata(clip) for clip in clips]}
         text = _filled(text, *video_texts(processor, inputs, text))
-        ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
-        grids = [None if each is None else each.to(ids.device) for each in (image_grids, video_grids)]
-        spacing = seconds_per_patch(clips, processor).to(ids.device) if clips else None
+        return torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
+
+    def _prompt(self, ids: Tensor, media: list[Encoded], clips: Sequence[Clip]) -> Prompt:
+        grids = [None if (each := _grids(some)) is None else each.to(ids.device) for some in _by_kind(media)]
+        spacing = seconds_per_patch(clips, self.processor).to(ids.device) if clips else None
         return Prompt(ids, prompt_positions(self.model, ids, grids[0], grids[1], spacing), media)
 
     def _texts(self, chats: Sequence[Chat]) -> list[str]:
@@ -497,6 +515,11 @@ def _filled(text: str, placeholder: str, written: Sequence[str]) -> str:
     """
     first, *rest = text.split(placeholder)
     return first + "".join(new + part for new, part in zip(written, rest, strict=True))
+
+
+def _by_kind(media: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
+    """Images, and clips."""
+    return [each for each in media if not each.moving], [each for each in media if each.moving]
 
 
 def _grids(media: Sequence[Encoded]) -> Tensor | None:

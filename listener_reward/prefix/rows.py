@@ -64,27 +64,28 @@ def prompt_positions(
     return positions[:, 0]
 
 
-def fork(model: Any, prompts: Sequence[Prompt], copies: Sequence[int]) -> tuple[Prompt, list[Tensor]] | None:
-    """Prompts that show the same images as their common beginning, and the tokens (C,) that follow it in each.
+def fork(model: Any, prompts: Sequence[Tensor], copies: Sequence[int]) -> int | None:
+    """How many tokens to share of prompts that show the same images: the length of their common beginning.
 
-    `copies[i]` continuations follow `prompts[i]`, and each of them would repeat what follows the beginning.
+    Each of the `copies[i]` continuations of `prompts[i]`, token ids (P,), repeats what follows the beginning.
 
     Returns:
-        None where the prompts are better off apart: an image stands after the beginning, or as it is shared fewer
+        None where the prompts are better off apart: one alone, an image after the beginning, or as it is shared fewer
         tokens are saved than are repeated.
     """
-    shortest = min(len(prompt.ids) for prompt in prompts)
-    firsts = torch.stack([prompt.ids[:shortest] for prompt in prompts])
+    if len(prompts) < 2:
+        return None
+    shortest = min(map(len, prompts))
+    firsts = torch.stack([ids[:shortest] for ids in prompts])
     equal = (firsts == firsts[0]).all(0)[:-1]  # no end is empty
     common = int(equal.int().cumprod(0).sum())
-    ends = [prompt.ids[common:] for prompt in prompts]
-    config = base_model(model).config
-    if any(((end == config.image_token_id) | (end == config.video_token_id)).any() for end in ends):
-        return None
+    ends = [ids[common:] for ids in prompts]
     repeated = sum((number - 1) * len(end) for number, end in zip(copies, ends, strict=True))
     if common < 2 or (len(prompts) - 1) * common <= repeated:
         return None
-    return Prompt(prompts[0].ids[:common], prompts[0].positions[:, :common], prompts[0].images), ends
+    config = base_model(model).config
+    shown = torch.cat(ends)
+    return None if ((shown == config.image_token_id) | (shown == config.video_token_id)).any() else common
 
 
 class Row(NamedTuple):
