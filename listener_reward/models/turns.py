@@ -155,7 +155,7 @@ class Turns:
         if unknown is None or self._told_of_unknown_words or not self.tokenizer.is_fast:
             return
         found: dict[str, None] = {}
-        for prompt in prompts:
+        for prompt in dict.fromkeys(prompts):
             encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 word = prompt[start:end]
