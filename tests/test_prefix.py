@@ -20,7 +20,7 @@ from listener_reward.errors import InputError
 from listener_reward.models.vision import patches_by_product
 from listener_reward.prefix import attention
 from listener_reward.prefix.attention import Layout, attention_inputs, check_used, unsupported
-from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, pack, read_only_at
+from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, followed, pack, prompt_positions, read_only_at
 from listener_reward.prefix.sampling import prefill, sample
 
 LENGTHS = ((5, 9, 3), (4, 4, 8, 1))
@@ -367,6 +367,36 @@ def test_rows_may_come_in_any_order_and_prefills_in_several_passes(case):
     mixed = sample(case.model, case.prompts, owner, parts, **options)
     for row, prompt in zip(mixed, owner, strict=True):
         assert torch.equal(row, grouped[prompt])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [None, 1])
+def test_prompts_with_a_beginning_in_common_are_prefilled_as_if_each_were_whole(case, budget):
+    """Keys and values of both prompts, with two ends of different lengths for one and a single token for the other."""
+    case.model.eval()
+    ends = [[torch.tensor([50, 60, 70, 80, 90]), torch.tensor([50, 61, 71])], [torch.tensor([99])]]
+    whole = [followed(trunk, end) for trunk, some in zip(case.prompts, ends, strict=True) for end in some]
+    grids = [case.grids[0], case.grids[0], case.grids[1]]
+    for prompt, grid in zip(whole, grids, strict=True):
+        assert torch.equal(prompt.positions, prompt_positions(case.model, prompt.ids, grid))
+
+    def vision(prompts):
+        shown = [
+            next(i for i, p in enumerate(case.prompts) if torch.equal(p.ids, q.ids[: len(p.ids)])) for q in prompts
+        ]
+        return {
+            "pixel_values": torch.cat([case.pixels[i] for i in shown]),
+            "image_grid_thw": torch.cat([case.grids[i] for i in shown]),
+        }
+
+    expected = prefill(case.model, whole, vision)
+    found = prefill(case.model, case.prompts, vision, ends=ends, token_budget=budget)
+    assert found.keys() == expected.keys()
+    for layer, parts in expected.items():
+        for mine, stock in zip(found[layer], parts, strict=True):
+            assert mine.shape == stock.shape
+            for row, prompt in enumerate(whole):
+                torch.testing.assert_close(mine[row, :, : len(prompt.ids) - 1], stock[row, :, : len(prompt.ids) - 1])
 
 
 def test_finished_rows_cost_nothing(case):

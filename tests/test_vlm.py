@@ -332,6 +332,26 @@ def test_criteria_of_a_pair_share_images_and_prompt(vlm):
     assert passes == [sum(tokens_of(vlm, chat) + answer for chat in first)]
 
 
+@pytest.mark.parametrize("token_budget", [16384, 150])
+def test_criteria_of_a_pair_are_thought_about_as_if_each_were_alone(random_judge, chats, token_budget):
+    vlm = TransformersVLM.from_pretrained(random_judge, device="cpu", token_budget=token_budget)
+    asked = by_criteria(LAST, vlm.reserved)
+    asked.insert(2, chats[0])  # a pair of its own, with a longer prompt
+    asked *= 2
+    seeds, options = list(range(len(asked))), {"max_new_tokens": 12, "temperature": 1.0}
+    with counted(vlm) as passes:
+        together = vlm.generate(asked, seeds=seeds, **options)
+    alone = [vlm.generate([chat], seeds=[seed], **options)[0] for chat, seed in zip(asked, seeds, strict=True)]
+    assert together == alone and len(set(together)) > 9
+    if token_budget > 1000:
+        texts = [vlm.tokenizer(text)["input_ids"] for text in vlm.turns.texts(asked[:2])]
+        common = next(place for place, pair in enumerate(zip(*texts, strict=False)) if len(set(pair)) > 1)
+        images = tokens_of(vlm, asked[0]) - len(texts[0])
+        others = [len(vlm.tokenizer(text)["input_ids"]) for text in vlm.turns.texts([asked[i] for i in (0, 1, 3, 4)])]
+        pair = common + images - 1 + sum(length - common for length in others)
+        assert passes[0] == 2 * pair + tokens_of(vlm, chats[0]) - 1, "all but the last token of each"
+
+
 def test_prompts_part_where_sharing_would_repeat_more_than_it_saves(vlm):
     model = vlm.model
     prompts = [torch.tensor([5, 6, 7, *end]) for end in ([8, 9, 10], [11, 12], [8])]

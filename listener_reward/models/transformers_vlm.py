@@ -37,7 +37,7 @@ from listener_reward.models.vision import Encoded, ImageFeatures, as_encoder_out
 from listener_reward.models.vlm import BROKEN, LEAST_LOGPROB
 from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, check_used, take_layouts, unsupported
-from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, fork, pack, prompt_positions, read_only_at
+from listener_reward.prefix.rows import IGNORED, Prompt, budgeted, followed, fork, pack, prompt_positions, read_only_at
 from listener_reward.prefix.sampling import prefill, sample
 
 logger = logging.getLogger(__name__)
@@ -306,9 +306,26 @@ class TransformersVLM:
 
     # ------------------------------------------------------------------------------------------- with a shared prefix
     def _sampler(self, chats: list[Chat], texts: list[str]) -> _Sampler:
-        """Prefills the chats' prompts, for completions of any of them."""
-        prompts, groups = self._prompts(chats, texts)
-        kept = prefill(self.model, prompts, _images, token_budget=self.token_budget)
+        """Prefills the chats' prompts, for completions of any of them. What criteria have in common is read once."""
+        prompts: list[Prompt] = []
+        groups: list[list[int]] = []
+        trunks: list[tuple[Prompt, list[Tensor]]] = []
+        for some in self._kin(chats, texts):
+            groups += [one.rows for one in some]
+            common = fork(self.model, [one.ids for one in some], [1] * len(some))
+            if common is None:
+                alone = [self._prompt(one.ids, one.media, one.clips) for one in some]
+                prompts += alone
+                trunks += [(Prompt(p.ids[:-1], p.positions[:, :-1], p.images), [p.ids[-1:]]) for p in alone]
+            else:
+                trunk, ends = self._prompt(some[0].ids[:common], *some[0][1:3]), [one.ids[common:] for one in some]
+                prompts += [followed(trunk, end) for end in ends]
+                trunks.append((trunk, ends))
+        if len(trunks) == len(prompts):
+            kept = prefill(self.model, prompts, _images, token_budget=self.token_budget)
+        else:
+            beginnings, ends = zip(*trunks, strict=True)
+            kept = prefill(self.model, beginnings, _images, ends=ends, token_budget=self.token_budget)
         width = max(len(prompt.ids) for prompt in prompts)
         owner = [0] * len(chats)
         for number, rows in enumerate(groups):
@@ -367,14 +384,10 @@ class TransformersVLM:
 
         Also gives what follows the beginning in each row, (B); None where the row's prompt stands alone.
         """
-        kin: dict[Any, list[_Written]] = {}
-        for one in self._written(chats, texts):
-            times = (clip.times for clip in one.clips)
-            kin.setdefault((chats[one.rows[0]].prompt, *map(id, one.media), *times), []).append(one)
         prompts: list[Prompt] = []
         groups: list[list[int]] = []
         ends: list[Tensor | None] = [None] * len(chats)
-        for some in kin.values():
+        for some in self._kin(chats, texts):
             common = fork(self.model, [one.ids for one in some], [len(one.rows) for one in some])
             if common is None:
                 prompts += [self._prompt(one.ids, one.media, one.clips) for one in some]
@@ -386,6 +399,14 @@ class TransformersVLM:
                 for row in one.rows:
                     ends[row] = one.ids[common:]
         return prompts, groups, ends
+
+    def _kin(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[list[_Written]]:
+        """The distinct chats, those of one prompt and its images together."""
+        kin: dict[Any, list[_Written]] = {}
+        for one in self._written(chats, texts):
+            times = (clip.times for clip in one.clips)
+            kin.setdefault((chats[one.rows[0]].prompt, *map(id, one.media), *times), []).append(one)
+        return list(kin.values())
 
     def _written(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[_Written]:
         """The distinct chats as tokens."""

@@ -92,7 +92,8 @@ class Layout:
         self.seen = 0
         """Attention layers that have used this layout. A model that drops the keyword must not go unnoticed."""
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = None
-        """If a dict, each layer's keys and values of the prompts are put into it, (B, heads, longest prompt, dim)."""
+        """If a dict, each layer's keys and values are put into it: of the prompts, (B, heads, longest prompt, dim), or
+        where continuations follow of each with its prompt before it, (N, heads, longest of both, dim)."""
         self.read: tuple[int, Tensor] | None = None
         """The last layer, and the places in the row (n,) whose output is read; None if all are read."""
         self._masks: dict[torch.dtype, Tensor] = {}
@@ -125,7 +126,8 @@ class Layout:
 
         prefix_key, prefix_value = part(key, 0, slots, long), part(value, 0, slots, long)
         if self.kept is not None:
-            self.kept[module.layer_idx] = prefix_key, prefix_value
+            own_key, own_value = part(key, slots, None, short or 1), part(value, slots, None, short or 1)
+            self.kept[module.layer_idx] = self._joined(prefix_key, own_key), self._joined(prefix_value, own_value)
             if len(self._read_within(module, 0, whole.shape[2])) == 0:
                 return torch.zeros_like(whole).transpose(1, 2)
         first = scaled_dot_product_attention(
@@ -145,6 +147,17 @@ class Layout:
             )
             parts.append(torch.unflatten(second, 2, own.shape[2:4]).flatten(1, 2).transpose(1, 2).flatten(0, 1))
         return self._to_tokens(torch.cat(parts))[None]
+
+    def _joined(self, prompts: Tensor, own: Tensor) -> Tensor:
+        """Keys or values of each continuation with its prompt before it, of the padded slots of both."""
+        if not self.segments:
+            return prompts
+        before = torch.tensor(self.prefixes, device=self.device)[self.owner][:, None]  # (N, 1)
+        width = int((before[:, 0] + torch.tensor(self.segments, device=self.device)).max())
+        places = torch.arange(width, device=self.device)
+        places = (places + (places >= before) * (self.longest[0] - before)).clamp(max=sum(self.longest) - 1)
+        whole = torch.cat([prompts[self.owner], own], dim=2)
+        return whole.gather(2, places[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
 
     def _ragged(self, query: Tensor) -> bool:
         """Whether padding every continuation to the longest costs more than a call for each of them."""

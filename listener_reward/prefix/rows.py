@@ -70,8 +70,8 @@ def fork(model: Any, prompts: Sequence[Tensor], copies: Sequence[int]) -> int | 
     Each of the `copies[i]` continuations of `prompts[i]`, token ids (P,), repeats what follows the beginning.
 
     Returns:
-        None where the prompts are better off apart: one alone, an image after the beginning, or as it is shared fewer
-        tokens are saved than are repeated.
+        None where the prompts are better off apart: one alone, an image at its end or after it, or as it is shared
+        fewer tokens are saved than are repeated.
     """
     if len(prompts) < 2:
         return None
@@ -84,8 +84,14 @@ def fork(model: Any, prompts: Sequence[Tensor], copies: Sequence[int]) -> int | 
     if common < 2 or (len(prompts) - 1) * common <= repeated:
         return None
     config = base_model(model).config
-    shown = torch.cat(ends)
+    shown = torch.cat([prompts[0][common - 1 : common], *ends])
     return None if ((shown == config.image_token_id) | (shown == config.video_token_id)).any() else common
+
+
+def followed(prompt: Prompt, tokens: Tensor) -> Prompt:
+    """`prompt` with text behind it, the tokens (C,) int64. It must not end with an image."""
+    after = prompt.positions[:, -1:] + torch.arange(1, len(tokens) + 1, device=tokens.device)
+    return Prompt(torch.cat([prompt.ids, tokens]), torch.cat([prompt.positions, after], dim=1), prompt.images)
 
 
 class Row(NamedTuple):

@@ -33,22 +33,29 @@ def prefill(
     prompts: Sequence[Prompt],
     vision: Callable[[Sequence[Prompt]], dict[str, Any]],
     *,
+    ends: Sequence[Sequence[Tensor]] | None = None,
     token_budget: int | None = None,
     synced: bool = False,
 ) -> Kept:
     """Reads all but the last token of each prompt, in passes of at most `token_budget` tokens.
+
+    With `ends`, `prompts[i]` is what several prompts begin with, and `ends[i]` the tokens (C,) that follow it in each
+    of them. What is kept is then of those, one after the other, and their beginning is read once.
 
     `vision` returns the forward pass's image arguments for some of the prompts. A prompt that alone exceeds the budget
     has its own pass. With `synced`, every process runs as many passes as the process with most: all processes gather
     sharded weights together.
     """
     passes: list[Kept] = []
-    lengths = [(len(prompt.ids), [0]) for prompt in prompts]
-    batches = list(budgeted(lengths, token_budget or sum(length for length, _ in lengths)))
+    tails = [[0] for _ in prompts] if ends is None else [[len(end) for end in some] for some in ends]
+    lengths = [(len(prompt.ids), own) for prompt, own in zip(prompts, tails, strict=True)]
+    batches = list(budgeted(lengths, token_budget or sum(length + sum(own) for length, own in lengths)))
     done = 0
     while _any_going(torch.tensor(done < len(batches), device=prompts[0].ids.device), synced):
-        some = [prompts[number] for number, _ in batches[min(done, len(batches) - 1)]]
-        row = pack(some, [[] for _ in some], open_end=True)
+        batch = batches[min(done, len(batches) - 1)]
+        some = [prompts[number] for number, _ in batch]
+        after = [[] if ends is None else [ends[number][member] for member in members] for number, members in batch]
+        row = pack(some, after, open_end=ends is None)
         layout: Layout = row.inputs["shared_prefix"]
         layout.kept = {}
         with read_only_at(model, row, row.ends[:0]):  # nothing is predicted here
@@ -59,7 +66,7 @@ def prefill(
         done += 1
     if len(passes) == 1:
         return passes[0]
-    width = max(len(prompt.ids) for prompt in prompts) - 1
+    width = max(length + max(own) for length, own in lengths) - 1
 
     def join(layer: int, which: int) -> Tensor:
         parts = [kept[layer][which] for kept in passes]
