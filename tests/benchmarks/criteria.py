@@ -4,7 +4,7 @@
 
 Prints the Markdown table of docs/criteria.md; about two minutes of one core. "general" is the question without a
 criterion. Each row judges the same pairs, in both orders, in one call. Ways take turns, and each one's least time
-counts, beside the tokens that the language models read in it. Images are not cached from run to run. The shape "60m"
+counts, of the processor and not of the clock, beside the tokens that the language models read in it. Images are not cached from run to run. The shape "60m"
 has random weights and no listener, 392 pixels and the default questions; its thoughts are cut at 32 tokens. "tiny" is
 the embedded judge with three short criteria in its card, and its listener.
 """
@@ -38,7 +38,7 @@ SHORT = {"color": "which color is right ?", "count": "which count is right ?", "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="Times each way is run.")
+    parser.add_argument("--repeats", type=int, default=2, help="Times each way is run.")
     parser.add_argument("--pixels", type=int, default=392, help='Edge of the images of "60m".')
     args = parser.parse_args()
     warnings.simplefilter("ignore", FormatWarning)
@@ -94,7 +94,7 @@ def measure(
 
 
 def once(judge: Judge, pairs: list[Any], asked: tuple[str | None, ...]) -> tuple[float, int]:
-    """Seconds, and tokens of the language models, of judging all pairs by all that is asked."""
+    """Seconds of the processor, and tokens of the language models, of judging all pairs by all that is asked."""
     vlms: list[Any] = [judge.reasoner, *([] if judge.listener is None else [judge.listener.vlm])]
     counts: list[int] = []
     hooks = []
@@ -104,9 +104,9 @@ def once(judge: Judge, pairs: list[Any], asked: tuple[str | None, ...]) -> tuple
         hooks.append(layer.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[:2].numel())))
     prompts = [Prompt(text, (), criterion) for text, _, _ in pairs for criterion in asked]
     firsts, seconds = ([pair[side] for pair in pairs for _ in asked] for side in (1, 2))
-    start = time.perf_counter()
+    start = time.process_time()
     judge.compare_many(prompts, firsts, seconds)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     for hook in hooks:
         hook.remove()
     return took, sum(counts)
