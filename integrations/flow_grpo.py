@@ -18,10 +18,11 @@ them. So the scheme is `reference`: what a process sees is part of a group, whos
 several processes one judge, a `listener-reward serve`, by its URL; else each keeps a reference image of its own.
 
 Editing jobs (train_flux_kontext.py, train_qwenimage_edit.py) hand `ref_images` to `multi_score`, which hands them to
-one reward only. Two more lines hand them to this one:
+one reward only. Three more lines hand them to this one:
 
     elif score_name == "listener":
-        scores, rewards = score_fns[score_name](images, prompts, metadata, ref_images)
+        score_fn = score_fns[score_name]
+        scores, rewards = score_fn(images, prompts, metadata, ref_images)
 
 With `edits=True` a call without them is an `InputError`. Without `edits` so it is, too, where the metadata name an
 `image`, as the data of these scripts does.
@@ -108,5 +109,5 @@ def _check_lost(metadata: Any) -> None:
         if isinstance(entry, Mapping) and isinstance(entry.get("image"), str) and not entry.get("sources"):
             raise InputError(
                 f"metadata[{position}] names a source image, {entry['image'][:80]!r}, and ref_images did not come; add "
-                "the line to multi_score that hands them to this reward"
+                "the lines to multi_score that hand them to this reward"
             )
