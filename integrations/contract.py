@@ -18,7 +18,7 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.mixture import Mixture
-from listener_reward.pairs import PromptLike, as_prompt, check_company
+from listener_reward.pairs import PromptLike, as_prompt, check_company, prompt_with
 from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores, with_sources
 from listener_reward.verdict import PairJudge
 
@@ -91,13 +91,14 @@ def score(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Calls `reward` and checks what goes in and what comes out.
 
+    Wherever source images come from, the reward gets them as `metadata[i]["sources"]`, lists of PIL images.
+
     Args:
         images: B images of any kind the reward takes.
         prompts: B prompts; none of them empty.
         metadata: B entries in a list or tuple, handed on; None becomes B empty dicts. Images that a prompt speaks of
             are `metadata[i]["sources"]`.
-        sources: for a host that has them elsewhere: B entries of one image, several, or None. The reward gets them as
-            `metadata[i]["sources"]`.
+        sources: for a host that has them elsewhere: B entries of one image, several, or None.
         edits: whether each prompt has to have a source. A host that is to edit, and hands over texts alone, would else
             be judged by another question.
         missing: whether the host has a word for a sample without a score. If it has none, NaN is an error.
@@ -118,8 +119,10 @@ def score(
         check_company(asked)
     if isinstance(metadata, (list, tuple)) and len(metadata) != len(prompts):
         raise InputError(f"metadata has {len(metadata)} entries for {len(prompts)} prompts; give one for each, or None")
-    entries = tuple({} for _ in prompts) if metadata is None else metadata
-    given, info = reward(images, prompts, entries if sources is None else _with(entries, asked))
+    entries: Any = tuple({} for _ in prompts) if metadata is None else metadata
+    if any(as_prompt(prompt).sources for prompt in asked):
+        prompts, entries = _apart(asked, entries)
+    given, info = reward(images, prompts, entries)
     scores, arrays = read_scores(given, info, len(prompts))
     unknown = np.flatnonzero(~np.isfinite(scores))
     if len(unknown) and not (missing and np.isnan(scores[unknown]).all()):
@@ -131,14 +134,17 @@ def score(
     return scores, arrays
 
 
-def _with(metadata: Any, asked: Sequence[PromptLike]) -> tuple[dict[str, Any], ...]:
-    """The host's metadata, and in it the sources of each prompt, decoded."""
+def _apart(asked: Sequence[PromptLike], metadata: Any) -> tuple[list[PromptLike], tuple[dict[str, Any], ...]]:
+    """Prompts without their sources, and the metadata with them: lists of PIL images, as any reward may read them."""
     if others := [type(entry).__name__ for entry in metadata if not isinstance(entry, Mapping | None)]:
         raise InputError(f"metadata has a {others[0]}; with source images each entry has to be a dict, or None")
     pictures = {prompt: [source.image for source in as_prompt(prompt).sources] for prompt in asked}
-    return tuple(
-        {**(entry or {}), **({"sources": pictures[prompt]} if pictures[prompt] else {})}
-        for entry, prompt in zip(metadata, asked, strict=True)
+    return (
+        [prompt_with(as_prompt(prompt).text, (), as_prompt(prompt).criterion) for prompt in asked],
+        tuple(
+            {**(entry or {}), **({"sources": pictures[prompt]} if pictures[prompt] else {})}
+            for entry, prompt in zip(metadata, asked, strict=True)
+        ),
     )
 
 

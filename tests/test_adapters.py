@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from adapter_hosts import PROMPTS, HandClock, generated, miles_host, pixels
+from edits import BRIGHT, DARK
 
-from listener_reward import integrations
+from listener_reward import Prompt, integrations
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import as_reward, score
 from listener_reward.integrations.ddpo_pytorch import listener_reward
@@ -141,6 +142,44 @@ def test_metadata_that_was_shifted_on_the_way_is_an_error_in_every_host_that_has
     for call in (*calls, listener_multi_score(FakeJudge())):
         with pytest.raises(InputError, match=f"metadata has {len(metadata)}"):
             call(pixels(), PROMPTS, metadata)
+
+
+@pytest.mark.parametrize("how", ["sources", "metadata", "prompts"])
+def test_any_reward_reads_sources_in_the_metadata_and_texts_in_the_prompts(how):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append((prompts, metadata))
+        return [0.0] * len(images), {}
+
+    images, texts, sources = [DARK] * 3, ["a", "a", "b"], [[DARK, BRIGHT], [DARK, BRIGHT], None]
+    if how == "sources":
+        score(reward, images, texts, [{"key": 1}, {}, None], sources=sources)
+    elif how == "metadata":
+        score(reward, images, texts, [{"key": 1, "sources": sources[0]}, {"sources": sources[1]}, {"sources": None}])
+    else:
+        asked = [Prompt(text, source or ()) for text, source in zip(texts, sources, strict=True)]
+        score(reward, images, asked, [{"key": 1}, {}, {}])
+    ((prompts, metadata),) = calls
+    assert prompts == texts and metadata[0]["key"] == 1
+    assert [source.tobytes() for source in metadata[0]["sources"]] == [DARK.tobytes(), BRIGHT.tobytes()]
+    assert metadata[0]["sources"] is metadata[1]["sources"] and not metadata[2].get("sources")
+    score(reward, images, [Prompt("a", DARK, "quality"), "a", "b"])
+    assert calls[1][0] == [Prompt("a", criterion="quality"), "a", "b"]
+
+
+def test_sources_that_do_not_fit_the_metadata_are_named():
+    def reward(images, prompts, metadata):
+        pytest.fail("it was asked")
+
+    with pytest.raises(InputError, match="metadata has sources too"):
+        score(reward, [DARK] * 2, ["a"] * 2, [{"sources": DARK}] * 2, sources=[DARK] * 2)
+    with pytest.raises(InputError, match="metadata has a str; with source images each entry has to be a dict"):
+        score(reward, [DARK] * 2, ["a"] * 2, ["{}", "{}"], sources=[DARK] * 2)
+    with pytest.raises(InputError, match="sources has 1 entries for 2 images"):
+        score(reward, [DARK] * 2, ["a"] * 2, sources=[DARK])
+    with pytest.raises(InputError, match=r"prompts\[1\], 'b', has no source image, and this reward is for edits"):
+        score(reward, [DARK] * 2, ["a", "b"], sources=[DARK, None], edits=True)
 
 
 def test_what_is_no_reward_is_named():

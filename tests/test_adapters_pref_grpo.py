@@ -46,6 +46,7 @@ def test_pref_grpo_edits(tmp_path):
     reward_inputs = dispatcher.build_reward_inputs()
     samples = [(edits.DARK, image) for image in (edits.HALF, edits.GOOD, edits.WRONG, edits.BRIGHT_GOOD)]
     samples += [(edits.BRIGHT, image) for image in (edits.GOOD, edits.BRIGHT_GOOD)]
+    paths = tmp_path, tmp_path
     for index, (source, image) in enumerate(samples):
         paths = tmp_path / f"source_{index}.png", tmp_path / f"flux1_kontext_0_{index}.png"
         source.save(paths[0])

@@ -82,13 +82,14 @@ def test_source_videos_are_storyboards_after_the_images():
     seen: list[Any] = []
 
     def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict]:
-        seen.extend(prompts)
+        assert prompts == [INSTRUCTION]  # texts, for whoever knows no others
+        seen.extend(metadata)
         return np.zeros(len(images)), {}
 
     frames = [sent(DARK)] * 4
     reply = compute(reward, body([GOOD], condition_videos=[[frames, frames]]))
     assert reply["sources"] == [3]
-    assert [source.image.size for source in seen[0].sources] == [(8, 8), (44, 20), (44, 20)]
+    assert [source.size for source in seen[0]["sources"]] == [(8, 8), (44, 20), (44, 20)]
 
 
 def test_a_picture_that_comes_often_is_counted_and_decoded_once(monkeypatch):
