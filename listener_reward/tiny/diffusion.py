@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ def load_pipeline(folder: str | Path = WEIGHTS) -> StableDiffusionPipeline:
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """The pipeline with random weights."""
+    return StableDiffusionPipeline(**build_parts(build_tokenizer(), CHANNELS, seed), requires_safety_checker=False)
+
+
+def build_parts(tokenizer: PreTrainedTokenizerFast, channels: int, seed: int) -> dict[str, Any]:
+    """What a Stable Diffusion pipeline is made of, with random weights, for a denoiser that reads so many channels."""
     torch.manual_seed(seed)
     vae = AutoencoderTiny(
         encoder_block_out_channels=(3 * (PATCH // POOL) ** 2,) * 4,
@@ -103,7 +108,6 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         latent_channels=CHANNELS,
         scaling_factor=1 / LATENT_STD,
     )
-    tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -119,7 +123,7 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
     unet = UNet2DConditionModel(
         sample_size=SIDE // PATCH,
-        in_channels=CHANNELS,
+        in_channels=channels,
         out_channels=CHANNELS,
         block_out_channels=(48, 96),
         layers_per_block=1,
@@ -138,23 +142,22 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
         clip_sample=False,
         steps_offset=1,  # trailing spacing does not read it, but the pipeline insists
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased whole words, those of prompts; any other becomes `<unk>`."""
+def build_tokenizer(more: Sequence[str] = (), length: int = 12) -> PreTrainedTokenizerFast:
+    """Lower-cased whole words, those of prompts and `more`; any other becomes `<unk>`. A text has `length` tokens."""
     special = "<pad> <bos> <eos> <unk>".split()
     words = "a an of picture drawing image photo".split()
-    words += [*COUNTS, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES)]
+    words += [*COUNTS, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *more]
     tokenizer: Any = Tokenizer(models.WordLevel({w: k for k, w in enumerate([*special, *words])}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -167,7 +170,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        model_max_length=12,
+        model_max_length=length,
     )
 
 
@@ -243,8 +246,19 @@ def train_decoder(vae: Any, pictures: Tensor, latents: Tensor, seed: int, scratc
         _update(loss, vae.decoder.parameters(), optimizer, schedule)
 
 
-def train_denoiser(pipeline: Any, captions: list[str], latents: Tensor, seed: int, scratch: Path, steps: int) -> None:
-    """Learns the velocity that the scheduler's noising gives, together with the text encoder."""
+def train_denoiser(
+    pipeline: Any,
+    captions: list[str],
+    latents: Tensor,
+    seed: int,
+    scratch: Path,
+    steps: int,
+    sources: Tensor | None = None,
+) -> None:
+    """Learns the velocity that the scheduler's noising gives, together with the text encoder.
+
+    `sources` are the latents of pictures that an editor begins with, (n, 12, 8, 8); some are left out, as captions are.
+    """
     tokenizer, scheduler = pipeline.tokenizer, pipeline.scheduler
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
@@ -258,6 +272,9 @@ def train_denoiser(pipeline: Any, captions: list[str], latents: Tensor, seed: in
         times = torch.randint(scheduler.config.num_train_timesteps, (len(ids),), generator=generator)
         noisy = scheduler.add_noise(latents[chosen], noise, times)
         target = scheduler.get_velocity(latents[chosen], noise, times)
+        if sources is not None:
+            kept = torch.rand(len(ids), generator=generator) >= DROPPED
+            noisy = torch.cat([noisy, LATENT_STD * sources[chosen] * kept.view(-1, 1, 1, 1)], 1)
         guess = pipeline.unet(noisy, times, pipeline.text_encoder(ids)[0]).sample
         _update(F.mse_loss(guess, target), both.parameters(), optimizer, schedule)
 

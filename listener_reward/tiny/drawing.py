@@ -9,8 +9,8 @@ from __future__ import annotations
 import colorsys
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
@@ -23,6 +23,12 @@ HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.
 _JITTER = {"red": 7.0, "orange": 5.0, "yellow": 5.0, "green": 22.0, "blue": 16.0, "purple": 14.0}
 WOOD, WOOD_WIDTH = (139, 84, 38), 0.08
 """A wooden frame's colour, and its width in fractions of the shorter side."""
+
+Place = tuple[float, float, float]
+"""A centre and a radius."""
+
+Spots = Mapping[int, Sequence[Place]]
+"""Places by how many there are."""
 
 _CANVASES = (64, 96, 96, 128, 160)
 _ASPECTS = ((1, 1),) * 14 + ((4, 3), (3, 4))
@@ -38,12 +44,12 @@ class Layout:
     grain: tuple[tuple[float, float, int], ...]
     """Of the paper of the second style: where strokes start, and their gray."""
     outlined: bool
-    places: tuple[tuple[float, float, float], ...]
-    """Centres and radii in pixels; a scene of fewer objects fills the first ones."""
+    places: tuple[Place, ...]
+    """In pixels; a scene of fewer objects fills the first ones."""
     tilts: tuple[float, ...]
 
 
-def draw(scene: Scene, rng: random.Random, spots: Sequence[tuple[float, float, float]] | None = None) -> Image.Image:
+def draw(scene: Scene, rng: random.Random, spots: Sequence[Place] | None = None) -> Image.Image:
     """An RGB picture of `scene`, a pure function of the scene and the state of `rng`.
 
     Args:
@@ -63,10 +69,11 @@ def draw_pair(pair: TinyPair) -> tuple[Image.Image, Image.Image]:
     return draw(pair.first, rng), draw(pair.second, rng)
 
 
-def draw_edit(edit: TinyEdit) -> tuple[Image.Image, Image.Image, Image.Image]:
+def draw_edit(edit: TinyEdit, spots: Spots | None = None) -> tuple[Image.Image, Image.Image, Image.Image]:
     """The source and the two results of an edit, always the same for the same edit.
 
-    An editor keeps canvas, background and places, and the colour of what it does not repaint, damage aside.
+    An editor keeps canvas, background and places, and the colour of what it does not repaint, damage aside. With
+    `spots` (see `draw`), which are by count, objects lie there instead.
     """
     rng = random.Random(edit.seed)
     width, height = _canvas(rng)
@@ -74,8 +81,15 @@ def draw_edit(edit: TinyEdit) -> tuple[Image.Image, Image.Image, Image.Image]:
     own = _color(edit.source.color, rng)
     fills = [own if scene.color == edit.source.color else _color(scene.color, rng) for scene in scenes]
     layout = _lay_out(width, height, fills, max(scene.count for scene in scenes), edit.source.sketch, rng)
-    source, first, second = (_paint(scene, fill, layout, rng) for scene, fill in zip(scenes, fills, strict=True))
+    layouts = [layout] * 3
+    if spots is not None:
+        layouts = [replace(layout, places=_at(spots[scene.count], width, height)) for scene in scenes]
+    source, first, second = map(_paint, scenes, fills, layouts, [rng] * 3)
     return source, first, second
+
+
+def _at(spots: Sequence[Place], width: int, height: int) -> tuple[Place, ...]:
+    return tuple((x * width, y * height, radius * min(width, height)) for x, y, radius in spots)
 
 
 def _canvas(rng: random.Random) -> tuple[int, int]:
@@ -91,7 +105,7 @@ def _lay_out(
     count: int,
     sketch: bool,
     rng: random.Random,
-    spots: Sequence[tuple[float, float, float]] | None = None,
+    spots: Sequence[Place] | None = None,
 ) -> Layout:
     background = _background(fills, rng)
     grain = tuple((rng.uniform(0, width), rng.uniform(0, height), rng.randint(150, 210)) for _ in range(10 * sketch))
@@ -99,7 +113,7 @@ def _lay_out(
     if spots is None:
         places = _places(count, width, height, rng)
     else:
-        places = [(x * width, y * height, radius * min(width, height)) for x, y, radius in spots]
+        places = _at(spots, width, height)
     return Layout(width, height, background, grain, outlined, tuple(places), tuple(rng.gauss(0, 0.08) for _ in places))
 
 
@@ -111,7 +125,7 @@ def _paint(scene: Scene, fill: tuple[int, int, int], layout: Layout, rng: random
     for x, y, level in layout.grain:
         canvas.line((x, y, x + 0.12 * layout.width, y), fill=(level, level, level), width=1)
     outline = _shade(fill, 0.55) if layout.outlined else None
-    for (center_x, center_y, radius), tilt in list(zip(layout.places, layout.tilts, strict=True))[: scene.count]:
+    for (center_x, center_y, radius), tilt in list(zip(layout.places, layout.tilts, strict=False))[: scene.count]:
         points = _outline_points(scene.shape, center_x, center_y, radius, tilt)
         canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
         if scene.sketch:
