@@ -107,7 +107,9 @@ def teach_to_speak(
         for kind in (2, 3):  # pairs and edits apart: their chats differ in length, and padding costs as words do
             rows = [row for row in taught if len(row[1]) == kind]
             if rows:
-                loss = loss + len(rows) / len(taught) * _lesson_loss(model, processor, rows, disturb, voters)
+                with torch.autocast("cpu", torch.bfloat16, enabled=stage.get("autocast", False)):
+                    part = _lesson_loss(model, processor, rows, disturb, voters)
+                loss = loss + len(rows) / len(taught) * part
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
             report(step + 1, f"speaks, loss {loss.item():.2f}")
