@@ -54,6 +54,11 @@ ROWS = {
         "human_annotations": [1, 2],
         "prompt_source": "s",
     },
+    "editreward-bench": {"id": "7_AvsC", "instruction": "x", "ranking": "C>A", "comparison_type": "AvsC"}
+    | {"source_image": IMAGE, "candidate_1": IMAGE, "candidate_2": IMAGE, "model_1": "a", "model_2": "b"}
+    | {"dataset": "3pair"},
+    "editscore-bench": {"instruction": "x", "input_image": IMAGE, "output_images": [IMAGE, IMAGE], "key": ["a", "b"]}
+    | {"dimension": "overall", "task_type": "extract"},
 }
 ODD = [None, True, 0, -1, 10**400, math.nan, math.inf, "", " ", "\ud800", "\0", "x" * 5000, [], [1, 2, 3], [[1]], {}]
 ODD += [

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from listener_reward.chat import CRITERIA
 from listener_reward.datasets import FEATURES, FORMATS, load_pairs
 from listener_reward.datasets.format import PUBLISHED, read_pairs
 from listener_reward.datasets.load import fault
@@ -57,9 +58,11 @@ def as_published(row: Any) -> dict:
     return back | {"images": row["images"][::-1], "p_first": 1 - row["p_first"]}
 
 
-def rows_of(spec: str, **options) -> list[dict]:
+def rows_of(spec: str, *asked: str, **options) -> list[dict]:
+    """The rows; `asked` are those of `sources` and `criterion` that they have to have."""
     data = load_pairs(spec, **options)
-    assert data.features.keys() == FEATURES.keys() | PUBLISHED.keys() | FORMATS[data[0]["dataset"]].columns.keys()
+    own = FORMATS[data[0]["dataset"]].columns.keys()
+    assert data.features.keys() == FEATURES.keys() | PUBLISHED.keys() | own | {*asked}
     return [as_published(row) for row in data]
 
 
@@ -337,8 +340,11 @@ def test_rapidata_weighted_results_have_dimensions(tmp_path):
     fields = {f"weighted_results_image{i + 1}_{name}": two[i] for name, two in shares.items() for i in (0, 1)}
     path = parquet(tmp_path / "train.parquet", [rapid(**fields)])
     assert [(row["dimension"], row["p_first"]) for row in rows_of(path)] == [("preference", 0.75)]
-    assert [row["p_first"] for row in rows_of(f"rapidata:{path}#alignment")] == [pytest.approx(0.1)]
-    every = rows_of(f"rapidata:{path}#all")
+    (row,) = rows_of(f"rapidata:{path}#alignment", "criterion")
+    assert (row["p_first"], row["criterion"]) == (pytest.approx(0.1), "alignment")
+    every = rows_of(f"rapidata:{path}#all", "criterion")
+    asked = {row["dimension"]: row["criterion"] for row in every}
+    assert asked == {"preference": None, "coherence": "quality", "alignment": "alignment"}
     assert {row["dimension"]: row["p_first"] for row in every} == pytest.approx(
         {"preference": 0.75, "coherence": 0.5, "alignment": 0.1}
     )
@@ -447,11 +453,19 @@ def test_videogen_labels_each_dimension(tmp_path):
     spec = videogen(tmp_path, {"VQ": "A", "MQ": "same", "TA": "B", "Overall": "A", "MOS_A_VQ": 4.5, "MOS_B_VQ": 3.5})
     (row,) = rows_of(spec)
     assert (row["id"], row["dimension"], row["p_first"]) == ("0/Overall", "Overall", 1.0)
-    (row,) = rows_of(f"{spec}#VQ")
+    assert "criterion" not in row, "Overall is the general question"
+    (row,) = rows_of(f"{spec}#VQ", "criterion")
+    assert row["criterion"] == "quality"
     assert (row["mos_first"], row["mos_second"], row["fps_first"], row["frames_second"]) == (4.5, 3.5, 24, None)
     assert (row["item_second"], row["model_first"], row["model_second"]) == ("videos/1_B.mp4", "kling", None)
-    every = {row["dimension"]: row["p_first"] for row in rows_of(f"{spec}#all")}
-    assert every == {"VQ": 1.0, "MQ": 0.5, "TA": 0.0, "Overall": 1.0}
+    rows = rows_of(f"{spec}#all", "criterion")
+    assert {row["dimension"]: row["p_first"] for row in rows} == {"VQ": 1.0, "MQ": 0.5, "TA": 0.0, "Overall": 1.0}
+    asked = {row["dimension"]: row["criterion"] for row in rows}
+    assert asked == {"VQ": "quality", "MQ": "motion", "TA": "alignment", "Overall": None}
+    assert {*asked.values()} - {None} <= {*CRITERIA}
+    (general,) = rows_of(f"{spec}#VQ,general")
+    assert (general["dimension"], general["p_first"]) == ("VQ", 1.0)
+    assert len(rows_of(f"{spec}#all,general")) == 4
 
 
 def test_videogen_invalid_labels_are_left_out_and_missing_videos_counted(tmp_path):
@@ -469,7 +483,7 @@ def test_videogen_invalid_labels_are_left_out_and_missing_videos_counted(tmp_pat
 
 @pytest.mark.skipif(not (SHARED / "videoalign").is_dir(), reason="VideoAlign's examples are not on this machine")
 def test_the_labelled_clips_of_videoalign():
-    rows = rows_of(f"videogen:{SHARED / 'videoalign' / 'example.csv'}#all")
+    rows = rows_of(f"videogen:{SHARED / 'videoalign' / 'example.csv'}#all", "criterion")
     assert len(rows) == 36 and len({row["item_first"] for row in rows}) == 3
     labels = {(row["item_first"][-5 - 2], row["dimension"]): row["p_first"] for row in rows}
     assert [labels["1", name] for name in ("VQ", "MQ", "TA")] == [0.0, 0.0, 1.0]
@@ -498,7 +512,7 @@ def test_mmrb2_pairs_of_one_image_each(tmp_path):
     pairs = [
         bench(),
         bench("B", id="wise_2", human_annotations=[1, 1, 2]),
-        bench(prompt=[["text", "edit"], ["image", "input_images/1.png"]]),
+        bench(response=[["image", "images/10.png"], ["image", "images/20.png"]]),
         bench(response=[["image", "images/10.png"], ["text", "Here it is."]]),
     ]
     found = rows_of(f"mmrb2:{Path(as_json(tmp_path / 't2i.json', {'pairs': pairs})).parent}")
@@ -510,9 +524,10 @@ def test_mmrb2_pairs_of_one_image_each(tmp_path):
 
 
 def test_mmrb2_files_without_a_usable_pair(tmp_path):
-    edit = as_json(tmp_path / "edit.json", {"pairs": [bench(prompt=[["image", "a.png"], ["text", "x"]])]})
-    with pytest.raises(InputError, match=r"holds no pairs \(all rows are left out: the prompt holds images\)"):
-        load_pairs(f"mmrb2:{edit}")
+    told = as_json(tmp_path / "interleaved.json", {"pairs": [bench(response=[["image", "1.png"], ["text", "x"]])]})
+    said = r"holds no pairs \(all rows are left out: a response is more than one image\)"
+    with pytest.raises(InputError, match=said):
+        load_pairs(f"mmrb2:{told}")
     no_prompt = {name: value for name, value in bench().items() if name != "prompt_content"}
     with pytest.raises(InputError, match="build the benchmark"):
         load_pairs(as_json(tmp_path / "t2i_response_only.json", {"pairs": [no_prompt]}))

@@ -335,6 +335,39 @@ def test_a_prompt_without_an_answer_has_no_order():
     assert credits.value == 1 and credits.possible.tolist() == [0, 1]
 
 
+def test_a_ranking_of_edits_is_right_with_all_its_pairs():
+    # Rankings of one pair: right, a tie of people with a margin of 0.1, wrong. One of three pairs: all right. One of
+    # six: five right.
+    judge = array(0.5, 0.1, -0.4, 1, 2, 1, 1, 1, 1, 1, 1, -1)
+    people = array(1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    rankings = np.array([0, 1, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4])
+    credits, threshold = p.editreward_bench(judge, people, rankings)
+    assert threshold == 0.1 and credits.value == pytest.approx(3 / 5)
+    assert [round(float(credits.possible[rankings == k].sum()), 9) for k in range(5)] == [1] * 5
+    assert p.editreward_bench(judge, people, rankings, 0.0)[0].value == pytest.approx(2 / 5)
+    # The threshold is for ties of people only: the first pair is right however near to zero its margin is.
+    assert p.editreward_bench(judge, people, rankings, 10.0)[0].value == pytest.approx(3 / 5)
+    judge[3] = NAN
+    assert p.editreward_bench(judge, people, rankings)[0].value == pytest.approx(2 / 5)
+
+
+def test_the_overall_of_edit_rankings_pools_them_as_the_paper_does():
+    """K = 2, 3, 4 have 186, 150, 148 rankings; EditReward on MiMo-VL has 105, 64 and 17 of them right, by its table."""
+    sizes, right = np.repeat([1, 3, 6], [186, 150, 148]), np.zeros(484, dtype=bool)
+    right[:105] = right[186:250] = right[336:353] = True
+    rankings = np.repeat(np.arange(484), sizes)
+    judge = np.where(np.repeat(right, sizes), 1.0, -1.0)
+    credits, _ = p.editreward_bench(judge, np.ones(len(judge)), rankings)
+    assert len(judge) == 1524 and round(100 * (credits.value or 0), 2) == 38.43  # 38.42 in the table
+    parts = [credits.earned[np.repeat(sizes, sizes) == size].sum() / n for size, n in ((1, 186), (3, 150), (6, 148))]
+    assert np.round(100 * np.array(parts), 2).tolist() == [56.45, 42.67, 11.49]
+
+
+def test_kinds_of_edit_count_alike_whatever_their_number():
+    judge, people, kinds = array(1, 1, 1, -1, 0), array(1, 1, 1, 1, 1), np.array([0, 0, 0, 1, 1])
+    assert p.editscore_bench(judge, people, kinds).value == 0.5 and p.imagereward(judge, people).value == 0.6
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Published facts
 # ---------------------------------------------------------------------------------------------------------------------

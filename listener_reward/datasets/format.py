@@ -97,6 +97,8 @@ class Format:
     """Names that it goes by in a folder, best first; else the folder's Parquet files are meant."""
     archives: str | None = None
     """Where the Hub keeps its images in archives: the repository to download and unpack. None if they are embedded."""
+    embedded: str | None = None
+    """The one repository of the Hub that embeds the images of a set whose images else are in archives."""
     split: str = "train"
     """The Hub's split unless one is named, and its configuration with a slash where it has several."""
 

@@ -1,4 +1,4 @@
-"""GenAI-Bench: votes of an arena between two generators, of images or of videos, with two kinds of tie.
+"""GenAI-Bench: votes of an arena between two generators of images or videos, or two editors, with two kinds of tie.
 
 Its authors score their four-way rule on the split `test_v1`; UnifiedReward and VisionReward take `test`.
 """
@@ -14,10 +14,15 @@ from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair
 
 _VOTES = {"leftvote": (1.0, False), "rightvote": (0.0, False), "tievote": (0.5, False), "bothbad_vote": (0.5, True)}
+_VOTES["tie"] = _VOTES["tievote"]
 
 
 def _genai_bench(row: Row, place: Place) -> Iterator[Labelled]:
-    """Left is first. A tie is 0.5 whether both were good or both bad; `both_bad` keeps the two apart."""
+    """Left is first. A tie is 0.5 whether both were good or both bad; `both_bad` keeps the two apart.
+
+    An edit is of `source_image` by `instruct_prompt`; the descriptions of the picture before and after are not shown.
+    EditReward-Data has the same rows with `instruction` and `source_img`, and the vote `tie` in a copy of it.
+    """
     vote = field(row, "vote_type")
     if not isinstance(vote, str) or vote not in _VOTES:
         raise InputError(f"vote_type is {reprlib.repr(vote)}; it is one of {', '.join(_VOTES)}")
@@ -28,8 +33,10 @@ def _genai_bench(row: Row, place: Place) -> Iterator[Labelled]:
     given = [field(row, f"{side}_{media}") for side in ("left", "right")]
     first, second = (undecoded(_located(one, place) if media == "video" else one, place) for one in given)
     prompt = next((row[name] for name in ("prompt", "instruct_prompt", "instruction") if name in row), None)
+    source = next((row[name] for name in ("source_image", "source_img") if row.get(name) is not None), None)
+    sources = () if source is None else (undecoded(source, place),)
     yield published(
-        PreferencePair(prompt, first, second, p_first, str(place.index), "genai-bench"),  # pyright: ignore[reportArgumentType] - checked there
+        PreferencePair(prompt, first, second, p_first, str(place.index), "genai-bench", sources),  # pyright: ignore[reportArgumentType] - checked there
         item=tuple(one if isinstance(one, str) else None for one in given),
         model=(text(row.get("left_model")), text(row.get("right_model"))),
         both_bad=both_bad,

@@ -66,14 +66,15 @@ def generic_format(
     if unknown := [name for name in columns if name not in _FIELDS]:
         raise InputError(f"columns names the field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
     has = {*fields, *columns}
-    asks = frozenset([*(["sources"] if has & set(SOURCES) else []), *(["criterion"] if "criterion" in has else [])])
+    asks = {"sources"} if has & set(SOURCES) else set[str]()
+    asks |= has & {"criterion"}
     # The group tells one instruction on two sources apart.
     kept = {name: kind for name, kind in OPTIONAL.items() if name in has or (name == "group" and "sources" in asks)}
     for name in kept:
         if (other := other_side(name)) not in kept and other != name:
             raise InputError(f"{source} has a column {name} and no {other}; add it, or give {name} another name")
     read = partial(_pairs, source=source, columns=columns, kept=kept, labelled=labelled)
-    return Format("generic", read, kept, asks)
+    return Format("generic", read, kept, frozenset(asks))
 
 
 def _pairs(

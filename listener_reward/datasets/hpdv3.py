@@ -1,4 +1,4 @@
-"""HPDv3 and HPDv3++: pairs whose first path always won."""
+"""HPDv3 and HPDv3++: pairs whose first path always won; and EditReward's training files, which add a source."""
 
 from __future__ import annotations
 
@@ -26,18 +26,24 @@ def _hpdv3(row: Row, place: Place) -> Iterator[Labelled]:
 
     The counts stand in either order in the files: HPSv3's loader sorts them before it takes the first for `path1`'s. A
     pair whose votes are even keeps its published winner in the ranks, by which `hpsv3-pair` goes.
+
+    `path_src` is what was edited. Where `tie_case` is true the two are equal, and `path1` is first by chance.
     """
     paths = str(field(row, "path1")), str(field(row, "path2"))
     votes = _votes(row)
     # HPDv3 has its JSON beside images/, HPDv3++ in train/ and test/ with paths from the folder above.
     images = [undecoded(path, place, "", "..", "images") for path in paths]
     p_first = 1.0 if votes is None else fraction_first(*votes)
-    pair = PreferencePair(field(row, "prompt"), images[0], images[1], p_first, str(place.index), "hpdv3")
+    tie = row.get("tie_case") is True and votes is None
+    source = text(row.get("path_src"), "path_src")
+    sources = () if source is None else (undecoded(source, place, "", "..", "images"),)
+    p_first = 0.5 if tie else p_first
+    pair = PreferencePair(field(row, "prompt"), images[0], images[1], p_first, str(place.index), "hpdv3", sources)
     yield published(
         pair,
         item=paths,
         model=(text(row.get("model1")), text(row.get("model2"))),
-        rank=(1.0, 2.0),
+        rank=(1.0, 1.0 if tie else 2.0),
         votes=votes or (None, None),
         confidence=number(row.get("confidence"), "confidence"),
     )

@@ -12,7 +12,9 @@
 | `rapidata:PATH`, `rapidata:org/name:split` | Rapidata's sets; `#coherence` at the end takes another dimension |
 | `genai-bench:PATH`, `genai-bench:org/name:configuration/split` | GenAI-Bench |
 | `videogen:PATH` | VideoGen-RewardBench; `#VQ`, `#MQ`, `#TA`, `#Overall` or `#all` at the end picks the dimension |
-| `mmrb2:PATH` | MMRB2's pairs of one image each (`t2i.json`) |
+| `mmrb2:PATH`, `mmrb2:rl-research/multimodal-rewardbench-2:TASK/test` | MMRB2's tasks: `t2i`, `edit`, `interleaved` |
+| `editreward-bench:PATH`, `editreward-bench:org/name:split` | EditReward-Bench of EditReward (TIGER-Lab) |
+| `editscore-bench:PATH`, `editscore-bench:org/name:split` | EditReward-Bench of EditScore; `#consistency`, `#all` ... |
 | `FILE.jsonl`, `.json`, `.csv`, `.parquet` | any of the above, by its fields; else the generic schema |
 | `org/name`, `org/name:split`, `org/name:configuration/split` | the same on the Hugging Face Hub |
 
@@ -38,10 +40,14 @@ Where the data has them: `sources` (the images that the prompt speaks of, undeco
 - `hpdv3`: and `model_*` (string), `rank_*` (1 for the published first, which always won), `votes_*`, `confidence`
   (float64).
 - `pickapic`: and `model_*`, `examples_per_prompt` (int64).
-- `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string).
-- `genai-bench`: and `model_*`, `both_bad` (bool). The images of its video configuration are paths of videos.
-- `videogen`: and `dimension`, `model_*`, `fps_*`, `frames_*`, `mos_*` (float64). The images are paths of videos.
-- `mmrb2`: and `dimension` (the task), `model_*`, `votes_*`, `category`.
+- `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string), `criterion`.
+- `genai-bench`: and `model_*`, `both_bad` (bool), `sources` for its edits. The images of `video_generation` are paths of
+  videos.
+- `videogen`: and `dimension`, `criterion`, `model_*`, `fps_*`, `frames_*`, `mos_*` (float64). The images are paths of
+  videos.
+- `mmrb2`: and `dimension` (the task), `model_*`, `votes_*`, `category`. Its prompt's images are `sources`.
+- `editreward-bench`: and `sources`, `model_*`, `both_bad`, `category` (2pair, 3pair or 4pair). A `group` is a ranking.
+- `editscore-bench`: and `sources`, `criterion`, `dimension`, `category` (the kind of edit).
 """
 
 from __future__ import annotations
@@ -61,6 +67,7 @@ from typing import Any, Literal, overload
 
 import datasets
 
+from listener_reward.datasets.edits import EDITREWARD_BENCH, EDITSCORE_BENCH
 from listener_reward.datasets.format import (
     PUBLISHED,
     Format,
@@ -92,7 +99,9 @@ __all__ = ["FEATURES", "FORMATS", "MAX_BROKEN", "TINY_PAIRS", "is_swapped", "loa
 
 FORMATS = {
     form.kind: form
-    for form in (HPDV2, HPDV3, IMAGEREWARD, PICKAPIC, RAPIDATA, GENAI_BENCH, VIDEOGEN, MMRB2)
+    for form in (
+        HPDV2, HPDV3, IMAGEREWARD, PICKAPIC, RAPIDATA, GENAI_BENCH, VIDEOGEN, MMRB2, EDITREWARD_BENCH, EDITSCORE_BENCH
+    )
 }  # fmt: skip
 """The published formats by the word before the colon."""
 
@@ -350,7 +359,7 @@ def _open(target: str, form: Format, dimension: str | None, stream: bool) -> Fil
     hub = HUB_NAME.fullmatch(target)
     if hub is None or os.path.exists(target) or Path(target).suffix.lower() in SUFFIXES:
         return Files(find_files(target, form.files), dimension)
-    if form.archives is not None:
+    if form.archives is not None and hub[1] != form.embedded:
         raise InputError(
             f"{form.kind} folder {target!r} is not there, and on the Hugging Face Hub this set keeps its images in "
             f"archives. Download {form.archives} by `hf download --repo-type dataset --local-dir DIR`, unpack them "

@@ -25,6 +25,10 @@ from listener_reward.datasets.format import (
 from listener_reward.errors import InputError
 from listener_reward.pairs import PreferencePair
 
+CRITERIA = {"coherence": "quality", "alignment": "alignment"}
+"""The criterion that asks for each dimension: coherence is the freedom from visual faults. Preference is the general
+question."""
+
 _WEIGHTED = re.compile(r"weighted_results_image1_(\w+)")
 _SIDE = re.compile(r"(?:image|option)?[ _]?([12])(?:\.\w+)?", re.IGNORECASE)
 
@@ -43,7 +47,8 @@ def _rapidata(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
             yield Skipped(f"no votes for {dimension}")
             continue
         name = f"{place.index}/{dimension}"
-        pair = PreferencePair(field(row, "prompt"), images[0], images[1], fraction_first(*votes), name, "rapidata")
+        prompt, p_first, criterion = field(row, "prompt"), fraction_first(*votes), CRITERIA.get(dimension)
+        pair = PreferencePair(prompt, images[0], images[1], p_first, name, "rapidata", criterion=criterion)
         yield published(
             pair,
             item=(text(row.get("image1_path")), text(row.get("image2_path"))),

@@ -24,6 +24,9 @@ from listener_reward.pairs import PreferencePair
 DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
 """Visual quality, motion quality, text alignment, and all in one."""
 
+CRITERIA = {"VQ": "quality", "MQ": "motion", "TA": "alignment"}
+"""The criterion that asks for each dimension; `Overall` is the general question."""
+
 _LABELS = {"a": 1.0, "b": 0.0, "same": 0.5}
 
 
@@ -49,7 +52,15 @@ def _videogen(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
         if label not in _LABELS:
             raise InputError(f"{dimension} is {reprlib.repr(row[dimension])}; it is A, B or same")
         name = f"{place.index}/{dimension}"
-        pair = PreferencePair(field(row, "prompt"), videos[0], videos[1], _LABELS[label], name, "videogen")
+        pair = PreferencePair(
+            field(row, "prompt"),
+            videos[0],
+            videos[1],
+            _LABELS[label],
+            name,
+            "videogen",
+            criterion=CRITERIA.get(dimension),
+        )
         yield published(
             pair,
             item=(posixpath.normpath(paths[0]), posixpath.normpath(paths[1])),

@@ -37,6 +37,8 @@ class JudgedPairs:
     firsts: Sequence[str] | None = None
     """A name for each pair's first image; equal images of one prompt have the same name."""
     seconds: Sequence[str] | None = None
+    kinds: np.ndarray | None = None
+    """(n,) int64 numbers of what the data calls a category, such as a kind of edit; None takes all for one kind."""
     both_bad: np.ndarray | None = None
     """(n,) bool, which of the people's ties are "both bad", as GenAI-Bench tells them."""
     preferred: np.ndarray | None = None
@@ -155,6 +157,17 @@ def _ranked(judged: JudgedPairs) -> np.ndarray:
     return judged.people if judged.ranks is None else judged.ranks
 
 
+def _editreward_bench(judged: JudgedPairs) -> tuple[Credits, Any]:
+    # An answer that is a tie says so; only of a number has somebody to say how near to zero it is one.
+    threshold = 0.0 if judged.unit == "answer" else None
+    return protocols.editreward_bench(judged.judge, judged.people, judged.prompts, threshold)
+
+
+def _editscore_bench(judged: JudgedPairs) -> Credits:
+    one = np.zeros(len(judged), dtype=np.int64)
+    return protocols.editscore_bench(judged.judge, judged.people, one if judged.kinds is None else judged.kinds)
+
+
 PROTOCOLS: dict[str, Rule] = {
     "imagereward": lambda a: protocols.imagereward(a.judge, _ranked(a)),
     "hpsv2": lambda a: protocols.hpsv2(a.judge, _ranked(a), a.prompts),
@@ -169,6 +182,9 @@ PROTOCOLS: dict[str, Rule] = {
     "videogen-without-ties": lambda a: protocols.videogen_without_ties(a.judge, a.people),
     "videogen-with-ties": lambda a: protocols.videogen_with_ties(a.judge, a.people),
     "mmrb2": _mmrb2,
+    "editreward-bench": _editreward_bench,
+    "editreward-bench-pairs": lambda a: protocols.videogen_with_ties(a.judge, a.people),
+    "editscore-bench": _editscore_bench,
     "tau-b": partial(_rank_correlation, method="tau-b"),
     "tau-c": partial(_rank_correlation, method="tau-c"),
     "spearman": partial(_rank_correlation, method="spearman"),
@@ -186,6 +202,8 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "genai-bench": ("genai-bench", "genai-bench-diff", "genai-bench-tau"),
     "videogen": ("videogen-without-ties", "videogen-with-ties"),
     "mmrb2": ("mmrb2",),
+    "editreward-bench": ("editreward-bench", "editreward-bench-pairs"),
+    "editscore-bench": ("editscore-bench", "imagereward"),
 }
 """Each data set's default protocols, its own first; any other data set has `imagereward`."""
 
@@ -273,7 +291,7 @@ class Labels:
     """Each pair's criterion, None for the general question."""
     _numbers: dict[str, int] = field(default_factory=dict)
 
-    KEPT = ("id", "swapped", "item_first", "item_second", "rank_first", "rank_second", "both_bad")
+    KEPT = ("id", "swapped", "item_first", "item_second", "rank_first", "rank_second", "both_bad", "category")
 
     @classmethod
     def read(cls, column_names: Sequence[str]) -> list[str]:
@@ -319,6 +337,7 @@ class Labels:
             swapped=np.array(complete["swapped"], dtype=bool) if "swapped" in complete else None,
             firsts=complete.get("item_first"),
             seconds=complete.get("item_second"),
+            kinds=np.unique(complete["category"], return_inverse=True)[1] if "category" in complete else None,
             both_bad=np.array(columns["both_bad"], dtype=object) == True if "both_bad" in columns else None,  # noqa: E712
             **more,
         )

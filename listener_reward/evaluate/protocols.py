@@ -186,6 +186,36 @@ def videoscore(judge: np.ndarray, people: np.ndarray, threshold: float = 0.5) ->
     return _counted(np.where(people == 0, np.abs(judge) < threshold, _agrees(judge, people)), np.ones(len(people)))
 
 
+def editreward_bench(
+    judge: np.ndarray, people: np.ndarray, rankings: np.ndarray, threshold: float | None = None
+) -> tuple[Credits, float]:
+    """EditReward-Bench, `eval_bench.py`, "strict ranking accuracy": the fraction of rankings with every pair right.
+
+    A ranking of two, three or four edits is 1, 3 or 6 pairs, and counts once. A pair is right by the margin's sign; one
+    on which people tie, where |margin| <= `threshold`. None chooses the threshold at which `with_ties` is highest on
+    the rankings of one pair, as the script does; only those have ties. Also returns it. The paper's "overall" is this
+    number over all rankings, its K = 2, 3 and 4 the same over those of each size.
+
+    `rankings` is (n,), equal for pairs of one ranking. A ranking that lost a pair counts by those that are left.
+    """
+    _, number = np.unique(rankings, return_inverse=True)
+    size = np.bincount(number)[number]
+    if threshold is None:
+        threshold = best_tie_threshold(judge[size == 1], people[size == 1])
+    right = np.where(people == 0, np.abs(judge) <= threshold, _agrees(judge, people))
+    whole = np.bincount(number, weights=right)[number] == size
+    return Credits(whole / size, 1.0 / size), threshold
+
+
+def editscore_bench(judge: np.ndarray, people: np.ndarray, kinds: np.ndarray) -> Credits:
+    """EditScore's EditReward-Bench, `calculate_statistics.py`, "average": as `imagereward`, for each of the 13 kinds of
+    edit, then averaged over the kinds. A tie of the judge is wrong; the set has none of people.
+
+    `kinds` is (n,), equal for pairs of one kind. The script does it for each dimension by itself.
+    """
+    return per_prompt(imagereward(judge, people), kinds)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers in words, and both orders
 # ---------------------------------------------------------------------------------------------------------------------
