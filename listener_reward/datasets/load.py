@@ -41,8 +41,8 @@ Where the data has them: `sources` (the images that the prompt speaks of, undeco
   (float64).
 - `pickapic`: and `model_*`, `examples_per_prompt` (int64).
 - `rapidata`: and `model_*`, `votes_*` (counts or weights), `dimension` (string), `category` (string), `criterion`.
-- `genai-bench`: and `model_*`, `both_bad` (bool), `sources` for its edits. The images of `video_generation` are paths of
-  videos.
+- `genai-bench`: and `model_*`, `both_bad` (bool), and `sources` for its edits. The images of `video_generation` are
+  paths of videos.
 - `videogen`: and `dimension`, `criterion`, `model_*`, `fps_*`, `frames_*`, `mos_*` (float64). The images are paths of
   videos.
 - `mmrb2`: and `dimension` (the task), `model_*`, `votes_*`, `category`. Its prompt's images are `sources`.
