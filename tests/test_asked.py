@@ -162,8 +162,9 @@ def test_a_judge_without_the_question_refuses_before_any_pair(plain, tmp_path, m
     for judge in (plain, Journal(plain, tmp_path / "journal.jsonl")):
         with pytest.raises(InputError, match=said):
             evaluate(judge, pairs, batch_size=1, progress=False)
+    many = pairs_of(*[{"prompt": f"{k}"} | late for k in range(60)])
     with pytest.raises(InputError, match=said):
-        calibrate(plain, pairs_of(*[{"prompt": f"{k}"} for k in range(60)], late), progress=False)
+        calibrate(plain, many, criterion=late.get("criterion"), progress=False)
     with pytest.raises(InputError, match=said):
         evaluate(plain, pairs_of({}), progress=False, protocols=["pickscore"], validation=pairs)
 
@@ -192,12 +193,13 @@ def test_the_listener_has_to_know_the_question_too(editor, plain):
 # ---------------------------------------------------------------- asked as they should be
 
 
-def test_calibration_asks_each_pair_its_own_question(editor, monkeypatch):
+@pytest.mark.parametrize("criterion", ["color", "shape", None])
+def test_calibration_asks_the_pairs_of_its_criterion_their_own_question(editor, monkeypatch, criterion):
     names = ["color", "shape", None]
     table: list[dict[str, Any]] = [
         {"prompt": f"a red circle {k}", "criterion": names[k % 3], "sources": colored("blue") if k % 2 else []}
         | {"p_first": float(k % 4 > 1)}
-        for k in range(60)
+        for k in range(150)
     ]
     asked: list[Any] = []
     judgements = Judge.judgements
@@ -206,16 +208,17 @@ def test_calibration_asks_each_pair_its_own_question(editor, monkeypatch):
         "judgements",
         lambda self, prompts, *more, **how: asked.extend(prompts) or judgements(self, prompts, *more, **how),
     )
-    found = calibrate(editor, pairs_of(*table), progress=False)
-    assert found.n_fit + found.n_validation + found.n_test == 60
+    found = calibrate(editor, pairs_of(*table), criterion=criterion, progress=False)
+    assert found.n_fit + found.n_validation + found.n_test == 50
     blue = colored("blue")
     wanted = [
         Prompt(row["prompt"], blue if row["sources"] else (), row["criterion"])
         if row["sources"] or row["criterion"]
         else row["prompt"]
         for row in table
+        if row["criterion"] == criterion
     ]
-    assert asked == wanted
+    assert asked == wanted and len(asked) == 50
 
 
 def test_training_chats_ask_for_the_criterion_and_show_the_sources():

@@ -20,6 +20,7 @@ from listener_reward.datasets.load import ASKED
 from listener_reward.errors import InputError
 from listener_reward.evaluate import evaluate
 from listener_reward.evaluate.gallery import Gallery
+from listener_reward.evaluate.journal import Journal
 from listener_reward.media.images import to_pil
 from listener_reward.pairs import Prompt
 from listener_reward.scoring import read_verdicts, score_pairs
@@ -169,6 +170,26 @@ def test_general_leaves_the_criteria_out(folder):
     assert "criterion" not in one
 
 
+@pytest.mark.parametrize("how", ["parquet", "disk"])
+def test_what_was_loaded_is_written_and_read_again(folder, how):
+    rows = [row(sources=["50.png", "60.png"], criterion="text", id="a"), row(id="b", p_first=0.25)]
+    pairs = loaded(written(folder, "a.jsonl", *rows))
+    (folder / "kept").mkdir()
+    if how == "parquet":
+        pairs.to_parquet(str(folder / "kept" / "pairs.parquet"))
+    else:
+        pairs.save_to_disk(str(folder / "kept"))
+    again = loaded(str(folder / "kept"))
+    assert again.column_names[: len(FEATURES) + 2] == [*FEATURES, *ASKED]
+    for before, after in zip(pairs, again, strict=True):
+        seen = [shade(image) for image in after["images"]][:: -1 if after["swapped"] else 1]
+        assert seen == [shade(image) for image in before["images"]]
+        assert [*map(shade, after["sources"])] == [*map(shade, before["sources"])]
+        assert [after[name] for name in ("id", "criterion", "group")] == [
+            before[n] for n in ("id", "criterion", "group")
+        ]
+
+
 # ---------------------------------------------------------------- checking
 
 
@@ -231,6 +252,15 @@ def test_scoring_hands_sources_and_criteria_over(folder):
         Prompt("make it darker", (folder / "90.png", folder / "50.png"), "text"),
         "make it darker",
     ]
+
+
+def test_a_journal_tells_sources_and_criteria_apart(folder):
+    rows = [row(sources="90.png"), row(sources="50.png"), row(), row(criterion="text")]
+    data = load_pairs(written(folder, "a.jsonl", *rows))
+    judge = Reader()
+    for asked in (4, 4):
+        evaluate(Journal(judge, folder / "journal.jsonl"), data, progress=False, swap_check=0)
+        assert len(judge.asked) == asked
 
 
 def test_the_gallery_keeps_sources_and_criterion(folder):
