@@ -312,6 +312,26 @@ def test_a_body_past_the_limit_is_refused_while_it_comes(FakeJudge):
             assert b" 200 " in connection.recv(99)
 
 
+def test_groups_that_keep_one_another_out_are_told_of_at_once(FakeJudge, caplog):
+    """Two of a group of three, and room for two requests: the third, which both wait for, is refused."""
+    reward = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 3)
+    bodies = [{"prompt": ["a"], "image": [b64(png(red))]} for red in (11, 100, 200)]
+    with serving(reward, limits=Limits(waiting=2)) as url, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, f"{url}/compute", bodies[0])
+        until(lambda: reward.held == 1)
+        second = pool.submit(ask, f"{url}/compute", bodies[1])
+        until(lambda: reward.held == 2)
+        for _ in range(2):
+            status, reply, headers = ask(f"{url}/compute", bodies[2])
+            assert status == 503 and headers["Retry-After"]
+            assert "2 requests are under way, as many as this server takes; each of them waits for" in reply["detail"]
+        assert caplog.text.count("raise --max-waiting") == 1
+        for red in (100, 200):  # they are not given up: a client may hang up and make room, as here
+            reward.submit(Image.new("RGB", (8, 8), (red, 0, 0)), "a")
+        assert first.result(20)[0] == 200
+    assert reward.held == 0 and second.result(20)[0] == 200
+
+
 def test_more_requests_than_there_is_room_for_are_told_to_come_again(FakeJudge, monkeypatch):
     slow = Slow(FakeJudge())
     with serving(ListenerReward(slow), limits=Limits(waiting=2)) as url, ThreadPoolExecutor(2) as pool:

@@ -121,6 +121,7 @@ class GroupCollector:
         """As nobody had come."""
         self._waiting: dict[tuple[str, str], _Group] = {}
         self._named: dict[str, tuple[tuple[str, str], _Member]] = {}  # the group and the place that a name has
+        self._settling: list[Sequence[Future]] = []  # of each call that waits for all of them
         self._closed: deque[tuple[float, list[str]]] = deque()  # when a group was answered, and the names in it
         self._lock = threading.Lock()
         self._scoring = ThreadPoolExecutor(self._workers, thread_name_prefix="listener-reward")
@@ -208,6 +209,13 @@ class GroupCollector:
         with self._lock:
             return sum(len(group.present()) for group in self._waiting.values())
 
+    @property
+    def held(self) -> int:
+        """Calls of `settle` that go on until a group is full that is not."""
+        with self._lock:
+            lacking = {id(one.future) for group in self._waiting.values() for one in group.present()}
+            return sum(any(id(future) in lacking for future in futures) for futures in self._settling)
+
     def stop(self) -> None:
         """Groups that are not full by now fail with `Ending`: whoever waits for them is to ask again elsewhere."""
         with self._lock:
@@ -247,6 +255,15 @@ class GroupCollector:
         Raises:
             Unwanted: nobody waits any more, `ClientGone` for one; the images are taken back (`leave`).
         """
+        with self._lock:
+            self._settling.append(futures)
+        try:
+            self._settle(futures, gone)
+        finally:
+            with self._lock:
+                self._settling = [others for others in self._settling if others is not futures]
+
+    def _settle(self, futures: Sequence[Future], gone: Callable[[], bool] | None) -> None:
         start, warned = time.monotonic(), False
         while wait(futures, timeout=None if gone is None else 1.0).not_done:
             assert gone is not None

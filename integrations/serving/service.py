@@ -51,6 +51,7 @@ class Service:
         self.version = version_of(self.scorer)
         self.gate, self.intake, self.retries = Gate(limits), Intake(limits), Retries()
         self._callers: set[Caller] = set()
+        self._told_of_deadlock = False
         self._pool = ThreadPoolExecutor(limits.waiting, thread_name_prefix="listener-reward-request")
         metrics.gauge("requests_under_way", "Requests that came and were not answered yet.", lambda: len(self.gate))
         judge = getattr(self.scorer, "judge", None)
@@ -137,7 +138,7 @@ class Service:
                     self._callers.discard(caller)
                     watching.cancel()
         except Busy as busy:
-            return refusal(503, str(busy), {"Retry-After": str(busy.seconds)})
+            return refusal(503, f"{busy}{self._deadlock()}", {"Retry-After": str(busy.seconds)})
         except TooMuch as error:
             return refusal(413, str(error))
         except InputError as error:
@@ -179,6 +180,19 @@ class Service:
             arrived(len(chunk))
             chunks.append(chunk)
         return b"".join(chunks)
+
+    def _deadlock(self) -> str:
+        """What to add to a refusal where every request that was let in waits for one that is not."""
+        if not isinstance(self.reward, GroupCollector) or self.reward.held < self.limits.waiting:
+            return ""
+        said = (
+            "; each of them waits for the rest of its group, which cannot be let in: raise --max-waiting to the "
+            "requests that are sent at once, or send a whole group in one"
+        )
+        if not self._told_of_deadlock:
+            self._told_of_deadlock = True
+            logger.warning("%d requests are under way%s", len(self.gate), said)
+        return said
 
     def _judge(self) -> ListenerReward:
         if not isinstance(self.scorer, ListenerReward):
