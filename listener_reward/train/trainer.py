@@ -9,6 +9,7 @@ These methods of trl and transformers are overridden, each for the reason in its
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from dataclasses import replace
 from functools import partial
@@ -53,8 +54,9 @@ from listener_reward.prefix.attention import base_model, take_layouts, unsupport
 from listener_reward.trace import Trace
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, dropped_inputs, lacks_fused_head
+from listener_reward.train.past import PAST, MovingPast
 from listener_reward.train.resuming import check_resumable, check_revision, last_checkpoint
-from listener_reward.train.rewards import ShapedReward
+from listener_reward.train.rewards import Beyond, ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
     replaced,
@@ -132,7 +134,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         self.kernel = self._kernel(args)
         if listener is None and not own_base:
             listener = _load_listener(args, self.card, folder, self.revision, self.kernel)
-        named = choose_listener(args.listener, None)
+        beyond, more = self._beyond(args, listener is not None or own_base, folder)
+        named = None if args.listener == PAST else choose_listener(args.listener, None)
         # An address is where this run's listener was, and no checkpoint.
         if named is not None and not is_address(named):
             self.card = replace(self.card, listener=lasting(str(model if own_base else named)))
@@ -154,7 +157,12 @@ class ListenerGRPOTrainer(GRPOTrainer):
             listener,
             on_failure=args.listener_on_failure,
             opened=opened_by_template(processor, self.card.format),
+            more=more,
+            beyond=beyond,
         )
+        if len(args.all_weights) > len(self.reward.functions[:3]):
+            args = copy.copy(args)  # the caller's has three weights, and may be used again
+            args.reward_weights = args.all_weights
         if peft_config is not None and self.revision is not None:
             peft_config.revision = self.revision  # which the adapter then names with its base
         with self._class_of_revision():
@@ -185,9 +193,11 @@ class ListenerGRPOTrainer(GRPOTrainer):
             )
             listener = make_listener(base, self.card.format, self.card)
             self.reward.listener = listener
-        if listener is not None:
-            self._probe(listener, train_dataset[0])
+        for each in self.reward.listeners:
+            self._probe(each, train_dataset[0])
         self.listener = listener
+        self.past = self._moving_past() if args.listener == PAST else None
+        """The listener's weights as they follow the policy's, where the listener is the policy's past."""
         self.sharing = self._what_is_shared()
         if self.sharing:
             for shared in (self.model, self.ref_model):
@@ -204,6 +214,24 @@ class ListenerGRPOTrainer(GRPOTrainer):
         chosen = partial(stock, architecture=AutoModelForImageTextToText)
         return replaced(grpo_trainer, "create_model_from_path", chosen)
 
+    def _beyond(self, args: ListenerGRPOConfig, listens: bool, folder: str) -> tuple[Beyond, list[Listener]]:
+        """The rewards beyond the paper's that `args` asks for, and the listeners beside the first.
+
+        Raises:
+            InputError: nobody listens, and one of these rewards needs it.
+        """
+        beyond = Beyond(
+            counterfactual=args.counterfactual_weight > 0,
+            gain=args.gain_weight > 0,
+            smoothing=args.vote_smoothing,
+            combine=args.combine_listeners,  # pyright: ignore[reportArgumentType]  checked by the configuration
+        )
+        needing = ("counterfactual_weight", "gain_weight", "vote_smoothing", "more_listeners")
+        if not listens and (asked := [name for name in needing if getattr(args, name)]):
+            raise InputError(f"{', '.join(asked)} needs a listener, and there is none; name one, or leave it out")
+        more = args.more_listeners or ()
+        return beyond, [_load_named(args, name, self.card, folder, self.revision, self.kernel) for name in more]
+
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
         """How shared rows' attention is computed, one of `attention.KERNELS`: as configured, where that can train."""
@@ -216,6 +244,23 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Whether each process holds a part of the weights only: FSDP, or DeepSpeed's ZeRO-3."""
         deepspeed = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+    def _moving_past(self) -> MovingPast:
+        """Has the listener follow the policy from now on.
+
+        Raises:
+            InputError: the policy has adapters, or its weights are sharded.
+        """
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        vlm = self.listener.vlm if self.listener is not None else None
+        if self._sharded() or hasattr(policy, "peft_config") or not isinstance(vlm, TransformersVLM):
+            raise InputError(
+                "listener is 'past', which follows the policy weight by weight, so that the policy has to be whole on "
+                "every process and without adapters; leave out use_peft and sharding, or take listener 'base'"
+            )
+        past = MovingPast(policy, vlm.model, self.args.listener_decay)
+        self.add_callback(past)
+        return past
 
     def _refuse_sharded_base(self) -> None:
         """Refuses sharded weights: processes run different numbers of listener passes, but gather sharded weights
@@ -247,7 +292,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
             with self._light_gathering(), self._tags_kept():
                 scored = super()._generate_and_score_completions(*args, **kwargs)
         finally:
-            _forget_images(self.listener)
+            for listener in self.reward.listeners:
+                _forget_images(listener)
         self._stop_where_all_is_malformed()
         return scored
 
@@ -411,6 +457,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
         elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if elsewhere or not self._resumes_exactly() or not self._load_whole(*args, **kwargs):
             super()._load_from_checkpoint(*args, **kwargs)
+        if self.past is not None:
+            self.past.load(Path(args[0] if args else kwargs["resume_from_checkpoint"]))
 
     def _load_whole(self, resume_from_checkpoint: str, model: Any = None) -> bool:
         """Loads full weights. False for a model with adapters, whose checkpoint has the adapters only."""
@@ -437,6 +485,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 self.card.save(folder)
+                if self.past is not None:
+                    self.past.save(folder)
             super()._save_checkpoint(model, trial)
 
     # -------------------------------------------------------------------------------------------------------- result
@@ -568,6 +618,10 @@ def _load_listener(
     name, backend = choose_listener(args.listener or None, card.listener), None
     if is_address(name):
         name, backend = card.listener or folder, str(name)
+    if name == PAST:
+        whole = args if args.listener_dtype else copy.copy(args)
+        whole.listener_dtype = args.listener_dtype or "float32"  # the steps of 16 bits are larger than the past's
+        return _load_named(whole, folder, card, folder, revision, kernel)
     if name is None:
         if args.listener_options:
             raise InputError(f"listener_options is {args.listener_options}, and there is no listener; leave it out")
@@ -577,6 +631,19 @@ def _load_listener(
             f"listener is {args.listener!r} and the policy's checkpoint names {card.listener!r}; give a checkpoint, or "
             "'base' with LoRA, or reward_weights: [1, 1, 0] for accuracy-only GRPO"
         )
+    return _load_named(args, name, card, folder, revision, kernel, backend)
+
+
+def _load_named(
+    args: ListenerGRPOConfig,
+    name: str | Path,
+    card: Card,
+    folder: str,
+    revision: str | None,
+    kernel: str,
+    backend: str | None = None,
+) -> Listener:
+    """The listener `name`, as the configuration has listeners loaded."""
     options = {
         "device": args.device,
         "dtype": args.listener_dtype,
@@ -601,8 +668,8 @@ def _load_listener(
         return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
 
 
-def _forget_images(listener: Listener | None) -> None:
-    if listener is not None and isinstance(listener.vlm, TransformersVLM):
+def _forget_images(listener: Listener) -> None:
+    if isinstance(listener.vlm, TransformersVLM):
         listener.vlm.features.clear()
 
 
