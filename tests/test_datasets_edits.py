@@ -275,6 +275,50 @@ def test_mmrb2_on_the_hub_is_asked_for_where_its_images_are_embedded(monkeypatch
         load_pairs("mmrb2:facebook/MMRB2_image")
 
 
+@pytest.mark.parametrize("hub", [False, True])
+def test_mmrb2_responses_of_several_parts_are_pages_where_that_is_asked_for(tmp_path, hub):
+    for level in (10, 20, 30):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{level}.png").write_bytes(png(level)["bytes"])
+    told = task(
+        prompt_content=[["text", "tell a story"]],
+        response_a=response(
+            ["text", "Once."], ["image", "images/10.png"], ["text", "End."], ["image", "images/30.png"]
+        ),
+    )
+    if hub:
+        row = {"pair_id": "emu_1", "prompt_text": "tell a story", "prompt_images": None, "chosen": "B"}
+        row |= {"response_a_text": "Once. <image_1> End. <image_2>", "response_a_images": [png(10), png(30)]}
+        row |= {"response_b_text": "<image_1>", "response_b_images": [png(20)]}
+        path = parquet(tmp_path / "interleaved" / "test.parquet", [row])
+    else:
+        mute = task(id="mute", response_a=response(["text", "I cannot."]))
+        gone = task(id="gone", response_a=response(["text", "Once."], ["image", "images/gone.png"]))
+        path = str(tmp_path / "interleaved.json")
+        (tmp_path / "interleaved.json").write_text(json.dumps({"pairs": [told, *[told | {"id": "x"}] * 8, mute, gone]}))
+    with pytest.raises(InputError, match="a response is more than one image"):
+        load_pairs(f"mmrb2:{path}")
+    if not hub:
+        with pytest.warns(
+            UserWarning, match="1 of 10 pairs have an unreadable image: an image of pair gone is '.*gone"
+        ):
+            pairs = loaded(f"mmrb2:{path}#pages")
+        assert check_data(f"mmrb2:{path}#pages").left_out == {"a response has no image": 1}
+        with pytest.raises(InputError, match="dimension is 'page'; give pages"):
+            load_pairs(f"mmrb2:{path}#page")
+    else:
+        pairs = loaded(f"mmrb2:{path}#pages")
+    one = pairs[0]
+    first, second = (np.asarray(to_pil(image)) for image in one["images"][:: -1 if one["swapped"] else 1])
+    assert first.shape[1] == second.shape[1] == 1024 and first.shape[0] > second.shape[0]
+    # Both pictures of the first response are on its page, 8 x 8 each, with words above each of them.
+    dark, light = (
+        np.flatnonzero((np.abs(first[:, 17:23].astype(int) - level).max(-1) < 5).all(1)) for level in (10, 30)
+    )
+    assert len(dark) >= 6 and len(light) >= 6 and dark[0] > 40 and light[0] > dark[-1] + 26
+    assert one["dimension"] == "interleaved" and one["item_first"] is None and one["prompt"] == "tell a story"
+
+
 # ---------------------------------------------------------------- GenAI-Bench's edits, EditReward's training files
 
 

@@ -12,7 +12,7 @@
 | `rapidata:PATH`, `rapidata:org/name:split` | Rapidata's sets; `#coherence` at the end takes another dimension |
 | `genai-bench:PATH`, `genai-bench:org/name:configuration/split` | GenAI-Bench |
 | `videogen:PATH` | VideoGen-RewardBench; `#VQ`, `#MQ`, `#TA`, `#Overall` or `#all` at the end picks the dimension |
-| `mmrb2:PATH`, `mmrb2:rl-research/multimodal-rewardbench-2:TASK/test` | MMRB2's tasks: `t2i`, `edit`, `interleaved` |
+| `mmrb2:PATH`, `mmrb2:rl-research/multimodal-rewardbench-2:edit/test` | MMRB2; `interleaved` by `#pages` |
 | `editreward-bench:PATH`, `editreward-bench:org/name:split` | EditReward-Bench of EditReward (TIGER-Lab) |
 | `editscore-bench:PATH`, `editscore-bench:org/name:split` | EditReward-Bench of EditScore; `#consistency`, `#all` ... |
 | `FILE.jsonl`, `.json`, `.csv`, `.parquet` | any of the above, by its fields; else the generic schema |

@@ -1,10 +1,14 @@
-"""Multimodal RewardBench 2: expert-annotated pairs of responses. Those that are one image each can be judged here.
+"""Multimodal RewardBench 2: expert-annotated pairs of responses. Those that are one image each can be judged as such.
+
+Longer ones, as those of the interleaved task are, can be judged as pages (`#pages`): texts and pictures from top to
+bottom as one picture. That is this package's way and not the authors', who hand a model the parts one by one.
 
 Published for evaluation only, under CC BY-NC 4.0: do not train on it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import reprlib
@@ -24,6 +28,8 @@ from listener_reward.datasets.format import (
     undecoded,
 )
 from listener_reward.errors import InputError
+from listener_reward.media.images import to_pil
+from listener_reward.media.pages import page
 from listener_reward.pairs import PreferencePair
 
 _TASKS = ("t2i", "edit", "interleaved", "reasoning")
@@ -31,10 +37,21 @@ _IMAGE = re.compile(r"<image_\d+>")
 
 
 class _Message(NamedTuple):
-    """A prompt or a response: its texts, and its images in their order, paths or embedded."""
+    """A prompt or a response: its parts in their order, each a text, or an image as a path or embedded."""
 
-    texts: list[str]
-    images: list[Any]
+    parts: list[tuple[str, Any]]
+
+    @property
+    def texts(self) -> list[str]:
+        return [part for kind, part in self.parts if kind == "text"]
+
+    @property
+    def images(self) -> list[Any]:
+        return [part for kind, part in self.parts if kind == "image"]
+
+    @property
+    def is_one_image(self) -> bool:
+        return len(self.images) == 1 and not any(map(str.strip, self.texts))
 
 
 def _mmrb2(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
@@ -43,15 +60,24 @@ def _mmrb2(row: Row, place: Place) -> Iterator[Labelled | Skipped]:
     The prompt's images are the pair's sources: what is to be edited, or what the prompt speaks of. Where they stand
     among its texts is not kept.
     """
+    if place.dimension not in (None, "pages"):
+        raise InputError(f"dimension is {place.dimension!r}; give pages, or none")
     prompt, *responses = _of_the_hub(row) if "prompt_text" in row else _of_the_build(row)
-    if any(len(response.images) != 1 or any(map(str.strip, response.texts)) for response in responses):
+    paged = not all(response.is_one_image for response in responses)
+    if paged and not all(response.images for response in responses):
+        yield Skipped("a response has no image")
+        return
+    if paged and place.dimension is None:
         yield Skipped("a response is more than one image")
         return
     chosen = row.get("chosen", row.get("human_preference"))
     if not isinstance(chosen, str) or chosen.upper() not in ("A", "B"):
         raise InputError(f"chosen is {reprlib.repr(chosen)}; it is A or B")
-    given = [response.images[0] for response in responses]
-    first, second = (undecoded(image, place, "", "images") for image in given)
+    given = [None if paged else response.images[0] for response in responses]
+    first, second = (
+        _page(response, place) if paged else undecoded(response.images[0], place, "", "images")
+        for response in responses
+    )
     sources = tuple(undecoded(image, place, "", "input_images") for image in prompt.images)
     name = text(row.get("id", row.get("pair_id"))) or str(place.index)  # the README says pair_id, the files id
     p_first = float(chosen.upper() == "A")
@@ -100,9 +126,32 @@ def _of_the_hub(row: Row) -> list[_Message]:
         words, images = text(row.get(f"{name}_text"), f"{name}_text") or "", row.get(f"{name}_images")
         if not isinstance(images, list | None):
             raise InputError(f"{name}_images is {reprlib.repr(images)}; give a list")
-        texts = [part.strip() for part in _IMAGE.split(words) if part.strip()]
-        messages.append(_Message(texts, images or []))
+        coming, parts = iter(images or []), list[tuple[str, Any]]()
+        for number, words_between in enumerate(_IMAGE.split(words)):
+            if number and (image := next(coming, None)) is not None:
+                parts.append(("image", image))
+            if words_between.strip():
+                parts.append(("text", words_between.strip()))
+        messages.append(_Message([*parts, *(("image", image) for image in coming)]))
     return messages
+
+
+def _page(response: _Message, place: Place) -> dict[str, Any]:
+    """A response as a page, embedded. Where a picture of it cannot be read it stands for the page, which then is as
+    broken as the picture."""
+    parts: list[Any] = []
+    for kind, part in response.parts:
+        if kind == "text":
+            parts.append(part)
+            continue
+        image = undecoded(part, place, "", "images")
+        try:
+            parts.append(to_pil(image))
+        except InputError:
+            return image
+    file = io.BytesIO()
+    page(parts).save(file, "JPEG", quality=90)
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def _task(place: Place) -> str | None:
@@ -129,7 +178,7 @@ def _model(row: Row, side: str) -> str | None:
 
 def _parts(content: Any, name: str) -> _Message:
     """The texts and the image paths of a message, which is a list of `["text", ...]` and `["image", path]`."""
-    parts: dict[str, list[str]] = {"text": [], "image": []}
+    parts: list[tuple[str, Any]] = []
     if not isinstance(content, list):
         raise InputError(f"{name} is {reprlib.repr(content)}; give a list of parts")
     for part in content:
@@ -137,11 +186,11 @@ def _parts(content: Any, name: str) -> _Message:
             not isinstance(part, list)
             or len(part) != 2
             or not all(isinstance(one, str) for one in part)
-            or part[0] not in parts
+            or part[0] not in ("text", "image")
         ):
             raise InputError(f"{name} holds {reprlib.repr(part)}; a part is a text or an image's path")
-        parts[part[0]].append(part[1])
-    return _Message(parts["text"], parts["image"])
+        parts.append((part[0], part[1]))
+    return _Message(parts)
 
 
 def _votes(annotations: Any) -> tuple[float | None, float | None]:
