@@ -199,7 +199,7 @@ def _asked_by(criterion: str | None, pairs: datasets.Dataset) -> datasets.Datase
     if not given[criterion]:
         what = "the general question" if criterion is None else f"the criterion {criterion!r}"
         others = ", ".join("none" if name is None else repr(name) for name in given)
-        raise InputError(f"pairs has no row for {what}; the criteria in it are {others}: name one of them")
+        raise InputError(f"pairs has no row for {what}; the criteria in it are {others}: name one of them by criterion")
     if len(given) == 1:
         return pairs
     return pairs.select([row for row, name in enumerate(pairs["criterion"]) if name == criterion])

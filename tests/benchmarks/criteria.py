@@ -2,11 +2,11 @@
 
     python tests/benchmarks/criteria.py
 
-Prints the Markdown table of docs/criteria.md; about two minutes of one core. "general" is the question without a
+Prints the Markdown table of docs/criteria.md; about three minutes of one core. "general" is the question without a
 criterion. Each row judges the same pairs, in both orders, in one call. Ways take turns, and each one's least time
-counts, of the processor and not of the clock, beside the tokens that the language models read in it. Images are not cached from run to run. The shape "60m"
-has random weights and no listener, 392 pixels and the default questions; its thoughts are cut at 32 tokens. "tiny" is
-the embedded judge with three short criteria in its card, and its listener.
+counts, of the processor and not of the clock, beside the tokens that the language models read in it. Images are not
+cached from run to run. The shape "60m" has random weights and no listener, 392 pixels and the default questions; its
+thoughts are cut at 32 tokens. "tiny" is the embedded judge with three short criteria in its card, and its listener.
 """
 
 from __future__ import annotations
