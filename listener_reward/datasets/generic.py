@@ -66,8 +66,7 @@ def generic_format(
     if unknown := [name for name in columns if name not in _FIELDS]:
         raise InputError(f"columns names the field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
     has = {*fields, *columns}
-    asks = {"sources"} if has & set(SOURCES) else set[str]()
-    asks |= has & {"criterion"}
+    asks: set[str] = ({"sources"} if has & set(SOURCES) else set()) | (has & {"criterion"})
     # The group tells one instruction on two sources apart.
     kept = {name: kind for name, kind in OPTIONAL.items() if name in has or (name == "group" and "sources" in asks)}
     for name in kept:
