@@ -109,7 +109,7 @@ NEEDS = {
     "openai": "models.openai_client peers.endpoint",
     "vllm": "models.vllm_vlm",
     "train": "recipes train",
-    "diffusers": "integrations.ddpo tiny.diffusion tiny.generated",
+    "diffusers": "integrations.ddpo tiny.diffusion tiny.editing tiny.generated",
     "serve": "integrations.serving.app integrations.serving.auth integrations.serving.metrics "
     "integrations.serving.protocol integrations.serving.replies integrations.serving.schemas "
     "integrations.serving.server integrations.serving.service",
