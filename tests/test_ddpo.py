@@ -1,4 +1,4 @@
-"""The DDPO trainer: one update on each of ten families, learning, resume after a kill, and what may go wrong."""
+"""The DDPO trainer: one update on each of eleven families, learning, resume after a kill, and what may go wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log-probability schedulers and the replay, on ten families of diffusers pipelines with tiny random weights."""
+"""The log-probability schedulers and the replay, on eleven families of diffusers pipelines with tiny random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diffusers pipelines of ten families with tiny random weights, built in the process: nothing is downloaded.
+"""Diffusers pipelines of eleven families with tiny random weights, built in the process: nothing is downloaded.
 
 Each builder gives a pipeline in float32 with the scheduler that its released checkpoints have. `FAMILIES` adds the
 options of a call, without guidance and with it.
@@ -31,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -240,6 +242,55 @@ def flux(kind: str = "FluxPipeline") -> Any:
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
     )
+
+
+def flux2() -> Any:
+    """Flux 2 Klein, which draws with images or without."""
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    reader = Qwen3Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    words = tokenizer(512)
+    words.chat_template = "{{ messages[0]['content'] }}"
+    pipeline = diffusers.Flux2KleinPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder.eval(),
+        text_encoder=Qwen3ForCausalLM(reader).eval(),
+        tokenizer=words,
+    )
+    pipeline.image_processor.check_image_input = lambda image: image  # it takes no image below 64 x 64
+    return pipeline
 
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -578,6 +629,7 @@ FAMILIES = {
     "sdxl": Family(sdxl, SMALL, CFG, NO_CFG),
     "sd3": Family(sd3, SMALL, CFG, NO_CFG, SHORT),
     "flux": Family(flux, SMALL, TRUE_CFG, {"guidance_scale": 3.5}, SHORT),
+    "flux2": Family(flux2, SMALL, CFG, NO_CFG, SHORT | {"text_encoder_out_layers": (1,)}),
     "qwen-image": Family(qwen_image, SMALL, TRUE_CFG, {}, SHORT),
     "pixart-sigma": Family(
         pixart_sigma, SMALL, CFG, NO_CFG, SHORT | {"use_resolution_binning": False, "clean_caption": False}
@@ -596,7 +648,7 @@ FAMILIES = {
     "ltx": Family(ltx, {"height": 32, "width": 32, "num_frames": 9}, CFG, NO_CFG, SHORT),
     "cogvideox": Family(cogvideox, SMALL | {"num_frames": 9}, CFG | {"use_dynamic_cfg": True}, NO_CFG, SHORT),
 }
-"""The ten families, with SD 1.5 for v-prediction too and Wan 2.2's two experts."""
+"""The eleven families, with SD 1.5 for v-prediction too and Wan 2.2's two experts."""
 
 
 EDITORS = {
@@ -608,6 +660,7 @@ EDITORS = {
         {"guidance_scale": 3.5},
         SHORT | {"max_area": 16 * 16, "_auto_resize": False},
     ),
+    "flux2-edit": Family(flux2, SMALL, CFG, NO_CFG, SHORT | {"text_encoder_out_layers": (1,)}),
     "qwen-image-edit": Family(
         functools.partial(qwen_image, "QwenImageEditPipeline"), SMALL, TRUE_CFG, {"true_cfg_scale": 1.0}, SHORT, batch=1
     ),

@@ -8,6 +8,7 @@ pipeline encodes, prompts and images, is remembered from the recording.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -72,9 +73,8 @@ class Rollout:
     """With `keep_outputs`, the latents that the model got at each step, and its guided output."""
     memory: dict[str, list[Any]] = field(default_factory=dict, repr=False)
     """What the encoders gave, by their names and in order, so that replays do not run them again; see `_remembered`."""
-    start: torch.Tensor | None = field(default=None, repr=False)
-    """The latents to begin a call with, where they are others than the scheduler gets: an image-to-video pipeline may
-    keep the first frame from it. None where they are the same."""
+    leaps: bool = False
+    """Whether the pipeline cannot be given latents as its scheduler gets them; see `_leaps`."""
 
 
 OnStep = Callable[[Step, torch.Tensor], None]
@@ -104,10 +104,9 @@ def record(
     scheduler = scheduler_of(pipeline)
     recorder = _Recorder(keep_outputs)
     memory: dict[str, list[Any]] = {}
-    prepared: list[Any] = []
-    options = call_options(prompts, options)
-    noted = _once(pipeline, "prepare_latents", prepared)
-    with _taped(scheduler, recorder), _remembered(pipeline, memory), noted, torch.no_grad():
+    options, prepared = call_options(prompts, options), []
+    watched = _watched(pipeline, "prepare_latents", prepared)
+    with _taped(scheduler, recorder), _remembered(pipeline, memory), watched, torch.no_grad():
         images = pipeline(**options, generator=generator, output_type="pt")[0]
     if not isinstance(images, torch.Tensor) or len(images) != len(prompts) or recorder.latents is None:
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
@@ -124,7 +123,7 @@ def record(
         length=len(scheduler.schedule),
         outputs=recorder.outputs,
         memory=memory,
-        start=_start(prepared, recorder.first),
+        leaps=_leaps(pipeline, prepared, memory, recorder.first),
     )
 
 
@@ -144,11 +143,11 @@ def replay(pipeline: Any, rollout: Rollout, steps: Sequence[Step], on_step: OnSt
     scheduler = scheduler_of(pipeline)
     call = type(pipeline).__call__
     call = inspect.unwrap(call) if grad else call
-    leap = rollout.start is not None
+    leap = rollout.leaps
     player = _Player(steps, on_step, grad, leap)
-    latents = rollout.start if leap else steps[0].x
+    begin: dict[str, Any] = {"generator": torch.Generator()} if leap else {"latents": steps[0].x}
     with _taped(scheduler, player), _remembered(pipeline, rollout.memory), torch.set_grad_enabled(grad and not leap):
-        call(pipeline, **rollout.options, latents=latents, output_type="latent")
+        call(pipeline, **rollout.options, **begin, output_type="latent")
     if player.played != len(steps):
         raise ReplayError(f"the pipeline ran {player.played} of {len(steps)} steps")
 
@@ -270,23 +269,42 @@ def _remembered(pipeline: Any, memory: dict[str, list[Any]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _watched(owner: Any, name: str, calls: list[Any]) -> Iterator[None]:
+    """Keeps the arguments of a method's calls."""
+
+    def watch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return run(*args, **kwargs)
+
+    with _replaced(owner, name, watch):
+        yield
+
+
+@contextlib.contextmanager
 def _once(owner: Any, name: str, results: list[Any]) -> Iterator[None]:
     """Keeps what the calls of a method give; the k-th call gives the k-th of `results` where that is there already."""
-    run = getattr(owner, name, None)
-    if run is None:
-        yield
-        return
-    calls = itertools.count()
+    numbers = itertools.count()
 
-    def give(*args: Any, **kwargs: Any) -> Any:
-        k = next(calls)
+    def give(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        k = next(numbers)
         if k >= len(results):
             with torch.no_grad():
                 results.append(_drawn_once(run(*args, **kwargs)))
         return results[k]
 
+    with _replaced(owner, name, give):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """The object with another method, whose first argument is its own; nothing where it has none of the name."""
+    run = getattr(owner, name, None)
+    if run is None:
+        yield
+        return
     own = vars(owner).get(name)
-    setattr(owner, name, give)
+    setattr(owner, name, functools.partial(method, run))
     try:
         yield
     finally:
@@ -316,9 +334,24 @@ class _DrawnOnce:
         return getattr(self._posterior, name)
 
 
-def _start(prepared: list[Any], first: torch.Tensor | None) -> torch.Tensor | None:
-    """The latents that the pipeline made, if the scheduler gets others."""
-    made = prepared[0] if prepared else None
+def _leaps(pipeline: Any, prepared: list[Any], memory: dict[str, list[Any]], first: torch.Tensor | None) -> bool:
+    """Whether the pipeline cannot be given latents as its scheduler gets them.
+
+    Then a replay begins with other latents, and a first step without a gradient puts the recorded ones in their place.
+    An image-to-video pipeline may keep the first frame from its scheduler (LTX), and another may pack what it is given
+    (Flux 2). The pipeline's `prepare_latents` is asked, with the arguments that it was called with.
+    """
+    if not prepared or first is None:
+        return False
+    prepare, (args, kwargs) = pipeline.prepare_latents, prepared[0]
+    call = inspect.signature(prepare).bind(*args, **kwargs)
+    if "latents" not in call.signature.parameters:
+        return False
+    call.arguments["latents"] = first
+    try:
+        with _remembered(pipeline, memory), torch.no_grad():
+            made = prepare(*call.args, **call.kwargs)
+    except Exception:  # pipelines raise what they like about a shape
+        return True
     latents = made[0] if isinstance(made, tuple) else made
-    fits = not isinstance(latents, torch.Tensor) or first is None or latents.shape == first.shape
-    return None if fits else latents
+    return isinstance(latents, torch.Tensor) and latents.shape != first.shape
