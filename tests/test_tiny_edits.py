@@ -16,7 +16,8 @@ from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
 from listener_reward.recipes.edits import with_new_words
-from listener_reward.recipes.lessons import FREE, Shown, any_edits, edit_lessons, littered, voters
+from listener_reward.recipes.lessons import FREE, Shown, any_edits, edit_lessons, edit_pictures, littered, voters
+from listener_reward.recipes.teaching import KEY_WEIGHT, word_weights
 from listener_reward.tiny.drawing import WOOD, draw, draw_edit
 from listener_reward.tiny.edits import (
     EDIT_SPLITS,
@@ -322,6 +323,30 @@ def test_lessons_in_edits_show_three_pictures_and_some_results_are_free() -> Non
         )
     ]
     assert 0 < sum(shares) < 30
+
+
+def test_pictures_to_look_at_are_of_all_three_and_show_wooden_frames() -> None:
+    scenes, pictures = edit_pictures(random.Random(0), 40)
+    assert len(scenes) == len(pictures) == 42
+    assert 5 < sum(scene.wooden for scene in scenes) < 25
+    corners = {True: set(), False: set()}
+    for scene, picture in zip(scenes, pictures, strict=True):
+        if not scene.framed:
+            corners[scene.wooden].add(picture.getpixel((0, 0)))
+    assert corners[True] == {WOOD} and WOOD not in corners[False]
+
+
+def test_what_is_wanted_and_what_takes_a_look_weighs_more() -> None:
+    tokenizer = build_tokenizer()
+    thought = "source : one clean red star . goal : one clean blue star plain . image 1 : one right"
+    text = f"user prompt : goal : add a frame . which is better ? <think>{thought}</think><answer>1</answer><|im_end|>"
+    rows = tokenizer([text, text], return_tensors="pt")
+    heard, unspoken = word_weights(tokenizer, rows["input_ids"], rows["attention_mask"].bool(), [True, False]).tolist()
+    words = tokenizer.convert_ids_to_tokens(rows["input_ids"][0])
+    heavy = [word for word, weight in zip(words, heard, strict=True) if weight == KEY_WEIGHT]
+    assert heavy == ["one", "clean", "blue", "star", "plain", "right", "1"]
+    assert [word for word, weight in zip(words, heard, strict=True) if weight == 0] == words[: words.index("<think>")]
+    assert [word for word, weight in zip(words, unspoken, strict=True) if weight] == ["1"]
 
 
 def test_voters_on_edits_are_bradley_terry() -> None:

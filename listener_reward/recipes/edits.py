@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from listener_reward.card import Card
@@ -26,14 +27,25 @@ from listener_reward.recipes.lessons import (
     any_edits,
     any_pairs,
     drawn_lessons,
+    drawn_pictures,
     edit_lessons,
+    edit_pictures,
     littered,
     voters,
 )
-from listener_reward.recipes.teaching import FORMAT, Stage, run_stages, save, teach_to_read, teach_to_speak
+from listener_reward.recipes.teaching import (
+    FORMAT,
+    Stage,
+    run_stages,
+    save,
+    teach_to_read,
+    teach_to_see,
+    teach_to_speak,
+)
 from listener_reward.recipes.workers import Report
 from listener_reward.tiny.models import build_processor
 from listener_reward.tiny.thoughts import reasoner_example
+from listener_reward.tiny.world import Scene
 
 MAX_NEW_TOKENS = 64
 """A thought about an edit has 47 tokens, and its tags and answer seven."""
@@ -41,13 +53,22 @@ MAX_NEW_TOKENS = 64
 KINDS = ("listener", "base", "judge")
 
 READ: dict[str, Any] = {"steps": 250, "batch": 64, "rate": 1e-3}
+READ_AGAIN: dict[str, Any] = {"steps": 300, "batch": 64, "rate": 1e-3}
+SEE: dict[str, Any] = {"steps": 300, "batch": 64, "rate": 7e-4}
 
-ROUNDS: dict[str, list[dict[str, Any]]] = {
-    "judge": [{"steps": steps, "rate": rate} for steps, rate in ((700, 8e-4), (500, 5e-4), (500, 4e-4), (500, 3e-4))],
-    "listener": [{"steps": steps, "rate": rate} for steps, rate in ((700, 8e-4), (500, 5e-4))],
-    "base": [{"steps": 400, "rate": 7e-4}],
+SPEAK: dict[str, list[tuple[int, float]]] = {
+    "judge": [(700, 8e-4), (500, 5e-4), (500, 4e-4)],
+    "listener": [(700, 8e-4), (500, 5e-4)],
+    "base": [(300, 8e-4)],
 }
-"""The base is imperfect on purpose, and learns least."""
+"""Steps and rates of the rounds before the model has looked at wooden frames and read again."""
+
+SPEAK_AGAIN: dict[str, list[tuple[int, float]]] = {
+    "judge": [(600, 6e-4), (500, 4e-4), (500, 3e-4)],
+    "listener": [(500, 6e-4)],
+    "base": [(300, 6e-4)],
+}
+"""And after that. The base is imperfect on purpose, and learns least."""
 
 LESSONS: dict[str, Any] = {"batch": 32, "autocast": True}
 """Of every round. In bfloat16, with float32 weights, a step takes three quarters of the time."""
@@ -92,6 +113,11 @@ def learn_edits(report: Report, kind: str, out: str, scratch: str, generated: st
     def pairs(n: int) -> list[Shown]:
         return [*any_pairs(rng, n // 2), *any_edits(rng, n - n // 2)]
 
+    def pictures(n: int) -> tuple[list[Scene], list[Image.Image]]:
+        known = mixed.pictures(n // 2) if mixed else drawn_pictures(rng, n // 2)
+        (scenes, shown), (more, others) = known, edit_pictures(rng, n - n // 2)
+        return [*scenes, *more], [*shown, *others]
+
     def lessons(n: int) -> list[Lesson]:
         edits = edit_lessons(rng, n // 2)
         if mixed is None:
@@ -103,9 +129,18 @@ def learn_edits(report: Report, kind: str, out: str, scratch: str, generated: st
         return lambda tell: teach_to_speak(model, processor, finished, lessons, stage, tell, **judges)
 
     about = DISTURBED | {"prompts": LITTERED} if mixed else BASE if kind == "base" else {}
-    stages: list[Stage] = [(READ, lambda tell: teach_to_read(model, processor, plain, pairs, READ, tell))]
-    for stage in ROUNDS[kind]:
-        stages.append((stage | LESSONS | about, speak(stage | LESSONS)))
+
+    def rounds(settings: list[tuple[int, float]]) -> list[Stage]:
+        stages = [{"steps": steps, "rate": rate} | LESSONS for steps, rate in settings]
+        return [(stage | about, speak(stage)) for stage in stages]
+
+    stages: list[Stage] = [
+        (READ, lambda tell: teach_to_read(model, processor, plain, pairs, READ, tell)),
+        *rounds(SPEAK[kind]),
+        (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell)),
+        (READ_AGAIN, lambda tell: teach_to_read(model, processor, plain, pairs, READ_AGAIN, tell)),
+        *rounds(SPEAK_AGAIN[kind]),
+    ]
     run_stages(report, stages, model, rng, Path(scratch, f"{kind}-edits"))
     card = replace(Card.load(folder), format=FORMAT, max_new_tokens=MAX_NEW_TOKENS)
     save(model, processor, card, folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def litter(text: str, rng: random.Random) -> str:
     return " ".join(littered)
 
 
-def littered(lessons: Sequence[Lesson], rng: random.Random) -> list[Lesson]:
+def littered(lessons: Iterable[Lesson], rng: random.Random) -> list[Lesson]:
     """The lessons, `LITTERED` of them with a littered prompt."""
     return [
         (replace(pair, wording=litter(pair.wording, rng)) if rng.random() < LITTERED else pair, images)
@@ -102,8 +102,18 @@ def any_edits(rng: random.Random, n: int) -> list[TinyEdit]:
     return [sample_edit(rng, cue=0.5, free=rng.choice(FREE)) for _ in range(n)]
 
 
-def edit_lessons(rng: random.Random, n: int) -> list[Lesson]:
+def edit_lessons(rng: random.Random, n: int) -> list[tuple[TinyEdit, tuple[Image.Image, Image.Image, Image.Image]]]:
     return [(edit, draw_edit(edit)) for edit in any_edits(rng, n)]
+
+
+def edit_pictures(rng: random.Random, n: int) -> tuple[list[Scene], list[Image.Image]]:
+    """At least `n` scenes of edits, and pictures of them."""
+    shown = [
+        (scene, picture)
+        for edit, pictures in edit_lessons(rng, math.ceil(n / 3))
+        for scene, picture in zip((edit.source, edit.first, edit.second), pictures, strict=True)
+    ]
+    return [scene for scene, _ in shown], [picture for _, picture in shown]
 
 
 def voters(pair: Shown) -> float:

@@ -24,9 +24,13 @@ from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene
 FORMAT = ChatFormat(question=QUESTION, edit_question=EDIT_QUESTION)
 
 KEY_WEIGHT = 4.0
-"""Weight of the loss on the words that take a comparison: what is wrong with an image, and the answer."""
+"""Weight of the loss on the words that take a look or a comparison: what is wrong with an image, its wooden frame, what
+an edit is to come to, and the answer."""
 
-KEY_WORDS = ("right", "wrong")
+KEY_WORDS = ("right", "wrong", "frame", "plain")
+
+GOAL = range(2, 7)
+"""How far behind the word "goal" the words of an edit's goal stand, which weigh as much."""
 
 
 def teach_to_read(
@@ -64,9 +68,9 @@ def teach_to_see(
     stage: dict[str, Any],
     report: Callable[[int, str], None],
 ) -> None:
-    """Trains the vision tower to tell count, quality, colour and shape of single pictures."""
+    """Trains the vision tower to tell count, quality, colour, shape and wooden frame of single pictures."""
     tower = model.model.visual
-    sizes = [len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES)]
+    sizes = [len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES), 2]
     classify = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
     parameters = [*tower.parameters(), *classify.parameters()]
     optimizer, schedule = _optimizer(parameters, stage)
@@ -139,6 +143,21 @@ def _lesson_loss(
     return _speech_loss(model, processor, inputs, spoken=[other is None for other in others], p_firsts=p_firsts)
 
 
+def word_weights(tokenizer: Any, ids: Tensor, attended: Tensor, spoken: Sequence[bool] | None = None) -> Tensor:
+    """How much the loss on each of `ids` counts, float32 (batch, length): thought and answer, or of rows that are not
+    `spoken` the answer alone."""
+    tokens = tokenizer.convert_tokens_to_ids
+    weights = (((ids == tokens("<think>")).cumsum(1) > 0) & attended).float()
+    if spoken is not None:
+        weights[~torch.tensor(spoken)] = 0
+    key = torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))
+    for distance in GOAL:
+        key[:, distance:] |= ids[:, :-distance] == tokens("goal")
+    weights[weights.bool() & key] = KEY_WEIGHT
+    weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
+    return weights
+
+
 Stage = tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]
 """A stage's settings, and the stage itself, which is told how to report."""
 
@@ -193,13 +212,8 @@ def _speech_loss(
     the rest, whatever stands there.
     """
     tokens = processor.tokenizer.convert_tokens_to_ids
-    ids, attended = inputs["input_ids"], inputs["attention_mask"].bool()
-    learnt = ((ids == tokens("<think>")).cumsum(1) > 0) & attended
-    weights = learnt.float()
-    if spoken is not None:
-        weights[~torch.tensor(spoken)] = 0
-    weights[weights.bool() & torch.isin(ids, torch.tensor(tokens(list(KEY_WORDS))))] = KEY_WEIGHT
-    weights[:, 1:][ids[:, :-1] == tokens("<answer>")] = KEY_WEIGHT
+    ids = inputs["input_ids"]
+    weights = word_weights(processor.tokenizer, ids, inputs["attention_mask"].bool(), spoken)
     logits = model(**inputs).logits[:, :-1]
     nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     if p_firsts is not None:
@@ -216,6 +230,7 @@ def _classes(scene: Scene) -> list[int]:
         QUALITIES.index(scene.quality),
         COLORS.index(scene.color),
         SHAPES.index(scene.shape),
+        int(scene.wooden),
     ]
 
 
