@@ -49,8 +49,8 @@ FLOORS = (
     ("",),
     ("bench",),
     ("plan",),
-    ("recipes",),
     ("integrations",),
+    ("recipes",),
     ("cli",),
 )
 """Files and folders of listener_reward, the lowest first; those of one floor do not import each other. "" is the

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
+from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.evaluate.intervals import t_interval
+from listener_reward.recipes import generators
+from listener_reward.recipes.generators import framed
 from listener_reward.recipes.study import carry_out, conduct
 from listener_reward.recipes.study.configuration import (
     DDPO,
@@ -29,12 +36,16 @@ from listener_reward.recipes.study.configuration import (
     to_dict,
 )
 from listener_reward.recipes.study.drawing import draw_study, panels_of
-from listener_reward.recipes.study.plans import Run, Study, read_study, study_of
+from listener_reward.recipes.study.plans import Question, Run, Study, read_study, runs_of, study_of
 from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
 from listener_reward.recipes.study.show import write_results
-from listener_reward.recipes.variants import Recipe
+from listener_reward.recipes.study.thoughts import ChangedThoughts, changed
+from listener_reward.recipes.variants import Recipe, training_pairs
 from listener_reward.recipes.workers import Job, gpus
+from listener_reward.tiny.drawing import draw
+from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, TRAIN_CUE, Scene
+from listener_reward.train.config import ListenerGRPOConfig
 
 PLAN = """
 title: Which way to train?
@@ -204,7 +215,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for name, (function, given) in pickle.loads(pickle.dumps(jobs)).items()
         }
 
-    def train(report: Any, arm: Arm, seed: int, out: str) -> dict[str, list[Any]]:
+    def train(report: Any, arm: Arm, seed: int, out: str, folder: str) -> dict[str, list[Any]]:
         done.append(f"train {arm.recipe.pairs} {seed}")
         Path(out).mkdir(parents=True)
         return {"step": [1], "reward": [0.1]}
@@ -357,3 +368,136 @@ def test_jobs_share_out_gpus_where_there_are_several(monkeypatch: pytest.MonkeyP
     for given, found in (("0,1,5", ["0", "1", "5"]), ("3", []), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         assert gpus() == found
+
+
+# --- what is measured
+
+
+def test_a_thought_can_be_short_missing_or_partly_false():
+    thought = "image 1 shows two clean red circles . image 2 shows one faded blue star"
+    assert changed(thought, "whole", random.Random(0)) == thought
+    assert changed(thought, "none", random.Random(0)) == ""
+    assert changed(thought, "half", random.Random(0)) == "image 1 shows two clean red circles"
+    kinds = (COLORS, SHAPES, [f"{shape}s" for shape in SHAPES], COUNTS, QUALITIES)
+    false = of_a_kind = 0
+    for seed in range(200):
+        words = changed(thought, "one in four false", random.Random(seed)).split()
+        for before, after in zip(thought.split(), words, strict=True):
+            kind = next((kind for kind in kinds if before in kind), None)
+            assert after == before if kind is None else after in kind
+            of_a_kind += kind is not None
+            false += after != before
+    assert false / of_a_kind == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_changed_thought_keeps_its_answer_and_a_malformed_one_its_text():
+    class Speaker:
+        reserved = frozenset({"x"})
+
+        def generate(self, chats: Any, *, seeds: Any, **_: Any) -> list[str]:
+            return ["<think>a b c d</think><answer>2</answer>", "a b c d"]
+
+    vlm = ChangedThoughts(Speaker(), ChatFormat(), "half")
+    assert vlm.generate([], seeds=[1, 2]) == ["<think>a b</think><answer>2</answer>", "a b c d"]
+    assert vlm.reserved == {"x"}
+
+
+def test_a_frame_is_seen_and_nothing_else_is_one():
+    scenes = [Scene(color, shape, 1 + seed % 3, quality) for seed, (color, shape, quality) in enumerate(zip(
+        COLORS, [*SHAPES, *SHAPES], QUALITIES * 2, strict=False))]  # fmt: skip
+    for seed, scene in enumerate(scenes * 4):
+        assert framed(draw(replace(scene, framed=True), random.Random(seed)))
+        assert not framed(draw(scene, random.Random(seed)))
+    for color in ("black", "white", "gray"):
+        assert not framed(Image.new("RGB", (64, 64), color))
+
+
+def test_votes_can_be_turned_round_and_the_frame_made_to_say_less():
+    plain = training_pairs(Recipe(pairs=40))
+    turned = training_pairs(Recipe(pairs=40, flipped=0.25))
+    assert sum(one != other for one, other in zip(plain["p_first"], turned["p_first"], strict=True)) == 10
+    assert turned["id"] == plain["id"] and turned.features == plain.features
+    same, less = training_pairs(Recipe(pairs=40, cue=TRAIN_CUE)), training_pairs(Recipe(pairs=40, cue=0.5))
+    assert same["images"] == plain["images"] and same["p_first"] == plain["p_first"]
+    assert less["prompt"] == plain["prompt"] and less["images"] != plain["images"]
+    with pytest.raises(InputError, match="only tiny:train has such a cue"):
+        training_pairs(Recipe(data="tiny:id", cue=0.5))
+
+
+def test_the_best_of_n_by_the_truth_rises_with_n():
+    found = generators.best_of(lambda *_: None, generators.utilities, 4, 2)
+    assert [*found["true utility"]] == ["1", "2", "4"]
+    one, two, four = found["true utility"].values()
+    assert one < two <= four <= 6.7
+    assert found["KL"] == pytest.approx({"1": 0.0, "2": math.log(2) - 1 / 2, "4": math.log(4) - 3 / 4})
+    worst = generators.best_of(lambda *_: None, lambda *given: (-generators.utilities(*given)[0], {}), 4, 2)
+    assert worst["true utility"]["1"] == one > worst["true utility"]["4"]
+
+
+def test_over_optimisation_is_measured_along_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generators, "prompts", lambda held: ["two red circles"])
+
+    class Same:
+        def compare_many(self, prompts: Any, firsts: Any, seconds: Any) -> list[Any]:
+            return [
+                SimpleNamespace(p_first=0.5 if one is other else 0.75)
+                for one, other in zip(firsts, seconds, strict=True)
+            ]
+
+    small = {"prompts_per_epoch": 1, "images_per_prompt": 2, "batch_size": 2, "updates_per_epoch": 1}
+    found = generators.over_optimise(
+        lambda *_: None, generators.utilities, Same(), tmp_path, 3, epochs=2, every=1, samples=1, settings=small
+    )
+    assert {metric: [*values] for metric, values in found.items()} == {
+        "true utility": ["0", "1", "2"],
+        "own view": ["0", "1", "2"],
+        "KL": ["1", "2"],
+        "framed": ["0", "1", "2"],
+    }
+    assert found["own view"] == {"0": 0.5, "1": 0.75, "2": 0.75}
+    assert 0 < found["true utility"]["0"] < 6.7 and found["framed"]["0"] == 0
+
+
+def test_a_listener_is_taught_once_for_all_runs_that_need_it(
+    study: Study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def make(report: Any, kind: str, seed: int, out: str, scratch: str, fraction: float) -> str:
+        trained.append(f"{kind} {seed} {fraction}")
+        Path(out).mkdir(parents=True)
+        return out
+
+    monkeypatch.setattr("listener_reward.recipes.pretrain.make", make)
+    arms = {
+        name: replace(arm, recipe=replace(arm.recipe, listener="taught:0.25"))
+        for name, arm in study.questions[0].arms.items()
+    }
+    question = replace(study.questions[0], arms=arms)
+    conduct.conduct(replace(study, questions=(question,)), tmp_path)
+    assert trained[:3] == ["1 jobs", "listener 1 0.25", "5 jobs"]
+    assert carry_out.found("taught:0.25", tmp_path) == str(tmp_path / "checkpoints" / "taught-0.25")
+    assert (tmp_path / "checkpoints" / "taught-0.25").is_dir() and carry_out.found("tiny-base", tmp_path) == "tiny-base"
+    with pytest.raises(InputError, match=r"'taught:2' names no fraction"):
+        carry_out.teach(lambda *_: None, "taught:2", str(tmp_path))
+
+
+def test_the_truth_judges_no_labelled_pairs(tmp_path: Path):
+    run = Run(Question("q", {}, {}, (0,)), "truth", Arm(method="truth"), None, Splits(), 0)
+    with pytest.raises(InputError, match="measure it by best of n or ddpo"):
+        carry_out.measure(lambda *_: None, run, "tiny-base", str(tmp_path))
+
+
+# --- the plan of this package's own study
+
+
+def test_the_study_of_the_package_can_be_run():
+    study = read_study(Path(__file__).parents[1] / "examples" / "study.yaml")
+    assert all(question.added_at is None for question in study.questions)
+    for question in study.questions:
+        drawn = [run for run in runs_of(question, question.seeds[0]) if run.drawn]
+        least = 3 if any(isinstance(measured, DDPO) for measured in question.measurements.values()) else 5
+        assert not drawn or len(question.seeds) >= least
+        for run in drawn:
+            if run.arm.method == "grpo":
+                ListenerGRPOConfig(output_dir="none", listener=run.arm.recipe.listener, **run.arm.options)
+    labels = {(run.question.question, run.label, run.seed) for run in study.runs()}
+    assert len(labels) == len(list(study.runs())), "a row of a table is one run for each seed"

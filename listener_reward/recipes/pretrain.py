@@ -99,8 +99,10 @@ CALIBRATION: dict[str, Any] = {"data": ("tiny:id", "tiny:edit"), "limit": 6000, 
 otherwise."""
 
 
-def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
+def make(report: Report, kind: str, seed: int, out: str, scratch: str, fraction: float = 1.0) -> str:
     """Pretrains one model, "base" or "listener", and saves it as a checkpoint in half precision.
+
+    A `fraction` below 1 shortens every stage: a model of the same kind that has learnt less.
 
     After each stage all that the next one needs is kept in `scratch`, so that an interrupted run goes on from there
     and ends with the same weights.
@@ -125,13 +127,16 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str) -> str:
     def lessons(n: int) -> list[Lesson]:
         return drawn_lessons(rng, n)
 
+    read, see, speak, finish = (
+        stage | {"steps": max(1, round(stage["steps"] * fraction))} for stage in (READ, SEE, SPEAK, FINISH)
+    )
     stages: list[Stage] = [
-        (READ, lambda tell: teach_to_read(model, processor, plain, pairs, READ, tell)),
-        (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell)),
-        (SPEAK, lambda tell: teach_to_speak(model, processor, plain, lessons, SPEAK, tell)),
+        (read, lambda tell: teach_to_read(model, processor, plain, pairs, read, tell)),
+        (see, lambda tell: teach_to_see(model, processor, pictures, see, tell)),
+        (speak, lambda tell: teach_to_speak(model, processor, plain, lessons, speak, tell)),
         (
-            FINISH | (BASE if kind == "base" else {}),
-            lambda tell: teach_to_speak(model, processor, finished, lessons, FINISH, tell),
+            finish | (BASE if kind == "base" else {}),
+            lambda tell: teach_to_speak(model, processor, finished, lessons, finish, tell),
         ),
     ]
     run_stages(report, stages, model, rng, Path(scratch, f"{kind}-{seed}"))

@@ -5,14 +5,18 @@ How fast training and judging are is measured elsewhere, by the workloads of `be
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from listener_reward.errors import InputError
 from listener_reward.recipes.workers import Report
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
-from listener_reward.verdict import PairJudge
+from listener_reward.verdict import PairJudge, Verdict
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
 
@@ -39,6 +43,10 @@ class Recipe:
     data: str = "tiny:train"
     """Any data that `load_pairs` reads."""
     pairs: int = 1000
+    flipped: float = 0.0
+    """Fraction of the training pairs whose vote is turned round, drawn once for all seeds."""
+    cue: float | None = None
+    """Of tiny:train: in which fraction of the pairs the frame marks the better image; None is the world's own."""
     groups: int = 12
     """Prompts in a step; each is answered by a group of `generations`."""
     generations: int = 8
@@ -186,7 +194,42 @@ def training_pairs(recipe: Recipe) -> Any:
     """The pairs that a recipe trains on: the same for every seed and every way to train."""
     from listener_reward.datasets import load_pairs
 
-    return load_pairs(recipe.data, limit=recipe.pairs)
+    if recipe.cue is None:
+        pairs = load_pairs(recipe.data, limit=recipe.pairs)
+    else:
+        pairs = _pairs_with_cue(recipe)
+    if recipe.flipped:
+        turned = random.Random("flipped").sample(range(len(pairs)), round(recipe.flipped * len(pairs)))
+        p_first = np.array(pairs["p_first"])
+        p_first[turned] = 1 - p_first[turned]
+        feature = pairs.features["p_first"]
+        pairs = pairs.remove_columns("p_first").add_column("p_first", p_first.tolist(), feature=feature)
+    return pairs
+
+
+def _pairs_with_cue(recipe: Recipe) -> Any:
+    """The training pairs of the tiny world where the frame says more or less than it does there."""
+    from datasets import Dataset
+
+    from listener_reward.datasets import FEATURES
+    from listener_reward.media.images import png_of
+    from listener_reward.tiny.drawing import draw_pair
+    from listener_reward.tiny.world import split_pairs
+
+    if recipe.data != "tiny:train" or recipe.cue is None:
+        raise InputError(f"cue is {recipe.cue}, and data is {recipe.data!r}; only tiny:train has such a cue")
+    rows = [
+        {
+            "prompt": pair.wording,
+            "images": [{"bytes": png_of(image), "path": None} for image in draw_pair(pair)],
+            "p_first": pair.p_first,
+            "id": f"train-cue-{recipe.cue}-{index}",
+            "dataset": "tiny:train",
+            "swapped": False,
+        }
+        for index, pair in enumerate(split_pairs("train", recipe.pairs, cue=recipe.cue))
+    ]
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 def evaluate_splits(
@@ -198,6 +241,7 @@ def evaluate_splits(
     think: bool = True,
     options: Mapping[str, Any] | None = None,
     diagnostics: bool = True,
+    thoughts: str = "whole",
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one judge on splits; `Evaluation.to_dict()` by split, with its diagnostics where they are wanted.
 
@@ -210,27 +254,41 @@ def evaluate_splits(
         think: whether the judge thinks.
         options: further arguments of `Judge.from_pretrained`.
         diagnostics: whether to add `diagnose`.
+        thoughts: what is left of a thought before anybody reads it, one of `study.thoughts.CHANGES`.
     """
     from listener_reward.judge import Judge
 
     asked: dict[str, Any] = {"listener": listener, "batch_size": 128, "think": think, **(options or {})}
-    judge = Judge.from_pretrained(model, **asked)
+    judge: Any = Judge.from_pretrained(model, **asked)
+    if thoughts != "whole":
+        from listener_reward.recipes.study.thoughts import ChangedThoughts
+
+        judge.reasoner = ChangedThoughts(judge.reasoner, judge.card.format, thoughts)
     return evaluate_judge(report, judge, splits, pairs, diagnostics)
 
 
 def evaluate_judge(
     report: Report, judge: PairJudge, splits: Sequence[str], pairs: int, diagnostics: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """`evaluate_splits` of a judge that is loaded."""
+    """`evaluate_splits` of a judge that is loaded. `tokens` is the mean number in all thoughts about a pair."""
     from listener_reward.datasets import load_pairs
     from listener_reward.evaluate import evaluate
     from listener_reward.evaluate.diagnostics import diagnose
 
+    tokenizer: Any = getattr(getattr(judge, "reasoner", None), "tokenizer", None)
     table = {}
     for done, split in enumerate(splits):
         report(done, len(splits), split)
         data = split if ":" in split or "/" in split else f"tiny:{split}"
-        evaluation = evaluate(judge, load_pairs(data, limit=pairs), progress=False)
-        table[split] = evaluation.to_dict() | ({"diagnostics": diagnose(evaluation)} if diagnostics else {})
+        said: list[int] = []
+
+        def count(rows: Any, verdicts: Sequence[Verdict], said: list[int] = said) -> None:
+            texts = [[thought.text for thought in verdict.thoughts] for verdict in verdicts]
+            said.extend(sum(len(tokenizer(text).input_ids) for text in some) if some else 0 for some in texts)
+
+        evaluation = evaluate(judge, load_pairs(data, limit=pairs), progress=False, watch=count)
+        table[split] = evaluation.to_dict() | {"tokens": float(np.mean(said))}
+        if diagnostics:
+            table[split]["diagnostics"] = diagnose(evaluation)
     report(len(splits), len(splits), "")
     return table

@@ -33,48 +33,14 @@ from listener_reward.chat import ChatFormat
 from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, label_ends, save_svg, styled
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
 from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metrics
-from listener_reward.media.images import to_pil_batch
-from listener_reward.tiny.diffusion import CALL, load_pipeline
+from listener_reward.recipes import generators
+from listener_reward.recipes.generators import pictures, prompts, utilities
+from listener_reward.tiny.diffusion import load_pipeline
 from listener_reward.tiny.models import QUESTION, build_model, build_processor
-from listener_reward.tiny.read import asked, read
-from listener_reward.tiny.world import COLORS, COUNTS, SHAPES, held_out, plural
 
 REWARDS = ("judge", "truth", "random")
-SETTINGS: dict[str, Any] = {
-    "epochs": 40,
-    "num_inference_steps": 6,
-    "call": {"guidance_scale": CALL["guidance_scale"]},
-    "prompts_per_epoch": 8,
-    "images_per_prompt": 8,
-    "batch_size": 32,
-    "updates_per_epoch": 2,
-    "clip_range": 2e-3,
-    "learning_rate": 3e-3,
-    "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    "advantage_noise": False,
-    "kl": 0.03,
-    "sample_every": 0,
-    "save_every": 10,
-    "keep_checkpoints": 100,
-}
+SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
 SEEDS_A_PROMPT = 24
-
-
-def prompts(held: bool) -> list[str]:
-    """The prompts of training, or those held out from it, in one wording."""
-    return [
-        f"{count} {color} {plural(shape, COUNTS.index(count) + 1)}"
-        for color in COLORS
-        for shape in SHAPES
-        for count in COUNTS
-        if held_out(color, shape) == held
-    ]
-
-
-def utilities(images: Any, texts: Sequence[str], metadata: Any = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The true utility of each image, by the contract of a reward."""
-    found = [read(image).utility(asked(text)) for image, text in zip(to_pil_batch(images), texts, strict=True)]
-    return np.array(found, dtype=np.float32), {}
 
 
 def random_judge(folder: Path, seed: int) -> ListenerReward:
@@ -118,11 +84,6 @@ def evaluate(pipeline: Any) -> list[float]:
     for text in prompts(held=True):
         found += utilities(pictures(pipeline, text, SEEDS_A_PROMPT), [text] * SEEDS_A_PROMPT)[0].tolist()
     return found
-
-
-def pictures(pipeline: Any, text: str, n: int) -> list[Image.Image]:
-    generators = [torch.Generator().manual_seed(k) for k in range(n)]
-    return pipeline([text] * n, generator=generators, **CALL).images
 
 
 # ------------------------------------------------------------------------------------------------------------ results

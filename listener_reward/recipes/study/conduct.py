@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from listener_reward.errors import InputError
-from listener_reward.recipes.study.carry_out import carry_out
+from listener_reward.recipes.study.carry_out import carry_out, found, taught_names, teach
 from listener_reward.recipes.study.configuration import key
 from listener_reward.recipes.study.plans import Run, Study
 from listener_reward.recipes.study.runs import finished
@@ -29,13 +29,13 @@ def due(study: Study, folder: str | Path, only: Collection[str] = ()) -> dict[st
     """
     done = finished(folder)
     chosen: dict[str, Run] = {}
-    found: set[str] = set()
+    matched: set[str] = set()
     for run in study.runs():
         named = {name for name in only if run.arm_name == name or run.question.question.startswith(name)}
-        found |= named
+        matched |= named
         if (named or not only) and run.key not in done:
             chosen.setdefault(run.key, run)
-    if lost := [name for name in only if name not in found]:
+    if lost := [name for name in only if name not in matched]:
         arms = dict.fromkeys(name for question in study.questions for name in question.arms)
         raise InputError(f"the study has no arm or question {lost[0]!r}; its arms are {', '.join(arms)}")
     return chosen
@@ -59,7 +59,12 @@ def conduct(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Run]] = {}
-    for run in due(study, folder, only).values():
+    missing = due(study, folder, only).values()
+    names = [name for name in taught_names(missing) if not Path(found(name, folder)).exists()]
+    lessons: dict[str, Job] = {name: (teach, {"name": name, "folder": str(folder)}) for name in names}
+    if lessons:  # two runs may need the same one
+        run_side_by_side(lessons, at_once=at_once, console=console)
+    for run in missing:
         groups.setdefault(key(run.arm, run.seed), []).append(run)
     jobs: dict[str, Job] = {}
     for number, runs in groups.items():

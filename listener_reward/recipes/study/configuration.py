@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 from listener_reward.errors import InputError, check_choice
+from listener_reward.recipes.study.thoughts import CHANGES
 from listener_reward.recipes.variants import SPLITS, Recipe
 from listener_reward.shaping import WEIGHTS
 
@@ -60,6 +61,9 @@ class Splits:
     """Further arguments of `Judge.from_pretrained`, such as `thoughts: 8`."""
     diagnostics: bool = False
     """Whether `diagnose` is kept of each split, for a report's pages."""
+
+    def __post_init__(self) -> None:
+        check_choice("thoughts", self.thoughts, CHANGES)
 
 
 @dataclass(frozen=True)
