@@ -166,7 +166,7 @@ BREAK = {
     "tokenizer is no JSON": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "processor is no JSON": lambda folder: (folder / "processor_config.json").write_text("{"),
     "config of another type": lambda folder: respell(
-        folder / "config.json", '"vocab_size": 59', '"vocab_size": "many"'
+        folder / "config.json", '"vocab_size": 77', '"vocab_size": "many"'
     ),
     "tokenizer without words": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
     "tokenizer without a model": lambda folder: (folder / "tokenizer.json").write_text(

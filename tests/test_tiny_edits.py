@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from listener_reward import Judge
+from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
+from listener_reward.evaluate import evaluate
 from listener_reward.media.images import to_pil
+from listener_reward.models.hub import resolve
 from listener_reward.recipes.edits import with_new_words
 from listener_reward.recipes.lessons import FREE, Shown, any_edits, edit_lessons, edit_pictures, littered, voters
 from listener_reward.recipes.teaching import KEY_WEIGHT, word_weights
@@ -384,3 +389,46 @@ def test_the_question_about_an_edit_shows_the_source_first() -> None:
     assert [block.get("text", "<image>").strip() for block in content] == [
         "source", "<image>", "image 1", "<image>", "image 2", "<image>", "prompt : add a frame . which is better ?",
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the weights
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge.from_pretrained("tiny", batch_size=64)
+
+
+@pytest.mark.parametrize(("split", "least"), [("edit", 0.85), ("edit-ood", 0.8)])
+def test_the_embedded_judge_judges_edits(judge: Judge, split: str, least: float) -> None:
+    found = evaluate(judge, load_pairs(f"tiny:{split}", limit=150), progress=False, swap_check=8)
+    assert found.accuracy is not None and found.accuracy >= least
+    assert found.swap_consistency == 1.0 and found.malformed_rate == 0
+    assert found.listener_accuracy is not None and found.listener_accuracy >= least
+
+
+def test_the_embedded_base_of_edits_is_imperfect() -> None:
+    base = Judge.from_pretrained("tiny-edit-base", batch_size=64)
+    assert base.card.listener == Card.load(resolve("tiny")).listener == "tiny-edit-listener"
+    found = evaluate(base, load_pairs("tiny:edit", limit=150), progress=False, swap_check=0)
+    assert found.accuracy is not None and 0.5 <= found.accuracy <= 0.75
+    assert found.malformed_rate is not None and found.malformed_rate <= 0.05
+
+
+def test_one_source_or_another_decides_which_result_is_right(judge: Judge) -> None:
+    """Both results have the count that one of the sources had, and only the source tells what was to stay."""
+    two, three, right, other = Scene("red", "circle", 2), Scene("red", "circle", 3), BLUE, Scene("blue", "circle", 3)
+    said = []
+    for seed in range(12):
+        shown = {
+            scene: draw_edit(TinyEdit(scene, BLUE, ("color",), right, other, 1.0, "make the circles blue", seed))
+            for scene in (two, three)
+        }
+        said += [
+            (scene is two) == (judge.compare("make the circles blue", first, second, sources=source).preferred == 1)
+            for scene, (source, first, second) in shown.items()
+        ]
+    assert np.mean(said) >= 0.75
+
+
+def test_all_embedded_weights_are_small() -> None:
+    folder = Path(resolve("tiny")).parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 24e6

@@ -15,8 +15,15 @@ from typing import Any, cast
 from listener_reward.errors import InputError
 from listener_reward.files import quoted
 
-EMBEDDED = {"tiny": "judge", "tiny-base": "base", "tiny-listener": "listener"}
-"""Names of the checkpoints that come with the package: the trained judge, the base it grew from, its listener."""
+EMBEDDED = {
+    "tiny": "judge",
+    "tiny-base": "base",
+    "tiny-listener": "listener",
+    "tiny-edit-base": "edit-base",
+    "tiny-edit-listener": "edit-listener",
+}
+"""Names of the checkpoints that come with the package: the trained judge, the base it grew from and a listener of
+pairs, and the same two once they know edits; that listener is the judge's."""
 
 _JSON = (
     "config.json",

@@ -50,7 +50,11 @@ from listener_reward.tiny.world import Scene
 MAX_NEW_TOKENS = 64
 """A thought about an edit has 47 tokens, and its tags and answer seven."""
 
-KINDS = ("listener", "base", "judge")
+TAUGHT = {"listener": "edit-listener", "base": "edit-base", "judge": "judge"}
+"""Folders of the models by what they are made from. Base and listener stay beside them, because the demo's figures and
+others' are theirs; the judge of pairs becomes one of both."""
+
+LISTENER = "tiny-edit-listener"
 
 READ: dict[str, Any] = {"steps": 250, "batch": 64, "rate": 1e-3}
 READ_AGAIN: dict[str, Any] = {"steps": 300, "batch": 64, "rate": 1e-3}
@@ -64,7 +68,7 @@ SPEAK: dict[str, list[tuple[int, float]]] = {
 """Steps and rates of the rounds before the model has looked at wooden frames and read again."""
 
 SPEAK_AGAIN: dict[str, list[tuple[int, float]]] = {
-    "judge": [(600, 6e-4), (500, 4e-4), (500, 3e-4)],
+    "judge": [(600, 6e-4), (500, 4e-4), (500, 3e-4), (600, 4e-4)],
     "listener": [(500, 6e-4)],
     "base": [(300, 6e-4)],
 }
@@ -89,7 +93,7 @@ def with_new_words(model: Any, processor: Any) -> Any:
 
 
 def learn_edits(report: Report, kind: str, out: str, scratch: str, generated: str) -> str:
-    """Teaches the model `kind` in `out`, one of `KINDS`, to judge edits, and saves it in its place.
+    """Teaches the model `kind` in `out`, a key of `TAUGHT`, to judge edits too, and saves it there under its new name.
 
     Half of its lessons are those that it had before, so that it forgets nothing: drawn pairs, and for the judge
     generated ones too, disturbed thoughts, littered prompts, and answers that are as sure as people are.
@@ -142,6 +146,8 @@ def learn_edits(report: Report, kind: str, out: str, scratch: str, generated: st
         *rounds(SPEAK_AGAIN[kind]),
     ]
     run_stages(report, stages, model, rng, Path(scratch, f"{kind}-edits"))
-    card = replace(Card.load(folder), format=FORMAT, max_new_tokens=MAX_NEW_TOKENS)
-    save(model, processor, card, folder)
-    return str(folder)
+    listener = None if kind == "listener" else LISTENER
+    card = replace(Card.load(folder), format=FORMAT, max_new_tokens=MAX_NEW_TOKENS, listener=listener)
+    taught = Path(out, TAUGHT[kind])
+    save(model, processor, card, taught)
+    return str(taught)

@@ -12,7 +12,7 @@ Three models of one architecture, seeded, in about two hours on two cores:
 Each learns as large VLMs do, in stages: the language model reads text alone, until it can tell whether a description
 fits a prompt; the vision tower learns to see with a throw-away classifier, because shapes are slow to be found through
 the language model's loss; then both learn together to describe pictures; last, the base learns its imperfection.
-When all three are made, each learns edits (`recipes.edits`), and the judge is calibrated on votes about pairs and edits
+When all three are made, they learn edits (`recipes.edits`), and the judge is calibrated on votes about pairs and edits
 that no split's default seed has.
 """
 
@@ -37,7 +37,7 @@ from listener_reward.datasets import load_pairs
 from listener_reward.evaluate.calibrate import calibrate
 from listener_reward.files import write_text
 from listener_reward.judge import Judge
-from listener_reward.recipes.edits import BASE, KINDS, MAX_NEW_TOKENS, learn_edits
+from listener_reward.recipes.edits import BASE, MAX_NEW_TOKENS, TAUGHT, learn_edits
 from listener_reward.recipes.lessons import (
     DISTURBED,
     LITTERED,
@@ -219,27 +219,29 @@ def calibrate_judge(report: Report, out: str) -> None:
     folder = Path(out, "judge")
     for done, (field, think) in enumerate({"calibration": True, "fast_calibration": False}.items()):
         report(done, 2, field)
-        judge = Judge.from_pretrained(folder, listener=str(Path(out, "listener")), batch_size=128, think=think)
+        judge = Judge.from_pretrained(folder, listener=str(Path(out, TAUGHT["listener"])), batch_size=128, think=think)
         Card.amend(folder, **{field: calibrate(judge, pairs, progress=False).calibration})
     report(2, 2, "")
 
 
 def write_card(out: Path) -> None:
     """Measures base and judge on every split and on generated pictures, and writes `README.md` beside the weights."""
-    recipe = _recipe(out)
     evaluations = run_side_by_side(
         {
             f"judging with the {name}": (
                 evaluate_splits,
-                {"model": str(out / name), "splits": CARD_SPLITS, "pairs": 400, "listener": recipe.listener},
+                {"model": str(out / name), "splits": splits, "pairs": 400, "listener": str(out / listener)},
             )
-            for name in ("base", "judge")
+            for name, listener, splits in (
+                ("base", "listener", CARD_SPLITS),
+                (TAUGHT["base"], TAUGHT["listener"], (*CARD_SPLITS, *EDIT_SPLITS[1:])),
+                (TAUGHT["judge"], TAUGHT["listener"], (*CARD_SPLITS, *EDIT_SPLITS[1:])),
+            )
         }
     )
     rows = []
     for name, table in evaluations.items():
-        for split in CARD_SPLITS:
-            scores = table[split]
+        for split, scores in table.items():
             low, high = scores["accuracy_interval"]
             rows.append(
                 f"| {name.split()[-1]} | {split} | {scores['accuracy']:.1%} ({low:.1%} to {high:.1%}) | "
@@ -250,26 +252,26 @@ def write_card(out: Path) -> None:
     write_text(out / "README.md", CARD_TEXT.format(size=size, rows="\n".join(rows)))
 
 
-CARD_SPLITS = (*SPLITS, "generated", *EDIT_SPLITS[1:])
+CARD_SPLITS = (*SPLITS, "generated")
 
 CARD_TEXT = """# The embedded tiny models
 
-Three Qwen2.5-VL models of 1.1 million parameters in float16, {size:.1f} MB together, for the tiny world only (one to
+Five Qwen2.5-VL models of 1.1 million parameters in float16, {size:.1f} MB together, for the tiny world only (one to
 three flat coloured shapes, and edits of pictures of them). Made, and this card written, by
 
 ```bash
 python -m listener_reward.recipes.pretrain
 ```
 
-which is seeded and takes about two hours on two cores. With `--edits-only` it teaches edits to three models that judge
-pictures alone.
+which is seeded and takes about two hours on two cores. With `--edits-only` it begins with models that judge pictures
+alone.
 
 - `base`: an imperfect reasoner; what GRPO starts from (`"tiny-base"`).
 - `listener`: another seed, honest and right (`"tiny-listener"`).
-- `judge`: the base after lessons in drawn and in generated pictures, listener-shaped GRPO on votes about both, and
-  lessons in how sure people are (`"tiny"`).
-
-Last, each had lessons in edits, half of them, and in what it could do before, the other half.
+- `edit-base`, `edit-listener`: the same two after lessons in edits, half of them, and in what they could do before
+  (`"tiny-edit-base"`, `"tiny-edit-listener"`).
+- `judge`: the base after lessons in drawn and in generated pictures, listener-shaped GRPO on votes about both, lessons
+  in how sure people are, and lessons in edits as those two had (`"tiny"`); `edit-listener` is its listener.
 
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
@@ -293,7 +295,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("tiny-pretraining"), help="where finished stages are kept")
     parser.add_argument("--seed", type=int, default=0, help="the listener's is one more")
     parser.add_argument(
-        "--edits-only", action="store_true", help="teach edits to the three models in --out, which judge pictures alone"
+        "--edits-only",
+        action="store_true",
+        help="begin with base, listener and judge in --out, which judge pictures alone",
     )
     args = parser.parse_args()
     out, scratch = str(args.out), str(args.scratch)
@@ -309,7 +313,7 @@ def main() -> None:
     if not args.edits_only:
         for name, stage in {"attentive": make_attentive, "judge": make_judge}.items():
             run_side_by_side({name: (stage, folders)})
-    run_side_by_side({f"{kind}, edits": (learn_edits, folders | {"kind": kind}) for kind in KINDS})
+    run_side_by_side({f"{kind}, edits": (learn_edits, folders | {"kind": kind}) for kind in TAUGHT})
     run_side_by_side({"calibration": (calibrate_judge, {"out": out})})
     write_card(args.out)
 
