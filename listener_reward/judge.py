@@ -39,7 +39,7 @@ from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve, same_checkpoint
 from listener_reward.models.options import ModelOptions, check_options, is_address, listed
 from listener_reward.models.vlm import VLM, check_finite
-from listener_reward.pairs import PromptLike, as_prompt, check_questions, key_of, prompt_with
+from listener_reward.pairs import Prompt, PromptLike, check_questions, key_of, prompt_with
 from listener_reward.ranking import Ranking, copy_scores, first_equal, rank_images
 from listener_reward.trace import Masking, Trace, parse
 from listener_reward.verdict import LISTENING, Aggregate, Mode, Orders, Verdict
@@ -670,7 +670,7 @@ class Judge:
 
 
 def _criterion(prompt: PromptLike) -> str | None:
-    return as_prompt(prompt).criterion
+    return prompt.criterion if isinstance(prompt, Prompt) else None  # what is no prompt is refused where it is asked
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -224,11 +224,13 @@ def random_judge(once: Callable[..., Path]) -> Path:
 
         from listener_reward.card import Card
         from listener_reward.chat import ChatFormat
-        from listener_reward.tiny.models import QUESTION, build_model, build_processor
+        from listener_reward.tiny.models import QUESTION, build_model, build_processor, build_tokenizer
 
         processor = build_processor()
         torch.manual_seed(0)
-        build_model(processor.tokenizer).save_pretrained(folder)
+        model = build_model(build_tokenizer(edits=False))  # more words would draw other weights for everything
+        model.resize_token_embeddings(len(processor.tokenizer))
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
         Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=8).save(folder)
 

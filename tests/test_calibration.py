@@ -325,7 +325,7 @@ def test_too_little_to_calibrate_on_is_said(tiny):
 def test_the_command_writes_a_copy_that_judges_by_it(random_judge, tmp_path):
     out, plot = tmp_path / "out", tmp_path / "reliability.svg"
     arguments = ["calibrate", "--judge", str(random_judge), "--data", "tiny:id", "--limit", "60", "--no-think"]
-    options = ["--thoughts", "2", "--out", str(out), "--plot", str(plot), "--json"]
+    options = ["--out", str(out), "--plot", str(plot), "--json"]
     result = CliRunner().invoke(app, arguments + options)
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from listener_reward.card import CARD, Card
-from listener_reward.chat import CRITERIA, Chat, ChatFormat, default_edit_question
+from listener_reward.chat import CRITERIA, Chat, ChatFormat, default_criteria, default_edit_question
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.formats import FORMS, OWN, best_of, try_formats
@@ -133,8 +133,9 @@ def test_a_relative_listener_of_a_name_on_the_hub():
 
 def test_a_listener_takes_a_card(random_judge):
     listener = load_listener(random_judge, Card(), own={"format": OTHER.to_dict()}, device="cpu")
-    assert listener.chat_format == OTHER
-    assert load_listener(random_judge, Card(), device="cpu").chat_format == Card.load(random_judge).format
+    assert listener.chat_format == replace(OTHER, criteria=default_criteria())  # which are the judge's
+    own = load_listener(random_judge, Card(), device="cpu").chat_format
+    assert own == replace(Card.load(random_judge).format, criteria=default_criteria())
 
 
 def test_a_judge_with_a_card_pickles_without_its_file(plain, tmp_path, monkeypatch):

@@ -293,7 +293,9 @@ def test_fixed_samples_are_set_against_the_bases(make: MakeTrainer):
     before, after = trainer.history[1], trainer.history[3]
     assert before["reward_over_base"] == pytest.approx(0, abs=1e-5)
     assert after["win_rate"] == 1 and after["reward_over_base"] > 0.05 > after["reward_over_base_se"] >= 0
-    base, pushed = (redness(images, [], [])[0] for images in (trainer.samples.base, trainer.draw_samples()))
+    base, pushed = (
+        redness(torch.stack(images), [], [])[0] for images in (trainer.samples.base, trainer.draw_samples())
+    )
     assert after["reward_over_base"] == pytest.approx(float((pushed - base).mean()), abs=1e-5)
 
 

@@ -42,7 +42,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def listener_vlm() -> Any:
-    return Judge.from_pretrained("tiny-listener", listener="none", device="cpu").reasoner
+    return Judge.from_pretrained("tiny-edit-listener", listener="none", device="cpu").reasoner
 
 
 @pytest.fixture

@@ -62,10 +62,13 @@ EDIT_QUESTION = "source {source} image 1 {first} image 2 {second} prompt : {prom
 """And its question about an edit."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased whole words; a word of any other world becomes `<unk>`."""
+def build_tokenizer(*, edits: bool = True) -> PreTrainedTokenizerFast:
+    """Lower-cased whole words; a word of any other world becomes `<unk>`.
+
+    Without `edits` it has only the words of pairs, which have the same numbers in both.
+    """
     words = dict.fromkeys([*WORDS, *COLORS, *COUNTS, *QUALITIES, *SHAPES, *(shape + "s" for shape in SHAPES)])
-    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL, *TAGS, *EDIT_WORDS])}
+    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL, *TAGS, *(EDIT_WORDS if edits else ())])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
