@@ -229,7 +229,7 @@ def random_judge(once: Callable[..., Path]) -> Path:
         processor = build_processor()
         torch.manual_seed(0)
         model = build_model(build_tokenizer(edits=False))  # more words would draw other weights for everything
-        model.resize_token_embeddings(len(processor.tokenizer))
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         Card(format=ChatFormat(question=QUESTION), listener=".", max_new_tokens=8).save(folder)

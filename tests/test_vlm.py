@@ -21,7 +21,7 @@ from listener_reward.judge import Judge
 from listener_reward.models.head import next_token_logprobs
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import SeededSampling, TransformersVLM
-from listener_reward.models.vlm import check_finite
+from listener_reward.models.vlm import LEAST_LOGPROB, check_finite
 from listener_reward.pairs import Prompt
 from listener_reward.prefix.attention import ATTENTION, Layout
 from listener_reward.prefix.rows import fork
@@ -236,7 +236,7 @@ def test_read_adds_the_mean_logprob_of_the_prefix(vlm, chats, random_judge):
         with torch.no_grad():
             logprobs = model(**inputs).logits[0].log_softmax(-1)
         tokens = inputs["input_ids"][0, -written:]
-        expected = logprobs[-written - 1 : -1].gather(-1, tokens[:, None]).mean()
+        expected = logprobs[-written - 1 : -1].gather(-1, tokens[:, None]).clamp(min=LEAST_LOGPROB).mean()
         torch.testing.assert_close(mean, expected, atol=2e-5, rtol=1e-4)
     assert vlm.read([], [], ("1", "2"))[0].shape == (0, 2)
 
