@@ -198,7 +198,7 @@ SCRIPT = """
     import listener_reward.cli.journals as journals
     from listener_reward.cli import main
 
-    journals.load_rater = lambda name, **how: FakeJudge(name=name, delay=0.3, listener_slope=3.0, noise=0.5)
+    journals.load_rater = lambda name, **how: FakeJudge(name=name, delay=1.0, listener_slope=3.0, noise=0.5)
     main()
 """
 LINE = ["eval", "--judge", "tiny", "--data", "tiny:ood", "--limit", "200", "--json"]
