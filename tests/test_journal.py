@@ -192,13 +192,14 @@ def test_a_stopped_calibration_ends_as_one_that_was_not(tmp_path: Path):
 
 
 SCRIPT = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     sys.path.insert(0, sys.argv.pop(1))
     from conftest import FakeJudge
     import listener_reward.cli.journals as journals
     from listener_reward.cli import main
 
-    journals.load_rater = lambda name, **how: FakeJudge(name=name, delay=1.0, listener_slope=3.0, noise=0.5)
+    journals.load_rater = lambda name, **how: FakeJudge(name=name, delay=0.3, listener_slope=3.0, noise=0.5)
     main()
 """
 LINE = ["eval", "--judge", "tiny", "--data", "tiny:ood", "--limit", "200", "--json"]
