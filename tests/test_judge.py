@@ -382,8 +382,7 @@ def test_no_thoughts_are_counted_where_none_are_asked_for(random_judge, tmp_path
     with pytest.raises(InputError, match=said):
         ListenerReward(random_judge, think=False, thoughts=4).rank("x", [Image.new("RGB", (32, 32))] * 2)
     options = ["--judge", str(random_judge), "--no-think", "--thoughts", "4"]
-    plan = ["plan", "eval", "--image-size", "64x64"]
-    for command in (["serve", "--port", "1"], ["eval", "--data", "tiny:id", "--limit", "2"], plan):
+    for command in (["serve", "--port", "1"], ["eval", "--data", "tiny:id", "--limit", "2"]):
         result = CliRunner().invoke(app, [*command, *options])
         assert result.exit_code == 2 and re.search(said, result.stderr), result.output
         assert result.stderr.count("\n") == 1

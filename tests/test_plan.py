@@ -333,3 +333,10 @@ def test_the_page_has_the_table_that_the_recipes_plans_make(monkeypatch: pytest.
     table = re.search(r"<!-- recipes -->\n(.*?)\n<!-- /recipes -->", PAGE, re.S)
     assert table is not None
     assert table[1] == measured.recipes_table()
+
+
+def test_no_thoughts_are_counted_in_a_plan_of_none(random_judge):
+    options = ["--judge", str(random_judge), "--no-think", "--thoughts", "4"]
+    result = CliRunner().invoke(app, ["plan", "eval", "--image-size", "64x64", *options])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert re.search(r"thoughts is 4 \(--thoughts\), and think is False \(--no-think\)", result.stderr)
