@@ -164,7 +164,7 @@ def test_a_judge_without_the_question_refuses_before_any_pair(plain, tmp_path, m
             evaluate(judge, pairs, batch_size=1, progress=False)
     many = pairs_of(*[{"prompt": f"{k}"} | late for k in range(60)])
     with pytest.raises(InputError, match=said):
-        calibrate(plain, many, criterion=late.get("criterion"), progress=False)
+        calibrate(plain, many, criterion="quality" if what == "criterion" else None, progress=False)
     with pytest.raises(InputError, match=said):
         evaluate(plain, pairs_of({}), progress=False, protocols=["pickscore"], validation=pairs)
 

@@ -293,6 +293,7 @@ def test_fixed_samples_are_set_against_the_bases(make: MakeTrainer):
     before, after = trainer.history[1], trainer.history[3]
     assert before["reward_over_base"] == pytest.approx(0, abs=1e-5)
     assert after["win_rate"] == 1 and after["reward_over_base"] > 0.05 > after["reward_over_base_se"] >= 0
+    assert trainer.samples.base is not None
     base, pushed = (
         redness(torch.stack(images), [], [])[0] for images in (trainer.samples.base, trainer.draw_samples())
     )
