@@ -129,7 +129,8 @@ class Handle:
 
     def answer(self, method: str, *arguments: Any, **options: Any) -> Any:
         if method == "describe":
-            return SimpleNamespace(result=lambda timeout_s: {"name": "redness", "think": None, "ranks": False})
+            said = {"name": "redness", "identity": "redness", "think": None, "ranks": False}
+            return SimpleNamespace(result=lambda timeout_s: said)
         number = len(self.asked)
         self.asked.append(len(arguments[0]))
 
