@@ -59,7 +59,7 @@ def test_completions_are_written_by_the_weights_of_their_step(
         return stock(self, *args, **options)
 
     monkeypatch.setattr(VLLMGeneration, "generate", spy)
-    listener: Any = Judge.from_pretrained("tiny-listener", listener="none", device="cpu").reasoner
+    listener: Any = Judge.from_pretrained("tiny-edit-listener", listener="none", device="cpu").reasoner
     with serving(Served(listener)) as server:
         trainer = ListenerGRPOTrainer("tiny", grpo_config(**ROLLOUTS, listener=server.address), tiny_pairs)
         trainer.train()
