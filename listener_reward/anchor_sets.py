@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from listener_reward.anchors import Anchors, Ask, distinct_of, fit, identity_of, mutual, pick
+from listener_reward.anchors import Anchors, Ask, compared, distinct_of, fit, identity_of, mutual, pick
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.files import write_bytes
 from listener_reward.media.clips import Clip, Visual
@@ -26,8 +26,8 @@ from listener_reward.media.images import png_of
 from listener_reward.media.storyboards import to_visual, to_visuals
 from listener_reward.pairs import PromptLike, as_prompt, key_of
 from listener_reward.ranking import pairings
-from listener_reward.references import AnchorFile, size
-from listener_reward.verdict import PairJudge, Verdict, checked
+from listener_reward.references import AnchorFile, check_there, size
+from listener_reward.verdict import PairJudge, Verdict
 
 DEFAULT_COUNT = 4
 """How many anchors a prompt has where nobody says; docs/anchors.md has what more would give."""
@@ -258,7 +258,7 @@ def read_images(path: Path) -> dict[str, list[Path]]:
     if not texts:
         raise InputError(f"anchors {path} is no object of lists of texts; give {{prompt: [image files]}}")
     found = {prompt: [path.parent / file for file in files] for prompt, files in named.items()}
-    _check_there(path, [file for files in found.values() for file in files])
+    check_there("anchors", path, [file for files in found.values() for file in files])
     return found
 
 
@@ -281,7 +281,7 @@ def read_folder(folder: Path) -> AnchorFolder:
             and isinstance(line.get("judge"), str)
         ):
             raise InputError(f"{folder / LINES} has the line {str(line)[:60]}, which cannot be read; make it anew")
-    _check_there(folder, [folder / file for line in lines.values() for file in line["images"]])
+    check_there("anchors", folder, [folder / file for line in lines.values() for file in line["images"]])
     return AnchorFolder(folder, lines)
 
 
@@ -349,7 +349,7 @@ def fill_folder(
                 f"prompt {prompt!r} has {len(images)} different image; give at least two to take anchors from"
             )
         try:
-            anchors = _of_group(judge, prompt, images, count)
+            anchors = pick(images, compared(judge, prompt, images, pairings(len(images))), count, name)
         except JudgeError as error:
             yield prompt, error
             continue
@@ -360,18 +360,3 @@ def fill_folder(
             write_bytes(folder / file, png_of(image.image))
         add_line(folder, prompt, files, anchors)
         yield prompt, anchors
-
-
-def _of_group(judge: PairJudge, prompt: str, images: Sequence[Visual], count: int) -> Anchors:
-    pairs = pairings(len(images))
-    prompts = [prompt] * len(pairs)
-    firsts, seconds = [images[i] for i, _ in pairs], [images[j] for _, j in pairs]
-    verdicts = checked(judge.compare_many(prompts, firsts, seconds), prompts, "the judge")
-    outcomes = [(i, j, verdict.p_first) for (i, j), verdict in zip(pairs, verdicts, strict=True)]
-    return pick(images, outcomes, count, identity_of(judge))
-
-
-def _check_there(path: Path, files: Iterable[Path]) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"anchors {path} names {len(missing)} files that are not there, such as {missing[0]}")

@@ -219,12 +219,23 @@ def fit_anchors(judge: PairJudge, prompt: PromptLike, images: Any) -> Anchors:
         JudgeError: the judge broke on one of the comparisons.
     """
     distinct = distinct_of(to_visuals(images))
-    pairs = mutual(distinct)
-    firsts, seconds = [distinct[i] for i, _ in pairs], [distinct[j] for _, j in pairs]
+    return fit(distinct, compared(judge, prompt, distinct, mutual(distinct)), identity_of(judge))
+
+
+def compared(
+    judge: PairJudge, prompt: PromptLike, images: Sequence[Visual], pairs: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, float]]:
+    """The outcomes `(i, j, p)` of these pairs of images, from one call of the judge; none of it for no pair.
+
+    Raises:
+        JudgeError: the judge broke.
+    """
+    if not pairs:
+        return []
     prompts = [prompt] * len(pairs)
-    verdicts = checked(judge.compare_many(prompts, firsts, seconds), prompts, "the judge") if pairs else []
-    outcomes = [(i, j, verdict.p_first) for (i, j), verdict in zip(pairs, verdicts, strict=True)]
-    return fit(distinct, outcomes, identity_of(judge))
+    firsts, seconds = [images[i] for i, _ in pairs], [images[j] for _, j in pairs]
+    verdicts = checked(judge.compare_many(prompts, firsts, seconds), prompts, "the judge")
+    return [(i, j, verdict.p_first) for (i, j), verdict in zip(pairs, verdicts, strict=True)]
 
 
 def distinct_of(images: Sequence[Visual]) -> list[Visual]:
@@ -235,7 +246,8 @@ def distinct_of(images: Sequence[Visual]) -> list[Visual]:
     """
     if not images:
         raise InputError("anchors has no images; give at least one")
-    return [image for place, image in enumerate(images) if first_equal(images)[place] == place]
+    same = first_equal(images)
+    return [image for place, image in enumerate(images) if same[place] == place]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

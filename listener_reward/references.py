@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,10 +71,15 @@ def read_references(path: str | os.PathLike[str]) -> dict[str, Path]:
     if not isinstance(named, dict) or not all(isinstance(image, str) for image in named.values()):
         raise InputError(f"reference {path} is no object of texts; give {{prompt: image file}}")
     found = {prompt: path.parent / image for prompt, image in named.items()}
-    missing = [str(image) for image in found.values() if not image.is_file()]
-    if missing:
-        raise InputError(f"reference {path} names {len(missing)} files that are not there, such as {missing[0]}")
+    check_there("reference", path, found.values())
     return found
+
+
+def check_there(field: str, path: Path, files: Iterable[Path]) -> None:
+    """Raises `InputError` for files that `path`, given as `field`, names and that are not there."""
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{field} {path} names {len(missing)} files that are not there, such as {missing[0]}")
 
 
 class ReferenceFile(MutableMapping[str, Any]):
