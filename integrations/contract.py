@@ -18,8 +18,8 @@ import numpy as np
 
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.mixture import Mixture
-from listener_reward.pairs import PromptLike, as_prompt, check_company, prompt_with
-from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores, with_sources
+from listener_reward.pairs import PromptLike, as_prompt, check_company, prompt_with, with_sources
+from listener_reward.reward import ListenerReward, Reward, Scheme, read_scores
 from listener_reward.verdict import PairJudge
 
 from .video import VideoReward

@@ -11,9 +11,8 @@ import numpy as np
 from listener_reward.errors import InputError
 from listener_reward.forks import renew
 from listener_reward.media.storyboards import to_visuals
-from listener_reward.pairs import PromptLike
+from listener_reward.pairs import PromptLike, with_sources
 from listener_reward.peers import is_peer, load_peer
-from listener_reward.reward import with_sources
 
 if TYPE_CHECKING:
     from listener_reward.peers.scorers import ScoreJudge

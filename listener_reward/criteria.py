@@ -62,7 +62,7 @@ def read_criteria(criteria: Any) -> dict[str, float]:
     return {name: check_weight(name, weight) for name, weight in criteria.items()}
 
 
-def check_asked(judge: Any, criteria: Collection[str]) -> None:
+def check_criteria(judge: Any, criteria: Collection[str]) -> None:
     """Refuses criteria that a judge has no question about, before anything is asked.
 
     A judge that does not say by what it can be asked is taken at its word when it is.

@@ -23,8 +23,8 @@ from listener_reward.advantages import normalised_sum
 from listener_reward.batching import Unwanted
 from listener_reward.criteria import check_weight
 from listener_reward.errors import InputError, JudgeError, MissingExtraError, check_choice
-from listener_reward.pairs import PromptLike, check_company, key_of
-from listener_reward.reward import Reward, Scheme, read_scores, with_sources
+from listener_reward.pairs import PromptLike, check_company, key_of, with_sources
+from listener_reward.reward import Reward, Scheme, read_scores
 
 Combine = Literal["sum", "group"]
 ComponentFailure = Literal["raise", "nan", "drop-component"]

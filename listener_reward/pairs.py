@@ -181,6 +181,50 @@ def check_prompts(prompts: Any, n: int) -> None:
             raise InputError(f"prompts[{position}] is empty; look where the host lost it, or leave the sample out")
 
 
+def with_sources(prompts: Sequence[PromptLike], n: int, metadata: Any = None, sources: Any = None) -> list[PromptLike]:
+    """The prompts of a batch of `n`, each with the sources that a call hands over for it.
+
+    Args:
+        prompts: `n` texts or `Prompt`s.
+        n: the number of images.
+        metadata: what a trainer knows of each image. `metadata[i]["sources"]` are read, where it is such a sequence.
+        sources: `n` entries of one image, several, or None.
+
+    Raises:
+        InputError: unusable prompts or sources, or sources that come twice for a prompt.
+    """
+    check_prompts(prompts, n)
+    told: list[Mapping[str, Any]] = [entry if isinstance(entry, Mapping) else {} for entry in _entries(metadata, n)]
+    found: list[Any] = [entry.get("sources") for entry in told]
+    if sources is not None:
+        given: list[Any] | None = None
+        if isinstance(sources, Sequence) and not isinstance(sources, str | bytes):
+            given = list(cast("Sequence[Any]", sources))
+        if given is None or len(given) != n:
+            size = f"is a {type(cast('Any', sources)).__name__}" if given is None else f"has {len(given)} entries"
+            raise InputError(f"sources {size} for {n} images; give a list with one image, several or None for each")
+        if any(entry is not None for entry in found):
+            raise InputError("sources is given, and metadata has sources too; leave one of them out")
+        found = given
+    read: dict[Any, tuple[Picture, ...]] = {}  # by object: the prompts of a group hand over the same images
+    asked: list[PromptLike] = []
+    for place, (prompt, entry) in enumerate(zip(prompts, found, strict=True)):
+        same = tuple(map(id, cast("list[Any]", entry))) if isinstance(entry, list | tuple) else id(entry)
+        if same not in read:
+            read[same] = read_sources(entry, field=f"sources[{place}]")
+        asked.append(prompt_with(prompt if isinstance(prompt, Prompt) else str(prompt), read[same]))
+    return asked
+
+
+def _entries(metadata: Any, n: int) -> Sequence[Any]:
+    """What is said of each of `n` images; None of each where it is said in another form."""
+    if isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes):
+        entries = cast("Sequence[Any]", metadata)
+        if len(entries) == n:
+            return entries
+    return [None] * n
+
+
 def check_company(prompts: Sequence[PromptLike]) -> None:
     """Raises `InputError` where a prompt has one image only: there is nothing to compare it with."""
     alone = [prompt for prompt, times in Counter(prompts).items() if times == 1]

@@ -24,8 +24,8 @@ from PIL import Image
 from listener_reward.addresses import is_here
 from listener_reward.errors import InputError, JudgeError, check_choice
 from listener_reward.media.images import png_of, to_pil_batch
-from listener_reward.pairs import PromptLike, as_prompt
-from listener_reward.reward import Scheme, with_sources
+from listener_reward.pairs import PromptLike, as_prompt, with_sources
+from listener_reward.reward import Scheme
 
 API_KEY_VARIABLE = "LISTENER_REWARD_API_KEY"
 """The environment variable with the token of a server, for its clients and for `listener-reward serve` itself."""

@@ -16,30 +16,29 @@ Importing this module loads no model and no torch; the first call loads the judg
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
 from listener_reward.anchor_sets import AnchorSets
-from listener_reward.anchors import Anchors, Candidate, check_effort, identity_of, meet
+from listener_reward.anchors import check_effort, identity_of, meet
 from listener_reward.batching import BatchingJudge
-from listener_reward.criteria import check_asked, combined, read_criteria, summed
+from listener_reward.criteria import check_criteria, combined, read_criteria, summed
 from listener_reward.errors import FormatError, InputError, JudgeError, UnreachableError, check_choice
 from listener_reward.forks import renew
 from listener_reward.media.clips import Clip, Visual
 from listener_reward.media.images import ImageLike
 from listener_reward.media.storyboards import to_visual, to_visuals
+from listener_reward.meetings import INFO, REFERENCE, Match, Task, placed_among, row_by_anchors, rows_of
 from listener_reward.models.options import MODEL_OPTIONS, check_options
-from listener_reward.pairs import Prompt, PromptLike, as_prompt, check_prompts, key_of, prompt_with, read_sources
-from listener_reward.ranking import PRIOR_STD, Ranking, first_equal, fit_bradley_terry, pairings
+from listener_reward.pairs import PromptLike, as_prompt, key_of, prompt_with, with_sources
+from listener_reward.ranking import Ranking, first_equal, pairings
 from listener_reward.references import Kept, ReferenceFile, is_kept, packed, read_references, size, unpacked
 from listener_reward.verdict import PairJudge, Verdict, checked
 
@@ -52,27 +51,11 @@ PAPER_CHECKPOINT = "alexgambashidze/qwen2.5vl_image_preference_reasoner"
 Scheme = Literal["auto", "group", "reference", "anchors"]
 FailurePolicy = Literal["raise", "nan", "group-mean"]
 
-INFO = (
-    "standard_error",
-    "comparisons",
-    "position_gap",
-    "contradicted",
-    "listener_p_first",
-    "malformed",
-    "label_mass",
-    "failed",
-    "win_share",
-)
-"""What a call reports of each image beside its score; `ListenerReward.__call__` says what each one is."""
-
 JUDGE_OPTIONS = (
     "card", "listener", "listener_options", "thoughts", "aggregate", "orders", "early_stop", "think", "max_new_tokens",
     "sampling_temperature", "masking", "seed", "clips", "strict", "lenient", *MODEL_OPTIONS,
 )  # fmt: skip
 """What `Judge.from_pretrained` takes, known without its module, which imports torch."""
-
-P_MARGIN = 1e-4
-"""Probabilities are kept this far from 0 and 1 before their log-odds are taken, which bounds them by 9.2."""
 
 MANY_REFERENCES = 1000
 """Keeping the first image of more prompts than this in memory is worth a word in the log; see `state`."""
@@ -174,7 +157,7 @@ class ListenerReward:
             )
         self.criteria = {} if criteria is None else read_criteria(criteria)
         if not isinstance(judge, str):
-            check_asked(judge, self.criteria)
+            check_criteria(judge, self.criteria)
         self.judge = judge
         self.scheme = scheme
         self.reference = read_references(reference) if isinstance(reference, (str, os.PathLike)) else reference
@@ -355,7 +338,7 @@ class ListenerReward:
                 self._forked = False
             if self._loaded is None:
                 judge = self._load() if isinstance(self.judge, str) else self.judge
-                check_asked(judge, self.criteria)
+                check_criteria(judge, self.criteria)
                 self._loaded = (
                     judge if isinstance(judge, BatchingJudge) else BatchingJudge(judge, wait=0, own_thread=False)
                 )
@@ -375,7 +358,7 @@ class ListenerReward:
     ) -> list[list[np.ndarray]]:
         """The rows of each group, for each criterion, by its own images or by its reference."""
 
-        def plan() -> tuple[list[_Task], set[PromptLike]]:
+        def plan() -> tuple[list[Task], set[PromptLike]]:
             tasks = [self._plan(prompt, pictures) for prompt, pictures in groups.items()]
             return tasks, {task.prompt for task in tasks if task.opens}
 
@@ -387,7 +370,7 @@ class ListenerReward:
                 self._keep({task.prompt: task.pictures[0] for task in tasks if task.opens})
         said = [[next(verdicts) for _ in task.meetings for _ in criteria] for task in tasks]
         return [
-            [_score(task, verdicts[number :: len(criteria)]) for number in range(len(criteria))]
+            [rows_of(task, verdicts[number :: len(criteria)]) for number in range(len(criteria))]
             for task, verdicts in zip(tasks, said, strict=True)
         ]
 
@@ -406,14 +389,14 @@ class ListenerReward:
         with self._planned(groups, plan) as new:
             sets.open(new, ask, name)
         placed = [
-            [_placed(each, pictures, sets.of(each, name)) for each in asked[prompt]]
+            [placed_among(each, pictures, sets.of(each, name)) for each in asked[prompt]]
             for prompt, pictures in groups.items()
         ]
         # By image and then by criterion: a judge looks at a pair once for all of them.
         together = [each for group in placed for row in zip(*group, strict=True) for each in row if each is not None]
         meet([*dict.fromkeys(together)], ask, **self._effort)
         return [
-            [np.array([_row_by_anchors(each) for each in column], dtype=np.float32) for column in group]
+            [np.array([row_by_anchors(each) for each in column], dtype=np.float32) for column in group]
             for group in placed
         ]
 
@@ -436,16 +419,16 @@ class ListenerReward:
                 self._opening -= opening
                 self._opened.notify_all()
 
-    def _plan(self, prompt: PromptLike, pictures: list[Visual]) -> _Task:
+    def _plan(self, prompt: PromptLike, pictures: list[Visual]) -> Task:
         if self.scheme == "group" or (self.scheme == "auto" and len(pictures) > 1):
             same = first_equal(pictures)  # equal images are compared as one, and share its score
             distinct = sorted(set(same))
             meetings = [(distinct[i], distinct[j]) for i, j in pairings(len(distinct))]
-            return _Task(prompt, pictures, meetings, same=same)
+            return Task(prompt, pictures, meetings, same=same)
         reference = self._reference_of(prompt)
         opens = reference is None
         met = range(1 if opens else 0, len(pictures))
-        return _Task(prompt, pictures, [(i, REFERENCE) for i in met], reference or pictures[0], opens)
+        return Task(prompt, pictures, [(i, REFERENCE) for i in met], reference or pictures[0], opens)
 
     def _reference_of(self, prompt: PromptLike) -> Visual | None:
         """The image to beat for `prompt`; None where its first image has yet to be seen."""
@@ -472,7 +455,7 @@ class ListenerReward:
                 sum(map(size, self._kept.values())) / 2**20,
             )
 
-    def _ask(self, judge: PairJudge, matches: list[_Match]) -> list[Verdict | None]:
+    def _ask(self, judge: PairJudge, matches: list[Match]) -> list[Verdict | None]:
         """The verdicts of `matches`; None where the judge broke, unless the policy is "raise".
 
         A batch that fails is halved until the failing comparisons stand alone. So one bad pair costs a few more calls,
@@ -508,157 +491,9 @@ def _current_gpu() -> str | None:
     return f"cuda:{index}" if index else None  # 0 may mean that none was chosen: then `default_device` decides
 
 
-_Match = tuple[PromptLike, Visual, Visual]
-
-
 def _add(kept: dict[str, Kept] | ReferenceFile, images: Mapping[str, Kept]) -> None:
     """A file takes all of them in one transaction, and may have got some from another process in the meantime."""
     kept.keep(images) if isinstance(kept, ReferenceFile) else kept.update(images)
-
-
-REFERENCE = -1
-"""The opponent's number where an image meets its prompt's reference."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """The images of one prompt in a call, and their comparisons."""
-
-    prompt: PromptLike
-    pictures: list[Visual]
-    meetings: list[tuple[int, int]]
-    """Positions in `pictures`; the second is `REFERENCE` for all or for none."""
-    reference: Visual | None = None
-    """None where the pictures are compared with one another."""
-    opens: bool = False
-    """Whether the first picture becomes the prompt's reference."""
-    same: Sequence[int] = ()
-    """For each picture the first that is equal to it, where the pictures meet one another."""
-
-    def matches(self, criteria: Sequence[str | None]) -> list[_Match]:
-        """What to ask the judge: one `(prompt, first, second)` for each meeting and criterion.
-
-        The criteria of a meeting stand next to one another, so that a judge looks at its images once for all of them.
-        """
-        opponents = [*self.pictures, self.reference]  # REFERENCE is the last position
-        asked = [prompt_with(self.prompt, (), criterion) for criterion in criteria]
-        return [(prompt, self.pictures[i], opponents[j]) for i, j in self.meetings for prompt in asked]
-
-
-def log_odds(p: float, *, prior_std: float = PRIOR_STD) -> tuple[float, float]:
-    """The log-odds of `p` and their standard error, from one comparison with an opponent whose score is known.
-
-    The error is a Bradley-Terry score's (`ranking.fit_bradley_terry`): the information of one comparison, p(1 - p),
-    added to the prior's.
-    """
-    p = min(max(p, P_MARGIN), 1 - P_MARGIN)
-    return math.log(p / (1 - p)), (p * (1 - p) + prior_std**-2) ** -0.5
-
-
-def _score(task: _Task, verdicts: Sequence[Verdict | None]) -> np.ndarray:
-    """One row for each picture of `task`: its score, then `INFO`; the score is NaN where every comparison broke."""
-    n = len(task.pictures)
-    judged = [(i, j, verdict) for (i, j), verdict in zip(task.meetings, verdicts, strict=True) if verdict is not None]
-    if task.reference is None:
-        distinct = sorted(set(task.same))
-        fitted = fit_bradley_terry(
-            len(distinct), [(distinct.index(i), distinct.index(j), verdict.p_first) for i, j, verdict in judged]
-        )
-        places = [distinct.index(first) for first in task.same]
-        scores, errors = (values[places] for values in fitted)
-    else:
-        scores, errors = np.zeros(n), np.zeros(n)
-        for i, _, verdict in judged:
-            scores[i], errors[i] = log_odds(verdict.p_first)
-
-    rows = []
-    for place in range(n):
-        k = task.same[place] if task.same else place
-        met = [(verdict, i == k) for i, j, verdict in judged if k in (i, j)]
-        failed = not met and any(k in pair for pair in task.meetings)
-        rows.append(_row(None if failed else (scores[k], errors[k]), met))
-    return np.array(rows, dtype=np.float32)
-
-
-def _row(
-    score: tuple[float, float] | None, met: Sequence[tuple[Verdict, bool]], win_share: float = math.nan
-) -> tuple[float, ...]:
-    """A score and its standard error, None where every comparison broke, with what its comparisons say: `INFO`.
-
-    Each of `met` is a verdict, and whether the image was the first in it.
-    """
-    return (
-        *(score or (math.nan, math.nan)),
-        len(met),
-        _mean(abs(verdict.position_gap) for verdict, _ in met),
-        _mean(verdict.contradicted for verdict, _ in met),
-        _mean(_from_side(verdict.listener_p_first, first) for verdict, first in met),
-        _mean(verdict.malformed / len(verdict.thoughts) if verdict.thoughts else None for verdict, _ in met),
-        _mean(verdict.label_mass for verdict, _ in met),
-        score is None,
-        win_share,
-    )
-
-
-def _placed(prompt: PromptLike, pictures: Sequence[Visual], anchors: Anchors | None) -> list[Candidate | None]:
-    """A candidate for each picture, one for all equal pictures; None where the prompt's anchors could not be fitted."""
-    if anchors is None:
-        return [None] * len(pictures)
-    same = first_equal(pictures)
-    candidates = {place: Candidate(prompt, pictures[place], anchors) for place in same}
-    return [candidates[place] for place in same]
-
-
-def _row_by_anchors(candidate: Candidate | None) -> tuple[float, ...]:
-    if candidate is None or candidate.failed:
-        return _row(None, [])
-    found = candidate.score
-    met = [(verdict, True) for verdict in candidate.verdicts]
-    return _row((found.score, found.standard_error), met, found.win_share)
-
-
-def _from_side(p_first: float | None, first: bool) -> float | None:
-    return p_first if first or p_first is None else 1 - p_first
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    """The mean of the values that are there, NaN if none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
-
-
-def with_sources(prompts: Sequence[PromptLike], n: int, metadata: Any = None, sources: Any = None) -> list[PromptLike]:
-    """The prompts of a batch of `n`, each with the sources that a call hands over for it.
-
-    Args:
-        prompts: `n` texts or `Prompt`s.
-        n: the number of images.
-        metadata: what a trainer knows of each image. `metadata[i]["sources"]` are read, where it is such a sequence.
-        sources: `n` entries of one image, several, or None.
-
-    Raises:
-        InputError: unusable prompts or sources, or sources that come twice for a prompt.
-    """
-    check_prompts(prompts, n)
-    found = [entry.get("sources") if isinstance(entry, Mapping) else None for entry in _entries(metadata, n)]
-    if sources is not None:
-        given = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str | bytes) else None
-        if given is None or len(given) != n:
-            size = f"is a {type(sources).__name__}" if given is None else f"has {len(given)} entries"
-            raise InputError(f"sources {size} for {n} images; give a list with one image, several or None for each")
-        if any(entry is not None for entry in found):
-            raise InputError("sources is given, and metadata has sources too; leave one of them out")
-        found = given
-    pictures = {id(entry): read_sources(entry, field=f"sources[{b}]") for b, entry in enumerate(found)}
-    return [
-        prompt_with(prompt if isinstance(prompt, Prompt) else str(prompt), pictures[id(entry)])
-        for prompt, entry in zip(prompts, found, strict=True)
-    ]
-
-
-def _entries(metadata: Any, n: int) -> Sequence[Any]:
-    fits = isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes) and len(metadata) == n
-    return metadata if fits else [None] * n
 
 
 def _group_by_prompt(prompts: Sequence[PromptLike]) -> dict[PromptLike, list[int]]:

@@ -17,10 +17,10 @@ from listener_reward.criteria import check_weight, read_criteria, summed
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.integrations.contract import logged, score
 from listener_reward.listener import Listener, _with_criteria, load_listener
+from listener_reward.meetings import INFO
 from listener_reward.models.hub import resolve
 from listener_reward.pairs import as_prompt
 from listener_reward.ranking import PRIOR_STD, Ranking
-from listener_reward.reward import INFO
 from listener_reward.tiny.models import QUESTION
 
 pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")

@@ -32,7 +32,7 @@ FLOORS = (
     ("card", "ranking"),
     # judges
     ("listener", "conclude", "batching", "anchors"),
-    ("anchor_sets",),
+    ("anchor_sets", "meetings"),
     ("peers",),
     ("judge", "formats"),
     # data and measurement

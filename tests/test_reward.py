@@ -22,9 +22,10 @@ import torch
 from listener_reward.errors import InputError, JudgeError, UnreachableError
 from listener_reward.judge import Judge
 from listener_reward.media.storyboards import to_visual
+from listener_reward.meetings import INFO, log_odds
 from listener_reward.models.transformers_vlm import default_device
 from listener_reward.references import ReferenceFile, is_kept, packed, size
-from listener_reward.reward import INFO, JUDGE_OPTIONS, PAPER_CHECKPOINT, ListenerReward, log_odds
+from listener_reward.reward import JUDGE_OPTIONS, PAPER_CHECKPOINT, ListenerReward
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from listener_reward import Judge, ListenerReward, Mixture, Prompt
 from listener_reward.chat import CRITERIA, ChatFormat, default_criteria, default_edit_question
 from listener_reward.errors import InputError
 from listener_reward.integrations.contract import score
-from listener_reward.pairs import PreferencePair, as_prompt, check_company, plain_texts, prompt_with
+from listener_reward.media.images import Picture, to_picture
+from listener_reward.pairs import PreferencePair, as_prompt, check_company, plain_texts, prompt_with, with_sources
 from listener_reward.peers.scorers import ScoreJudge
 from listener_reward.tiny.models import QUESTION
 from listener_reward.verdict import Verdict
@@ -152,6 +153,20 @@ def test_one_instruction_on_two_sources_is_two_groups(judge):
         images, prompts, [{"sources": source} for source in sources]
     )
     assert mixed.tolist() == scores.tolist()
+
+
+def test_a_source_of_a_group_is_read_once(monkeypatch):
+    read: list[Any] = []
+
+    def counted(image: Any, **how: Any) -> Picture:
+        if not isinstance(image, Picture):
+            read.append(image)
+        return to_picture(image, **how)
+
+    monkeypatch.setattr("listener_reward.pairs.to_picture", counted)
+    asked = with_sources(["x"] * 6, 6, [{"sources": [BLUE, GREY]} for _ in range(4)] + [{"sources": BLUE}] * 2)
+    assert len(read) == 3
+    assert asked == [Prompt("x", (BLUE, GREY))] * 4 + [Prompt("x", BLUE)] * 2
 
 
 def test_a_reference_belongs_to_a_prompt_and_its_sources(judge):

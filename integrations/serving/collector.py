@@ -21,8 +21,7 @@ from listener_reward.batching import Unwanted
 from listener_reward.errors import InputError, JudgeError
 from listener_reward.forks import renew
 from listener_reward.media.images import ImageLike, png_of, to_pil
-from listener_reward.pairs import Prompt, PromptLike, as_prompt, check_prompts, key_of, prompt_with
-from listener_reward.reward import with_sources
+from listener_reward.pairs import Prompt, PromptLike, as_prompt, check_prompts, key_of, prompt_with, with_sources
 
 from ..contract import Reward, score
 from .callers import ClientGone, Ending

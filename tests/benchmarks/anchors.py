@@ -29,8 +29,8 @@ from scipy.stats import kendalltau
 
 from listener_reward.anchors import Candidate, meet, pick
 from listener_reward.media.storyboards import to_visuals
+from listener_reward.meetings import log_odds
 from listener_reward.ranking import fit_bradley_terry, pairings, rank_images
-from listener_reward.reward import log_odds
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.world import sample_candidate, sample_prompt, utility, wording
 
