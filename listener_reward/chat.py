@@ -195,12 +195,18 @@ class ChatFormat:
             return self.criteria
         return default_criteria() if self.question == default_question() else {}
 
+    @property
+    def known_edit_question(self) -> str | None:
+        """`edit_question`, and where it is None the one that goes with the question; None where there is none."""
+        if self.edit_question is not None:
+            return self.edit_question
+        return default_edit_question() if self.question == default_question() else None
+
     def _question(self, sources: int, criterion: str | None) -> str:
         """The user's turn for so many sources, with the criterion's text in it."""
-        asks_generally = self.question == default_question()
         question = self.question
         if sources:
-            given = self.edit_question or (default_edit_question() if asks_generally else None)
+            given = self.known_edit_question
             if given is None:
                 raise InputError(
                     f"the prompt has {sources} source images, and the format of this checkpoint has no edit_question; "
