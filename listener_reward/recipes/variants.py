@@ -128,34 +128,13 @@ def train_sft_variant(
 ) -> None:
     """Trains the supervised baseline on the same pairs; `out` then holds its judge. `options` are further fields of
     `SFTConfig`."""
-    from transformers import TrainerCallback
     from trl import SFTConfig
 
     from listener_reward.train.sft import train_sft
 
-    class Steps(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                report(state.global_step, recipe.sft_steps, f"loss {logs['loss']:.2f}")
-
-    settings: dict[str, Any] = dict(
-        output_dir=out,
-        per_device_train_batch_size=32,
-        max_steps=recipe.sft_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        max_length=None,
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        seed=seed,
-    )
+    settings = _of_baseline(out, seed, recipe) | {"gradient_checkpointing": False, "max_length": None}
     args = SFTConfig(**settings | dict(options or {}))
-    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[Steps()])
+    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report, recipe)])
 
 
 def train_bradley_terry_variant(
@@ -163,16 +142,17 @@ def train_bradley_terry_variant(
 ) -> None:
     """Trains the Bradley-Terry baseline on the same pairs, for as many steps as SFT; `out` then holds its model.
     `options` are further fields of `TrainingArguments`."""
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainingArguments
 
     from listener_reward.train.bradley_terry import train_bradley_terry
 
-    class Steps(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                report(state.global_step, recipe.sft_steps, f"loss {float(logs['loss']):.2f}")
+    args = TrainingArguments(**_of_baseline(out, seed, recipe) | dict(options or {}))
+    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report, recipe)])
 
-    settings: dict[str, Any] = dict(
+
+def _of_baseline(out: str, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """The settings that both baselines train with."""
+    return dict(
         output_dir=out,
         per_device_train_batch_size=32,
         max_steps=recipe.sft_steps,
@@ -186,8 +166,18 @@ def train_bradley_terry_variant(
         bf16=False,
         seed=seed,
     )
-    args = TrainingArguments(**settings | dict(options or {}))
-    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[Steps()])
+
+
+def _losses(report: Report, recipe: Recipe) -> Any:
+    """A callback that reports a baseline's loss."""
+    from transformers import TrainerCallback
+
+    class Losses(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                report(state.global_step, recipe.sft_steps, f"loss {float(logs['loss']):.2f}")
+
+    return Losses()
 
 
 def training_pairs(recipe: Recipe) -> Any:
