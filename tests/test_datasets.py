@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import weakref
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
+from tables import write_table
 
 from listener_reward.datasets import FEATURES, TINY_PAIRS, load_pairs
 from listener_reward.datasets.format import Labelled
@@ -55,19 +55,7 @@ def entry(first: object = "pictures/10.png", second: object = "pictures/200.png"
 
 
 def written(folder: Path, rows: list, name: str = "pairs.jsonl") -> str:
-    path = folder / name
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
-    return str(path)
+    return str(write_table(folder / name, rows))
 
 
 def dark_wins(row: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from tables import write_table
 
 from listener_reward.datasets import FEATURES, load_pairs
 from listener_reward.datasets.check import check_data
@@ -51,21 +51,7 @@ def row(**fields: Any) -> dict[str, Any]:
 
 
 def written(folder: Path, name: str, *rows: dict[str, Any]) -> str:
-    path = folder / name
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    elif path.suffix == ".parquet":
-        datasets.Dataset.from_list(list(rows)).to_parquet(str(path))
-    else:
-        datasets.Dataset.from_list(list(rows)).save_to_disk(str(path))
-    return str(path)
+    return str(write_table(folder / name, rows))
 
 
 def loaded(spec: str, **options: Any) -> Any:

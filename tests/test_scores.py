@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
+from tables import write_table
 
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
@@ -27,19 +27,7 @@ def write(tmp_path: Path):
     """`write(rows)` makes a file of them and gives its path."""
 
     def make(rows: list[dict[str, Any]], name: str = "scores.jsonl") -> Path:
-        path = tmp_path / name
-        if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(rows))
-        elif path.suffix == ".csv":
-            with path.open("w", newline="") as file:
-                table = csv.DictWriter(file, list(rows[0]))
-                table.writeheader()
-                table.writerows(rows)
-        else:
-            datasets.Dataset.from_list(rows).to_parquet(str(path))
-        return path
+        return write_table(tmp_path / name, rows)
 
     return make
 

@@ -115,36 +115,23 @@ SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 
 
 def sd15(prediction_type: str = "epsilon") -> Any:
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
-    return diffusers.StableDiffusionPipeline(
-        unet=unet.eval(),
-        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type=prediction_type, **SCALED_LINEAR),
-        vae=vae(),
-        text_encoder=clip(),
-        tokenizer=tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type=prediction_type, **SCALED_LINEAR)
+    return _of_first_kind(diffusers.StableDiffusionPipeline, scheduler)
 
 
 def instruct_pix2pix() -> Any:
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**SCALED_LINEAR)
+    return _of_first_kind(diffusers.StableDiffusionInstructPix2PixPipeline, scheduler, seen=8)
+
+
+def _of_first_kind(cls: Any, scheduler: Any, seen: int = 4) -> Any:
+    """A pipeline of Stable Diffusion 1.5's parts. Its denoiser sees `seen` channels: the noise, and what stands beside
+    it."""
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
         layers_per_block=1,
         sample_size=8,
-        in_channels=8,  # noise and the source's latents
+        in_channels=seen,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -152,9 +139,9 @@ def instruct_pix2pix() -> Any:
         norm_num_groups=4,
         attention_head_dim=4,
     )
-    return diffusers.StableDiffusionInstructPix2PixPipeline(
+    return cls(
         unet=unet.eval(),
-        scheduler=diffusers.EulerAncestralDiscreteScheduler(**SCALED_LINEAR),
+        scheduler=scheduler,
         vae=vae(),
         text_encoder=clip(),
         tokenizer=tokenizer(),
