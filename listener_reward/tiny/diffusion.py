@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +365,30 @@ Its own samples, {n} of them with {call}, read by `listener_reward.tiny.read`:
 """
 
 
+def save_in_half(pipeline: Any, folder: Path) -> None:
+    """Saves a trained pipeline in float16."""
+    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: transformers would load it in half precision
+        part.half()
+    pipeline.save_pretrained(folder)
+
+
+def write_card(folder: Path, card: str, call: Mapping[str, Any], metrics: Mapping[str, float], **about: Any) -> None:
+    """Writes the README of a pipeline in `folder`, and prints its table.
+
+    Args:
+        folder: the pipeline's, saved.
+        card: the text, with `{size}`, `{call}`, `{rows}` and what `about` names.
+        call: the arguments that the samples were drawn with.
+        metrics: of the samples.
+        about: what else the text tells.
+    """
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    drawn = ", ".join(f"{name}={value}" for name, value in call.items())
+    write_text(folder / "README.md", card.format(size=size, call=drawn, rows=rows, **about))
+    print(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="the pipeline's folder; left out, the embedded one")
@@ -383,17 +407,9 @@ def main() -> None:
     first = SEE["steps"] if args.steps is None else min(args.steps, SEE["steps"])
     train_decoder(pipeline.vae, pictures, latents, args.seed, args.scratch, first)
     train_denoiser(pipeline, captions, latents, args.seed, args.scratch, steps)
-    for part in (pipeline.unet, pipeline.vae):  # not the text encoder: transformers would load it in half precision
-        part.half()
-    pipeline.save_pretrained(args.out)
-
+    save_in_half(pipeline, args.out)
     metrics = evaluate_samples(load_pipeline(args.out), args.samples, args.seed)
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
-    call = ", ".join(f"{name}={value}" for name, value in CALL.items())
-    card = CARD.format(size=size, pictures=args.pictures, error=ERROR, n=args.samples, call=call, rows=table)
-    write_text(args.out / "README.md", card)
-    print(table)
+    write_card(args.out, CARD, CALL, metrics, n=args.samples, pictures=args.pictures, error=ERROR)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from listener_reward.files import write_text
 from listener_reward.tiny.diffusion import (
     CALL,
     CHANNELS,
@@ -45,9 +44,11 @@ from listener_reward.tiny.diffusion import (
     SPOTS,
     build_parts,
     build_tokenizer,
+    save_in_half,
     set_encoder,
     train_decoder,
     train_denoiser,
+    write_card,
 )
 from listener_reward.tiny.drawing import draw_edit
 from listener_reward.tiny.edits import TinyEdit, instruction, sample_result, sample_task
@@ -183,19 +184,9 @@ def main() -> None:
     sources, latents = both.chunk(2)
     train_decoder(editor.vae, torch.cat([before, after]), both, args.seed, args.scratch, min(args.steps, SEE["steps"]))
     train_denoiser(editor, texts, latents, args.seed, args.scratch, args.steps, sources)
-    for part in (editor.unet, editor.vae):  # not the text encoder, as in `diffusion.main`
-        part.half()
-    editor.save_pretrained(args.out)
-
+    save_in_half(editor, args.out)
     metrics = evaluate_edits(load_editor(args.out), args.samples, args.seed)
-    table = "\n".join(f"| {name} | {value:.3f} |" for name, value in metrics.items())
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
-    call = ", ".join(f"{name}={value}" for name, value in CALL.items())
-    write_text(
-        args.out / "README.md",
-        CARD.format(size=size, edits=args.edits, lies=LIES, n=args.samples, call=call, rows=table),
-    )
-    print(table)
+    write_card(args.out, CARD, CALL, metrics, n=args.samples, edits=args.edits, lies=LIES)
 
 
 if __name__ == "__main__":
