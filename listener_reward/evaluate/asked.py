@@ -96,7 +96,7 @@ def check_asked(judge: object, pairs: datasets.Dataset | datasets.IterableDatase
     check: Any = getattr(judge, "check_question", None)
     if check is None or not isinstance(pairs, Sized):
         return
-    for sources, criterion in sorted(set(_questions(pairs)), key=str):
+    for sources, criterion in sorted(set(questions_of(pairs)), key=str):
         try:
             check(sources=sources, criterion=criterion)
         except InputError as error:
@@ -105,8 +105,8 @@ def check_asked(judge: object, pairs: datasets.Dataset | datasets.IterableDatase
             raise InputError(f"{error}; or judge by the general question, with #general after the data") from error
 
 
-def _questions(pairs: Any) -> Iterator[tuple[int, str | None]]:
-    """The number of sources and the criterion of every pair. No image is looked at."""
+def questions_of(pairs: Any) -> Iterator[tuple[int, str | None]]:
+    """The number of sources and the criterion of every pair; none where the data has neither. No image is looked at."""
     columns = [name for name in ("sources", "criterion") if name in pairs.column_names]
     if not columns:
         return

@@ -32,6 +32,7 @@ from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError
+from listener_reward.evaluate.asked import questions_of
 from listener_reward.listener import (
     OWN_BASE,
     Listener,
@@ -564,11 +565,10 @@ def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bo
         )
     if len(pairs) == 0:
         raise InputError("train_dataset has no pairs")
-    sources = pairs["sources"] if "sources" in pairs.column_names else [()] * len(pairs)
-    criteria = pairs["criterion"] if "criterion" in pairs.column_names else [None] * len(pairs)
+    asked = list(questions_of(pairs)) or [(0, None)] * len(pairs)
     messages = [
-        card.format.messages(text, reserved, sources=len(some or ()), criterion=criterion)
-        for text, some, criterion in zip(pairs["prompt"], sources, criteria, strict=True)
+        card.format.messages(text, reserved, sources=sources, criterion=criterion)
+        for text, (sources, criterion) in zip(pairs["prompt"], asked, strict=True)
     ]
     if "sources" in pairs.column_names:  # a chat's images stand in one list
         pairs = pairs.map(_with_sources, remove_columns="sources", desc="sources before images")
