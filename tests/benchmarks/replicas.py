@@ -115,16 +115,16 @@ class Processors:
         return spent
 
 
-def rate(seconds: float) -> dict[str, Any]:
+def rate(seconds: float, thoughts: int, clients: int) -> dict[str, Any]:
     """In turns of ten seconds, so that the last requests of a turn weigh little.
 
     Where others work on the machine, the second core is theirs: the quietest turns count.
     """
-    # Four thoughts an order: the embedded judge is so small that carrying the pictures would be what is measured.
-    more, turns, span = ("--thoughts", "4"), max(1, int(seconds / 20)), 10.0
+    # Several thoughts an order: the embedded judge is so small that carrying the pictures would be what is measured.
+    more, turns, span = ("--thoughts", str(thoughts)), max(1, int(seconds / 20)), 10.0
     measured: list[list[tuple[float, float, float]]] = [[], []]
     with served(*command(1, *more)) as (one, _), served(*command(2, *more)) as (two, _):
-        loads = [Load(url, 16, 4) for url in (one, two)]
+        loads = [Load(url, clients, 4) for url in (one, two)]
         processors = Processors()
         for _ in range(turns):
             for load, found in zip(loads, measured, strict=True):
@@ -179,5 +179,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rate", "kill"))
     parser.add_argument("--seconds", type=float, default=60.0, help="How long the load lasts.")
+    parser.add_argument("--thoughts", type=int, default=4, help="Of the judge about a pair in each order, for rate.")
+    parser.add_argument("--clients", type=int, default=16, help="At once, of 4 images each, for rate.")
     args = parser.parse_args()
-    print(json.dumps({"rate": rate, "kill": kill}[args.what](args.seconds), indent=1))
+    found = kill(args.seconds) if args.what == "kill" else rate(args.seconds, args.thoughts, args.clients)
+    print(json.dumps(found, indent=1))
