@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,25 @@ def test_jobs_run_side_by_side_and_come_back_in_order() -> None:
 def test_a_job_that_fails_is_named_with_its_reason() -> None:
     with pytest.raises(RuntimeError, match=r"leaning failed:(?s:.*)the tower leans"):
         run_side_by_side({"leaning": (break_down, {}), "fine": (count_to, {"n": 1})})
+
+
+def die(report: Report) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_other_jobs_come_to_their_end_where_one_fails(tmp_path: Path) -> None:
+    jobs: dict[str, Job] = {
+        "leaning": (break_down, {}),
+        "dead": (die, {}),
+        "fine": (leave, {"path": tmp_path / "here"}),
+    }
+    with pytest.raises(RuntimeError, match=r"leaning failed:(?s:.*)the tower leans(?s:.*)dead failed:(?s:.*)memory"):
+        run_side_by_side(jobs, at_once=1, keep_going=True)
+    assert (tmp_path / "here").exists()
+
+
+def leave(report: Report, path: Path) -> None:
+    path.touch()
 
 
 def in_this_process(jobs: Mapping[str, Job], **options: Any) -> dict[str, Any]:

@@ -31,13 +31,22 @@ MANY = 12
 """Jobs beyond which only those that run have a bar, and one bar stands for all."""
 
 
-def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Console | None = None) -> dict[str, Any]:
+def run_side_by_side(
+    jobs: Mapping[str, Job], *, at_once: int = 2, console: Console | None = None, keep_going: bool = False
+) -> dict[str, Any]:
     """Runs every job and returns their results by name, in the order given.
 
     Where this machine has several GPUs, each job sees one of them, so that as many can run as there are.
 
+    Args:
+        jobs: by name.
+        at_once: how many run side by side.
+        console: for the progress bars.
+        keep_going: whether the other jobs go on where one fails, for jobs that keep what they did themselves.
+
     Raises:
-        RuntimeError: a job failed; its traceback is in the message, and the others are stopped.
+        RuntimeError: a job failed; its traceback is in the message. The others are stopped, or with `keep_going` have
+            come to their end.
     """
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -46,13 +55,14 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
     taken: dict[str, str | None] = {}
     results: dict[str, Any] = {}
     told: dict[str, int] = {}
+    failures: dict[str, str] = {}
     many = len(jobs) > MANY
     devices = gpus()
     with progress_bars(console=console) as progress:
         together = progress.add_task("all runs", total=len(jobs), visible=many)
         bars = {name: progress.add_task(name, total=None, start=False, visible=not many) for name in jobs}
         try:
-            while len(results) < len(jobs):
+            while len(results) + len(failures) < len(jobs):
                 while waiting and len(running) < at_once:
                     name, (function, arguments) = waiting.pop(0)
                     device = next((one for one in devices if one not in taken.values()), None)
@@ -64,25 +74,33 @@ def run_side_by_side(jobs: Mapping[str, Job], *, at_once: int = 2, console: Cons
                 try:
                     kind, name, content = messages.get(timeout=1.0)
                 except Empty:
-                    _check_alive(running)
-                    continue
+                    if (name := _killed(running)) is None:
+                        continue
+                    kind = "error"
+                    content = f"it was killed (exit code {running[name].exitcode}); is there enough memory?"
                 if kind == "report":
                     done, total, note = content
                     progress.update(bars[name], completed=done, total=total, note=note)
                     if not progress.console.is_terminal and done * 10 // total > told.get(name, 0):
                         told[name] = done * 10 // total  # a log file gets a line for every tenth instead of bars
                         progress.console.print(f"{name}: {done}/{total} {note}", highlight=False)
-                elif kind == "result":
+                    continue
+                running.pop(name).join()
+                del taken[name]
+                progress.advance(together)
+                progress.update(bars[name], visible=not many)
+                if kind == "result":
                     results[name] = content
-                    running.pop(name).join()
-                    del taken[name]
-                    progress.advance(together)
-                    progress.update(bars[name], visible=not many)
-                else:
-                    raise RuntimeError(f"{name} failed:\n{content}")
+                    continue
+                failures[name] = f"{name} failed:\n{content}"
+                if not keep_going:
+                    break
+                progress.console.print(failures[name], highlight=False, markup=False)
         finally:
             for process in running.values():
                 process.terminate()
+    if failures:
+        raise RuntimeError("\n".join(failures.values()))
     return {name: results[name] for name in jobs}
 
 
@@ -122,7 +140,6 @@ def _work(
         messages.put(("error", name, traceback.format_exc()))
 
 
-def _check_alive(running: Mapping[str, Any]) -> None:
-    for name, process in running.items():
-        if not process.is_alive() and process.exitcode:
-            raise RuntimeError(f"{name} was killed (exit code {process.exitcode}); is there enough memory?")
+def _killed(running: Mapping[str, Any]) -> str | None:
+    """The first of the jobs whose process ended without a word."""
+    return next((name for name, process in running.items() if not process.is_alive() and process.exitcode), None)

@@ -55,7 +55,7 @@ def conduct(
     interruption leaves is gone on with by the same call.
 
     Raises:
-        RuntimeError: a run failed; those that are done are kept.
+        RuntimeError: a run failed. All others are made first, and kept.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Run]] = {}
@@ -70,5 +70,5 @@ def conduct(
     for number, runs in groups.items():
         name = f"{runs[0].label}, seed {runs[0].seed}"
         jobs[name if name not in jobs else f"{name} ({number})"] = (carry_out, {"runs": runs, "folder": str(folder)})
-    run_side_by_side(jobs, at_once=at_once, console=console)
+    run_side_by_side(jobs, at_once=at_once, console=console, keep_going=True)
     return finished(folder)
