@@ -25,7 +25,7 @@ from listener_reward.listener import Listener
 from listener_reward.peers.endpoint import EndpointJudge
 from listener_reward.peers.scorers import ScoreJudge
 from listener_reward.tiny.models import QUESTION
-from listener_reward.train.trainer import as_chats
+from listener_reward.train.chats import as_chats
 from listener_reward.verdict import Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore::listener_reward.errors.UnknownWordsWarning")

@@ -14,8 +14,8 @@ from listener_reward.card import Card
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
+from listener_reward.train.policy import load_policy_processor
 from listener_reward.train.sft import as_examples, train_sft
-from listener_reward.train.trainer import load_policy_processor
 
 
 def test_loss_falls(sft_run: tuple[Path, list[float]]):

@@ -31,10 +31,11 @@ from listener_reward.judge import Judge
 from listener_reward.listener import load_listener
 from listener_reward.models.adapters import base_of
 from listener_reward.models.processing import load_processor
+from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ALL_OFF, ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.run import LORA_TARGETS, main, parse
-from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
+from listener_reward.train.trainer import ListenerGRPOTrainer
 
 Config = Callable[..., ListenerGRPOConfig]
 

@@ -22,10 +22,11 @@ from listener_reward.card import Card
 from listener_reward.chat import ChatFormat, reserved_tokens
 from listener_reward.listener import load_listener
 from listener_reward.models.processing import load_processor
+from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.rewards import ShapedReward, text_of
 from listener_reward.train.run import LORA_TARGETS
-from listener_reward.train.trainer import ListenerGRPOTrainer, as_chats
+from listener_reward.train.trainer import ListenerGRPOTrainer
 
 
 def make_trainer(folder: Path, size: Size, shared: bool, callbacks: list[Any] | None = None) -> tuple[Any, Any]:

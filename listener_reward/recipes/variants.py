@@ -114,7 +114,7 @@ def train_variant(
                 for name, key in CURVES.items():
                     curves[name].append(logs.get(key))
                 reward = logs["reward"]  # None where the listener failed on the whole batch
-                report(state.global_step, recipe.steps, "no reward" if reward is None else f"reward {reward:.2f}")
+                report(state.global_step, state.max_steps, "no reward" if reward is None else f"reward {reward:.2f}")
 
     pairs = training_pairs(recipe) if pairs is None else pairs
     trainer = ListenerGRPOTrainer(recipe.base, args, pairs, callbacks=[Curves()])
@@ -134,7 +134,7 @@ def train_sft_variant(
 
     settings = _of_baseline(out, seed, recipe) | {"gradient_checkpointing": False, "max_length": None}
     args = SFTConfig(**settings | dict(options or {}))
-    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report, recipe)])
+    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
 
 
 def train_bradley_terry_variant(
@@ -147,7 +147,7 @@ def train_bradley_terry_variant(
     from listener_reward.train.bradley_terry import train_bradley_terry
 
     args = TrainingArguments(**_of_baseline(out, seed, recipe) | dict(options or {}))
-    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report, recipe)])
+    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
 
 
 def _of_baseline(out: str, seed: int, recipe: Recipe) -> dict[str, Any]:
@@ -168,14 +168,14 @@ def _of_baseline(out: str, seed: int, recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _losses(report: Report, recipe: Recipe) -> Any:
+def _losses(report: Report) -> Any:
     """A callback that reports a baseline's loss."""
     from transformers import TrainerCallback
 
     class Losses(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                report(state.global_step, recipe.sft_steps, f"loss {float(logs['loss']):.2f}")
+                report(state.global_step, state.max_steps, f"loss {float(logs['loss']):.2f}")
 
     return Losses()
 

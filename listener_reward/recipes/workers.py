@@ -71,6 +71,8 @@ def run_side_by_side(
                     running[name], taken[name] = process, device
                     progress.start_task(bars[name])
                     progress.update(bars[name], visible=True)
+                kind: str
+                content: Any
                 try:
                     kind, name, content = messages.get(timeout=1.0)
                 except Empty:

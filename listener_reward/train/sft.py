@@ -14,7 +14,8 @@ from listener_reward.chat import reserved_tokens
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
 from listener_reward.models.hub import resolve
-from listener_reward.train.trainer import as_chats, load_policy_processor
+from listener_reward.train.chats import as_chats
+from listener_reward.train.policy import load_policy_processor
 
 
 def as_examples(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset:

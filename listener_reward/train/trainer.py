@@ -16,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
-import trl
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,34 +26,24 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.checkpoints import saving
 from listener_reward.errors import InputError
-from listener_reward.evaluate.asked import questions_of
-from listener_reward.listener import (
-    OWN_BASE,
-    Listener,
-    choose_listener,
-    load_listener,
-    make_listener,
-    options_of_listener,
-)
+from listener_reward.listener import Listener, make_listener
 from listener_reward.media.images import to_pil
-from listener_reward.models.adapters import base_of
-from listener_reward.models.hub import hub_options, lasting, resolve, same_checkpoint
-from listener_reward.models.options import is_address
-from listener_reward.models.placement import limit_pixels
-from listener_reward.models.processing import decoded, load_processor, opened_by_template
+from listener_reward.models.processing import decoded, opened_by_template
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.models.vlm import check_finite
 from listener_reward.pairs import prompt_with
 from listener_reward.prefix.allocator import keep_freed_memory
 from listener_reward.prefix.attention import base_model, take_layouts, unsupported
 from listener_reward.trace import Trace
+from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
-from listener_reward.train.guard import changes, dropped_inputs, lacks_fused_head
+from listener_reward.train.guard import changes, lacks_fused_head
+from listener_reward.train.listening import load_audience
 from listener_reward.train.past import PAST, MovingPast
+from listener_reward.train.policy import Policy
 from listener_reward.train.resuming import check_resumable, check_revision, last_checkpoint
 from listener_reward.train.rewards import Beyond, ShapedReward
 from listener_reward.train.sharing import (
@@ -103,48 +91,60 @@ class ListenerGRPOTrainer(GRPOTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        folder = lasting(resolve(model))  # in full, because adapters name it as their base
-        self.revision: str | None = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
-        """The policy's revision on the Hub."""
-        there = hub_options(folder, self.revision)
-        if (base := base_of(folder, **there)) is not None:
-            raise InputError(
-                f"the model {str(model)!r} is an adapter on {base!r}, and new adapters need whole weights under them; "
-                f"merge it first: listener-reward merge {model} --out FOLDER"
-            )
-        self.card = replace(Card.load(folder, args.card, revision=self.revision), masking=args.masking)
-        if args.listener_grounding is not None:
-            self.card = replace(self.card, listener_grounding=args.listener_grounding)
-        processor = load_policy_processor(folder, **there)
-        limit_pixels(processor, args.max_pixels)
-        _refuse_dropped_inputs(folder, processor, self.card)
-        reserved = reserved_tokens(processor.tokenizer)
-        own_base = listener is None and args.listener == OWN_BASE
-        if own_base and peft_config is None:
-            raise InputError(
-                "listener is 'base', the policy with its adapters off, and full fine-tuning has no adapters; give "
-                "use_peft: true, or name a checkpoint as the listener"
-            )
-        if own_base and args.listener_options:
-            raise InputError(
-                f"listener_options is {args.listener_options}, and listener 'base' is the policy itself, loaded as the "
-                "policy is; leave one of them out"
-            )
+        policy = Policy.open(model, args)
+        self.base_folder, self.revision = policy.folder, policy.revision
+        self.kernel = self._kernel(args)
+        audience = load_audience(policy, args, listener, adapters=peft_config is not None, kernel=self.kernel)
+        self.card = policy.card if audience.name is None else replace(policy.card, listener=audience.name)
+        _check_size(train_dataset, args)
         self._malformed_rounds = 0
         """Rounds in a row, up to now, in which every completion was malformed."""
-        self.kernel = self._kernel(args)
-        if listener is None and not own_base:
-            listener = _load_listener(args, self.card, folder, self.revision, self.kernel)
-        beyond, more = self._beyond(args, listener is not None or own_base, folder)
-        named = None if args.listener == PAST else choose_listener(args.listener, None)
-        # An address is where this run's listener was, and no checkpoint.
-        if named is not None and not is_address(named):
-            self.card = replace(self.card, listener=lasting(str(model if own_base else named)))
-        _check_size(train_dataset, args)
         self.left_to_trl = changes()
         """Switches without effect in this version of trl, each with the reason."""
-        itself = "decode_images_once" in self.left_to_trl  # then trl decodes
-        self.base_folder = folder
+        self.reward = ShapedReward(
+            self.card.format,
+            audience.first,
+            on_failure=args.listener_on_failure,
+            opened=opened_by_template(policy.processor, self.card.format),
+            more=audience.more,
+            beyond=_beyond(args),
+        )
+        args = self._settled(args, policy)
+        if peft_config is not None and self.revision is not None:
+            peft_config.revision = self.revision  # which the adapter then names with its base
+        as_trl_has_them = partial(
+            as_chats,
+            card=self.card,
+            reserved=reserved_tokens(policy.processor.tokenizer),
+            decode="decode_images_once" in self.left_to_trl,  # then trl decodes
+        )
+        with self._class_of_revision():
+            super().__init__(
+                model=policy.folder,
+                reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
+                args=args,
+                train_dataset=as_trl_has_them(train_dataset),
+                eval_dataset=None if eval_dataset is None else as_trl_has_them(eval_dataset),
+                processing_class=policy.processor,
+                peft_config=peft_config,
+                callbacks=callbacks,
+            )
+        self.listener = self._own_base() if audience.own_base else audience.first
+        self.reward.listener = self.listener
+        for each in self.reward.listeners:
+            self._probe(each, train_dataset[0])
+        self.past = self._moving_past() if args.listener == PAST else None
+        """The listener's weights as they follow the policy's, where the listener is the policy's past."""
+        self.sharing = self._what_is_shared()
+        if self.sharing:
+            self._prepare_for_sharing()
+
+    def _settled(self, args: ListenerGRPOConfig, policy: Policy) -> ListenerGRPOConfig:
+        """The configuration for trl: a weight for each reward function, and no image tokens from vLLM.
+
+        Raises:
+            InputError: vLLM would load another revision of the policy.
+        """
         if args.use_vllm and args.vllm_mode == "colocate" and self.revision is not None:
             raise InputError(
                 f"revision {self.revision!r} of the policy is asked for, and trl has vLLM load it by its name alone, "
@@ -152,60 +152,11 @@ class ListenerGRPOTrainer(GRPOTrainer):
             )
         if args.use_vllm:
             given: Any = args.generation_kwargs
-            args.generation_kwargs = without_image_token(given, processor.image_token_id)
-        self.reward = ShapedReward(
-            self.card.format,
-            listener,
-            on_failure=args.listener_on_failure,
-            opened=opened_by_template(processor, self.card.format),
-            more=more,
-            beyond=beyond,
-        )
+            args.generation_kwargs = without_image_token(given, policy.processor.image_token_id)
         if len(args.all_weights) > len(self.reward.functions[:3]):
             args = copy.copy(args)  # the caller's has three weights, and may be used again
             args.reward_weights = args.all_weights
-        if peft_config is not None and self.revision is not None:
-            peft_config.revision = self.revision  # which the adapter then names with its base
-        with self._class_of_revision():
-            super().__init__(
-                model=folder,
-                reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
-                args=args,
-                train_dataset=as_chats(train_dataset, self.card, reserved, decode=itself),
-                eval_dataset=None
-                if eval_dataset is None
-                else as_chats(eval_dataset, self.card, reserved, decode=itself),
-                processing_class=processor,
-                peft_config=peft_config,
-                callbacks=callbacks,
-            )
-        if own_base:
-            self._refuse_sharded_base()
-            policy = self.accelerator.unwrap_model(self.model)
-            base = TransformersVLM(
-                policy,
-                processor,
-                batch_size=args.listener_batch_size,
-                adapters_off=True,
-                shared_prefix=args.share_listener,
-                token_budget=args.token_budget,
-                attention=self.kernel,
-                think_tag=self.card.format.think[0],
-            )
-            listener = make_listener(base, self.card.format, self.card)
-            self.reward.listener = listener
-        for each in self.reward.listeners:
-            self._probe(each, train_dataset[0])
-        self.listener = listener
-        self.past = self._moving_past() if args.listener == PAST else None
-        """The listener's weights as they follow the policy's, where the listener is the policy's past."""
-        self.sharing = self._what_is_shared()
-        if self.sharing:
-            for shared in (self.model, self.ref_model):
-                if shared is not None:
-                    take_layouts(self.accelerator.unwrap_model(shared))
-            if self.accelerator.device.type == "cpu":
-                keep_freed_memory()
+        return args
 
     def _class_of_revision(self) -> contextlib.AbstractContextManager[Any]:
         """Stock trl looks up the policy's class in the newest `config.json`, whatever revision it then loads."""
@@ -214,24 +165,6 @@ class ListenerGRPOTrainer(GRPOTrainer):
         stock: Any = grpo_trainer.create_model_from_path
         chosen = partial(stock, architecture=AutoModelForImageTextToText)
         return replaced(grpo_trainer, "create_model_from_path", chosen)
-
-    def _beyond(self, args: ListenerGRPOConfig, listens: bool, folder: str) -> tuple[Beyond, list[Listener]]:
-        """The rewards beyond the paper's that `args` asks for, and the listeners beside the first.
-
-        Raises:
-            InputError: nobody listens, and one of these rewards needs it.
-        """
-        beyond = Beyond(
-            counterfactual=args.counterfactual_weight > 0,
-            gain=args.gain_weight > 0,
-            smoothing=args.vote_smoothing,
-            combine=args.combine_listeners,  # pyright: ignore[reportArgumentType]  checked by the configuration
-        )
-        needing = ("counterfactual_weight", "gain_weight", "vote_smoothing", "more_listeners")
-        if not listens and (asked := [name for name in needing if getattr(args, name)]):
-            raise InputError(f"{', '.join(asked)} needs a listener, and there is none; name one, or leave it out")
-        more = args.more_listeners or ()
-        return beyond, [_load_named(args, name, self.card, folder, self.revision, self.kernel) for name in more]
 
     @staticmethod
     def _kernel(args: ListenerGRPOConfig) -> str:
@@ -263,14 +196,29 @@ class ListenerGRPOTrainer(GRPOTrainer):
         self.add_callback(past)
         return past
 
-    def _refuse_sharded_base(self) -> None:
-        """Refuses sharded weights: processes run different numbers of listener passes, but gather sharded weights
-        together."""
+    def _own_base(self) -> Listener:
+        """The policy with its adapters off as the listener.
+
+        Raises:
+            InputError: the weights are sharded. Processes run different numbers of listener passes, but gather sharded
+                weights together.
+        """
         if self._sharded():
             raise InputError(
                 "listener is 'base', the policy's own weights, and this launch shards them (FSDP or ZeRO-3); name a "
                 "checkpoint as the listener, which every process then holds whole, or launch with DDP or ZeRO-2"
             )
+        base = TransformersVLM(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            batch_size=self.args.listener_batch_size,
+            adapters_off=True,
+            shared_prefix=self.args.share_listener,
+            token_budget=self.args.token_budget,
+            attention=self.kernel,
+            think_tag=self.card.format.think[0],
+        )
+        return make_listener(base, self.card.format, self.card)
 
     def _probe(self, listener: Listener, pair: dict[str, Any]) -> None:
         """Asks the listener once before training, so that a broken listener stops the run here."""
@@ -349,6 +297,13 @@ class ListenerGRPOTrainer(GRPOTrainer):
         return replaced(grpo_trainer, "gather_object", lambda values: stock(without_images(values)))
 
     # ------------------------------------------------------------------------------------------------- shared prefixes
+    def _prepare_for_sharing(self) -> None:
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                take_layouts(self.accelerator.unwrap_model(model))
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
+
     def _what_is_shared(self) -> frozenset[str]:
         """The parts of a step that compute a prompt once. Warns of each part that falls back, with the reason."""
         wanted = {name for name in ("rollout", "logprobs", "groups") if getattr(self.args, f"share_{name}")}
@@ -550,122 +505,14 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return len(self.sampler)
 
 
-def as_chats(pairs: Dataset, card: Card, reserved: frozenset[str], *, decode: bool = False) -> Dataset:
-    """Pairs in trl's form: `prompt` becomes messages, `caption` keeps the text, and `images` begin with the prompt's
-    sources where the pairs have some. With `decode`, `datasets` decodes the
-    images each time that a row is read; without, images stay encoded.
-
-    Raises:
-        InputError: the data set is empty or lacks a column.
-    """
-    missing = {"prompt", "images", "p_first", "id"} - set(pairs.column_names)
-    if missing:
-        raise InputError(
-            f"train_dataset lacks the columns {sorted(missing)}; load it with listener_reward.datasets.load_pairs"
-        )
-    if len(pairs) == 0:
-        raise InputError("train_dataset has no pairs")
-    asked = list(questions_of(pairs)) or [(0, None)] * len(pairs)
-    messages = [
-        card.format.messages(text, reserved, sources=sources, criterion=criterion)
-        for text, (sources, criterion) in zip(pairs["prompt"], asked, strict=True)
-    ]
-    if "sources" in pairs.column_names:  # a chat's images stand in one list
-        pairs = pairs.map(_with_sources, remove_columns="sources", desc="sources before images")
-    pairs = pairs.cast_column("images", List(Image(decode=decode))).rename_column("prompt", "caption")
-    return pairs.add_column("prompt", messages)
-
-
-def _with_sources(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose images are those of its chat."""
-    return {"images": [*(row["sources"] or ()), *row["images"]]}
-
-
-def load_policy_processor(model: str, **options: Any) -> Any:
-    """The processor of the checkpoint to train; `options` are transformers' for the Hub, such as `revision`.
-
-    Raises:
-        InputError: the checkpoint cannot be found or reached, is of another architecture, or has no chat template.
-    """
-    processor = load_processor(model, **options)
-    if processor.chat_template is None:
-        raise InputError(f"the checkpoint {model!r} has no chat template; add its chat_template.jinja to the folder")
-    return processor
-
-
-def _refuse_dropped_inputs(model: str, processor: Any, card: Card) -> None:
-    """Refuses a model with inputs of its own that trl does not know: it would be trained on other images than shown."""
-    stills = PIL.Image.new("RGB", (64, 48)), PIL.Image.new("RGB", (48, 64))
-    chat = card.format.chat("", *stills)
-    text = processor.apply_chat_template(chat.messages, tokenize=False, add_generation_prompt=True)
-    made = processor(text=[text], images=[[picture.image for picture in chat.images]], return_tensors="pt")
-    if dropped := dropped_inputs(made):
-        raise InputError(
-            f"the checkpoint {model!r} cannot be trained: trl {trl.__version__} does not hand its inputs "
-            f"{', '.join(dropped)} on to the model. It can judge and listen as it is"
-        )
-
-
-def _load_listener(
-    args: ListenerGRPOConfig, card: Card, folder: str, revision: str | None, kernel: str
-) -> Listener | None:
-    """The listener that the configuration or else the policy's card names; None if there is none and its reward weight
-    is 0.
-
-    Behind an address there is the listener of the card, or the checkpoint in `folder` where the card has none. A
-    listener of the policy's own checkpoint has its `revision`, unless `listener_options` have another.
-    """
-    name, backend = choose_listener(args.listener or None, card.listener), None
-    if is_address(name):
-        name, backend = card.listener or folder, str(name)
-    if name == PAST:
-        whole = args if args.listener_dtype else copy.copy(args)
-        whole.listener_dtype = args.listener_dtype or "float32"  # the steps of 16 bits are larger than the past's
-        return _load_named(whole, folder, card, folder, revision, kernel)
-    if name is None:
-        if args.listener_options:
-            raise InputError(f"listener_options is {args.listener_options}, and there is no listener; leave it out")
-        if args.reward_weights is not None and args.reward_weights[2] == 0:
-            return None
-        raise InputError(
-            f"listener is {args.listener!r} and the policy's checkpoint names {card.listener!r}; give a checkpoint, or "
-            "'base' with LoRA, or reward_weights: [1, 1, 0] for accuracy-only GRPO"
-        )
-    return _load_named(args, name, card, folder, revision, kernel, backend)
-
-
-def _load_named(
-    args: ListenerGRPOConfig,
-    name: str | Path,
-    card: Card,
-    folder: str,
-    revision: str | None,
-    kernel: str,
-    backend: str | None = None,
-) -> Listener:
-    """The listener `name`, as the configuration has listeners loaded."""
-    options = {
-        "device": args.device,
-        "dtype": args.listener_dtype,
-        "batch_size": args.listener_batch_size,
-        "shared_prefix": args.share_listener,
-        "token_budget": args.token_budget,
-        "max_pixels": args.max_pixels,
-    }
-    own: Any = args.listener_options
-    if revision is not None and same_checkpoint(name, folder):
-        own = {"revision": revision} | (own or {})
-    if backend is not None:
-        own = (own or {}) | {"backend": backend}
-    elif (own or {}).get("revision") is not None:
-        logger.warning(
-            "the trained judge names its listener %r without a revision; give listener_options={'revision': %r} where "
-            "it is loaded",
-            name,
-            own["revision"],
-        )
-    with unsharded():
-        return load_listener(name, card, attention=kernel, **options_of_listener(options, own))
+def _beyond(args: ListenerGRPOConfig) -> Beyond:
+    """The rewards beyond the paper's that a configuration asks for."""
+    return Beyond(
+        counterfactual=args.counterfactual_weight > 0,
+        gain=args.gain_weight > 0,
+        smoothing=args.vote_smoothing,
+        combine=args.combine_listeners,  # pyright: ignore[reportArgumentType]  checked by the configuration
+    )
 
 
 def _forget_images(listener: Listener) -> None:
