@@ -602,6 +602,21 @@ def test_a_protocol_that_only_repeats_the_accuracy_is_left_out(tmp_path: Path) -
     assert "protocols" in [a["id"] for a in evaluated(tmp_path, table=[other])[1].all("section")]
 
 
+def of_criterion(accuracy: float, n: int = 40) -> dict[str, Any]:
+    return {"n": n, "accuracy": accuracy, "accuracy_interval": [accuracy - 0.05, accuracy + 0.05], "ece": 0.02}
+
+
+def test_a_split_with_criteria_has_a_column_for_each(tmp_path: Path) -> None:
+    asked = {"alignment": of_criterion(0.8), "quality": of_criterion(0.7, n=60)}
+    table = [row("ours", "some data", 0.75) | {"by_criterion": asked}, row("theirs", "some data", 0.6)]
+    html, page = evaluated(tmp_path, table=[*table, row("ours", "other data", 0.9) | {"by_criterion": {}}])
+    assert "criteria" in [a["id"] for a in page.all("section")] and html.count('aria-label="Criteria"') == 1
+    assert "<bdi>alignment</bdi></th>" in html.replace("<small>40 pairs</small>", "")
+    assert f"<td>80.0<small>75.0{DASH}85.0</small></td><td>0.020</td>" in html
+    assert f"<td>70.0<small>65.0{DASH}75.0</small></td><td>0.020</td>" in html
+    assert "criteria" not in [a["id"] for a in evaluated(tmp_path)[1].all("section")]
+
+
 def test_reliability_and_coverage_are_drawn_to_scale(tmp_path: Path) -> None:
     _, page = evaluated(tmp_path)
     # x: 36 + 196 * 2 (c - 0.5); y: 176 - 164 * agreement; r: 2 + 9 sqrt(n / 400).
@@ -661,6 +676,7 @@ def test_hostile_text_in_an_evaluation_stays_text(tmp_path: Path) -> None:
         one = row(text, text, 0.5, against=text, paired={"difference": text, "p_value": text}) | {
             "protocols": {text: protocol(0.4), text + "2": {"value": text}},
             "diagnostics": diagnostics(unit=text),
+            "by_criterion": {text: {"n": text, "accuracy": text}, text + "2": of_criterion(0.4)},
         }
         pairs = [pair(model=text, split=text, id=text), pair(model=text + "2", split=text + "2")]
         told = {"summary": text, "notes": [text], "pairs_title": text, "pairs_note": text}

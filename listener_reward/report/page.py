@@ -35,6 +35,7 @@ from listener_reward.report.tables import (
     accuracy_axis,
     by_split,
     captions_of,
+    criteria,
     protocols,
     splits,
 )
@@ -91,6 +92,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any]) -> Pa
         scale=scale,
         splits=splits(table, captions, scale),
         protocols=protocols(table, captions),
+        criteria=criteria(table, captions),
         breakdown=_breakdown(table, captions, colors),
         variants=[{"name": name, "color": colors[name]["color"]} for name in curves],
         panels=[curve_panel(metric, curves) for metric in METRICS],

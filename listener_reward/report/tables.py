@@ -1,4 +1,5 @@
-"""The page's tables, for each split one of the judges and one of the protocols, as texts and places."""
+"""The page's tables, for each split one of the judges, one of the protocols and one of the criteria, as texts and
+places."""
 
 from __future__ import annotations
 
@@ -196,9 +197,34 @@ def protocols(table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption
     return parts
 
 
-def _agreed(values: Iterable[object]) -> str | None:
+def criteria(table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption]) -> list[dict[str, Any]]:
+    """For each split whose pairs have criteria, what each model has by each of them; other splits are left out."""
+    parts = []
+    for caption, rows in by_split(table, captions):
+        results = [to_mapping(row.get("by_criterion")) for row in rows]
+        if names := list(dict.fromkeys(name for of_row in results for name in of_row)):
+            found = [[to_mapping(of_row.get(name)) for name in names] for of_row in results]
+            heads = [(name, _agreed((of_row[k].get("n") for of_row in found), 0)) for k, name in enumerate(names)]
+            models = [
+                {"name": row.get("model"), "cells": [_of_criterion(one) for one in of_row]}
+                for row, of_row in zip(rows, found, strict=True)
+            ]
+            parts.append({"title": caption.title, "names": heads, "models": models})
+    return parts
+
+
+def _of_criterion(found: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = (to_decimals(end, 1, percent=True) for end in to_interval(found.get("accuracy_interval")))
+    return {
+        "accuracy": to_decimals(found.get("accuracy"), 1, percent=True),
+        "interval": f"{low}{DASH}{high}" if low and high else None,
+        "ece": to_decimals(found.get("ece"), 3),
+    }
+
+
+def _agreed(values: Iterable[object], digits: int = 3) -> str | None:
     """A number that all models of a split share, such as a baseline."""
-    texts = {to_decimals(value, 3) for value in values}
+    texts = {to_decimals(value, digits) for value in values}
     return texts.pop() if len(texts) == 1 else None
 
 
