@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,39 @@ def test_the_other_jobs_come_to_their_end_where_one_fails(tmp_path: Path) -> Non
 
 def leave(report: Report, path: Path) -> None:
     path.touch()
+
+
+def stay(report: Report, path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def start_and_stay(path: Path) -> None:
+    run_side_by_side({"one": (stay, {"path": path})})
+
+
+def test_runs_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    command = multiprocessing.get_context("spawn").Process(target=start_and_stay, args=(tmp_path / "number",))
+    command.start()
+    run = int(until(lambda: (tmp_path / "number").exists() and (tmp_path / "number").read_text()))
+    command.kill()
+    until(lambda: not alive(run))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(there: Callable[[], Any], seconds: float = 300.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := there()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
 
 
 def in_this_process(jobs: Mapping[str, Job], **options: Any) -> dict[str, Any]:

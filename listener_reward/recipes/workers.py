@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -126,6 +127,7 @@ def _work(
     import torch
     import transformers
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -140,6 +142,14 @@ def _work(
             messages.put(("result", name, function(report, **arguments)))
     except BaseException:
         messages.put(("error", name, traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """A killed parent stops nobody by itself, and its runs would go on, unseen, beside those of the next command."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _killed(running: Mapping[str, Any]) -> str | None:
