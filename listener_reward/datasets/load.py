@@ -5,6 +5,7 @@
 | `tiny:train`, `tiny:id`, `tiny:ood`, `tiny:wrong` | the embedded world, drawn on the spot |
 | `tiny:generated` | the same world as the embedded diffusion model draws it |
 | `tiny:edit-train`, `tiny:edit`, `tiny:edit-ood`, `tiny:edit-wrong` | its edits: source, instruction, two results |
+| `tiny:relation-train`, `tiny:relation`, `tiny:relation-ood`, `tiny:relation-wrong` | its harder pairs: two groups |
 | `hpdv2:PATH` | HPDv2's `train.json` and `test.json`, and its gallery's `annotations.json` |
 | `hpdv3:PATH` | HPDv3 and HPDv3++: `train.json`, `test.json`, `all.json`, `test_aes.json`, `test_tf.json` ... |
 | `imagereward:PATH` | ImageRewardDB's `test.json` and `train.json` |

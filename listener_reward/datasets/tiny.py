@@ -9,8 +9,9 @@ from listener_reward.datasets.format import Labelled
 from listener_reward.errors import InputError
 from listener_reward.media.images import png_of
 from listener_reward.pairs import PreferencePair
-from listener_reward.tiny.drawing import draw_edit, draw_pair
+from listener_reward.tiny.drawing import draw_edit, draw_pair, draw_relation
 from listener_reward.tiny.edits import EDIT_SPLITS, EditSplit, split_edits
+from listener_reward.tiny.relations import RELATION_SPLITS, RelationSplit, split_relations
 from listener_reward.tiny.world import SPLITS, split_pairs
 
 GENERATED = "generated"
@@ -33,8 +34,11 @@ def tiny_pairs(split: str, limit: int | None, seed: int) -> Iterator[Labelled]:
     if split in EDIT_SPLITS:
         yield from _edits(split, n, seed)
         return
+    if split in RELATION_SPLITS:
+        yield from _relations(split, n, seed)
+        return
     if split not in SPLITS:
-        known = ", ".join(map(repr, (*SPLITS, GENERATED, *EDIT_SPLITS)))
+        known = ", ".join(map(repr, (*SPLITS, GENERATED, *EDIT_SPLITS, *RELATION_SPLITS)))
         raise InputError(f"split is {split!r}; the tiny world has {known}")
     for index, pair in enumerate(split_pairs(split, n, seed=seed)):
         first, second = ({"bytes": png_of(image), "path": None} for image in draw_pair(pair))
@@ -47,6 +51,13 @@ def _edits(split: EditSplit, n: int, seed: int) -> Iterator[Labelled]:
         source, first, second = ({"bytes": png_of(image), "path": None} for image in draw_edit(edit))
         name, dataset = f"{split}-{seed}-{index}", f"tiny:{split}"
         yield Labelled(PreferencePair(edit.wording, first, second, edit.p_first, name, dataset, (source,)), {})
+
+
+def _relations(split: RelationSplit, n: int, seed: int) -> Iterator[Labelled]:
+    for index, pair in enumerate(split_relations(split, n, seed=seed)):
+        first, second = ({"bytes": png_of(image), "path": None} for image in draw_relation(pair))
+        name = f"{split}-{seed}-{index}"
+        yield Labelled(PreferencePair(pair.wording, first, second, pair.p_first, name, f"tiny:{split}"), {})
 
 
 def _generated(n: int, seed: int) -> Iterator[Labelled]:

@@ -35,6 +35,7 @@ from listener_reward.recipes.lessons import (
 )
 from listener_reward.recipes.teaching import (
     FORMAT,
+    SCENES,
     Stage,
     run_stages,
     save,
@@ -141,7 +142,7 @@ def learn_edits(report: Report, kind: str, out: str, scratch: str, generated: st
     stages: list[Stage] = [
         (READ, lambda tell: teach_to_read(model, processor, plain, pairs, READ, tell)),
         *rounds(SPEAK[kind]),
-        (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell)),
+        (SEE, lambda tell: teach_to_see(model, processor, pictures, SEE, tell, SCENES)),
         (READ_AGAIN, lambda tell: teach_to_read(model, processor, plain, pairs, READ_AGAIN, tell)),
         *rounds(SPEAK_AGAIN[kind]),
     ]

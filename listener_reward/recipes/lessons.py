@@ -13,14 +13,15 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from listener_reward.tiny.drawing import draw, draw_edit, draw_pair
+from listener_reward.tiny.drawing import draw, draw_arrangement, draw_edit, draw_pair, draw_relation
 from listener_reward.tiny.edits import TinyEdit, sample_edit
 from listener_reward.tiny.generated import Sample
 from listener_reward.tiny.models import QUESTION, build_tokenizer
+from listener_reward.tiny.relations import Arrangement, TinyRelation, sample_relation
 from listener_reward.tiny.thoughts import reasoner_example, verdict
 from listener_reward.tiny.world import COLORS, QUALITIES, SHAPES, Scene, TinyPair, p_of, sample_pair
 
-Shown = TinyPair | TinyEdit
+Shown = TinyPair | TinyEdit | TinyRelation
 
 Lesson = tuple[Shown, tuple[Image.Image, ...]]
 """A pair and its two pictures, or an edit and its three."""
@@ -31,6 +32,9 @@ the prompt, so a description cannot be copied from it."""
 
 FREE = (0.0, 0.0, 0.7)
 """How often a result of an edit owes nothing to source and instruction, one of these for each edit, for that reason."""
+
+STRAYING = (0.2, 0.2, 1.0)
+"""How often an attribute of a group differs from what was asked for in its place, one of these for each pair."""
 
 LITTERED = 0.4
 """Fraction of the judge's prompts that are littered with words that mean nothing there, which must not move the
@@ -116,8 +120,24 @@ def edit_pictures(rng: random.Random, n: int) -> tuple[list[Scene], list[Image.I
     return [scene for scene, _ in shown], [picture for _, picture in shown]
 
 
+def any_relations(rng: random.Random, n: int) -> list[TinyRelation]:
+    return [sample_relation(rng, cue=0.5, error=rng.choice(STRAYING)) for _ in range(n)]
+
+
+def relation_lessons(rng: random.Random, n: int) -> list[tuple[TinyRelation, tuple[Image.Image, Image.Image]]]:
+    return [(pair, draw_relation(pair)) for pair in any_relations(rng, n)]
+
+
+def relation_pictures(rng: random.Random, n: int) -> tuple[list[Arrangement], list[Image.Image]]:
+    """`n` pictures of two groups that owe nothing to a prompt, and what they show."""
+    shown = [sample_relation(rng, cue=0.5, error=1.0).first for _ in range(n)]
+    return shown, [draw_arrangement(one, rng) for one in shown]
+
+
 def voters(pair: Shown) -> float:
     """The fraction of people who prefer the first image."""
+    if isinstance(pair, TinyRelation):
+        return p_of(pair.utility(pair.first) - pair.utility(pair.second))
     return p_of(pair.utility(pair.first) - pair.utility(pair.second))
 
 

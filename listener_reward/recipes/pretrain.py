@@ -51,6 +51,7 @@ from listener_reward.recipes.lessons import (
 )
 from listener_reward.recipes.teaching import (
     FORMAT,
+    SCENES,
     Stage,
     run_stages,
     save,
@@ -132,7 +133,7 @@ def make(report: Report, kind: str, seed: int, out: str, scratch: str, fraction:
     )
     stages: list[Stage] = [
         (read, lambda tell: teach_to_read(model, processor, plain, pairs, read, tell)),
-        (see, lambda tell: teach_to_see(model, processor, pictures, see, tell)),
+        (see, lambda tell: teach_to_see(model, processor, pictures, see, tell, SCENES)),
         (speak, lambda tell: teach_to_speak(model, processor, plain, lessons, speak, tell)),
         (
             finish | (BASE if kind == "base" else {}),
@@ -175,7 +176,7 @@ def make_attentive(report: Report, out: str, scratch: str, generated: str) -> st
     processor = build_processor()
     model = AutoModelForImageTextToText.from_pretrained(Path(out, "base"), dtype=torch.float32, trust_remote_code=False)
     stages: list[Stage] = [
-        (LOOK | STUDIED, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell)),
+        (LOOK | STUDIED, lambda tell: teach_to_see(model, processor, mixed.pictures, LOOK, tell, SCENES)),
         (
             TELL | DISTURBED | {"prompts": LITTERED},
             lambda tell: teach_to_speak(model, processor, mixed.example, mixed.lessons, TELL, tell, mixed.disturb),

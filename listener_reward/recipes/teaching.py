@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -61,17 +62,32 @@ def teach_to_read(
             report(step + 1, f"reads, loss {loss.item():.2f}")
 
 
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Sight(Generic[Seen]):
+    """What a vision tower is taught to tell of a picture."""
+
+    sizes: tuple[int, ...]
+    """How many answers there are to each question."""
+    answers: Callable[[Seen], list[int]]
+    """Those to what a picture shows."""
+    places: int = 1
+    """Visual tokens that are told apart, all that a picture has; with 1 their mean is taken."""
+
+
 def teach_to_see(
     model: Any,
     processor: Any,
-    pictures: Callable[[int], tuple[list[Scene], list[Image.Image]]],
+    pictures: Callable[[int], tuple[list[Seen], list[Image.Image]]],
     stage: dict[str, Any],
     report: Callable[[int, str], None],
+    sight: Sight[Seen],
 ) -> None:
-    """Trains the vision tower to tell count, quality, colour, shape and wooden frame of single pictures."""
+    """Trains the vision tower, with a throw-away classifier, to tell what single pictures show."""
     tower = model.model.visual
-    sizes = [len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES), 2]
-    classify = nn.Linear(model.config.text_config.hidden_size, sum(sizes))
+    classify = nn.Linear(model.config.text_config.hidden_size * sight.places, sum(sight.sizes))
     parameters = [*tower.parameters(), *classify.parameters()]
     optimizer, schedule = _optimizer(parameters, stage)
     for step in range(stage["steps"]):
@@ -79,8 +95,9 @@ def teach_to_see(
         inputs = processor.image_processor(images=images, return_tensors="pt")
         features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
         tokens = (inputs["image_grid_thw"].prod(-1) // processor.image_processor.merge_size**2).tolist()
-        logits = classify(torch.stack([part.mean(0) for part in features.split(tokens)])).split(sizes, -1)
-        labels = torch.tensor([_classes(scene) for scene in scenes]).unbind(1)
+        seen = [part.mean(0) if sight.places == 1 else part.flatten() for part in features.split(tokens)]
+        logits = classify(torch.stack(seen)).split(list(sight.sizes), -1)
+        labels = torch.tensor([sight.answers(scene) for scene in scenes]).unbind(1)
         loss = sum(F.cross_entropy(guess, label) for guess, label in zip(logits, labels, strict=True))
         _update(loss, parameters, optimizer, schedule)
         if step % 10 == 9:
@@ -158,6 +175,19 @@ def word_weights(tokenizer: Any, ids: Tensor, attended: Tensor, spoken: Sequence
     return weights
 
 
+def _of_scene(scene: Scene) -> list[int]:
+    return [
+        scene.count - 1,
+        QUALITIES.index(scene.quality),
+        COLORS.index(scene.color),
+        SHAPES.index(scene.shape),
+        int(scene.wooden),
+    ]
+
+
+SCENES = Sight((len(COUNTS), len(QUALITIES), len(COLORS), len(SHAPES), 2), _of_scene)
+"""Count, quality, colour, shape and wooden frame."""
+
 Stage = tuple[dict[str, Any], Callable[[Callable[[int, str], None]], None]]
 """A stage's settings, and the stage itself, which is told how to report."""
 
@@ -222,16 +252,6 @@ def _speech_loss(
         p_first = torch.tensor(p_firsts)[rows]
         nll = nll.index_put((rows, places), p_first * first + (1 - p_first) * second)
     return (nll * weights[:, 1:]).sum() / weights[:, 1:].sum()
-
-
-def _classes(scene: Scene) -> list[int]:
-    return [
-        scene.count - 1,
-        QUALITIES.index(scene.quality),
-        COLORS.index(scene.color),
-        SHAPES.index(scene.shape),
-        int(scene.wooden),
-    ]
 
 
 def _optimizer(parameters: list[nn.Parameter], stage: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
 
 from listener_reward.tiny.edits import TinyEdit
+from listener_reward.tiny.relations import Arrangement, Axis, TinyRelation
 from listener_reward.tiny.world import Scene, TinyPair
 
 HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.0, "purple": 283.0}
@@ -23,6 +24,9 @@ HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 125.0, "blue": 222.
 _JITTER = {"red": 7.0, "orange": 5.0, "yellow": 5.0, "green": 22.0, "blue": 16.0, "purple": 14.0}
 WOOD, WOOD_WIDTH = (139, 84, 38), 0.08
 """A wooden frame's colour, and its width in fractions of the shorter side."""
+
+HALF_SIZES, HALF_MARGIN = (0.28, 0.37), 0.12
+"""Radii and margins of objects in half a picture, in fractions of half its side. One object is as large as two."""
 
 Place = tuple[float, float, float]
 """A centre and a radius."""
@@ -88,6 +92,36 @@ def draw_edit(edit: TinyEdit, spots: Spots | None = None) -> tuple[Image.Image, 
     return source, first, second
 
 
+def draw_relation(pair: TinyRelation) -> tuple[Image.Image, Image.Image]:
+    """The two pictures of a pair of arrangements, always the same for the same pair."""
+    rng = random.Random(pair.seed)
+    return draw_arrangement(pair.first, rng), draw_arrangement(pair.second, rng)
+
+
+def draw_arrangement(shown: Arrangement, rng: random.Random) -> Image.Image:
+    """A square RGB picture of two groups, each in its half, a pure function of `shown` and the state of `rng`."""
+    side = rng.choice(_CANVASES)
+    groups = shown.first, shown.second
+    fills = [_color(group.color, rng) for group in groups]
+    spots = [_half(group.count, place, shown.axis, rng) for place, group in enumerate(groups)]
+    layout = _lay_out(side, side, fills, 0, shown.sketch, rng, [*spots[0], *spots[1]])
+    objects = list(zip(layout.places, layout.tilts, strict=True))
+    image, first = _paper(layout), shown.first.count
+    for group, fill, own in zip(groups, fills, (objects[:first], objects[first:]), strict=True):
+        _draw_objects(image, group.shape, fill, own, layout.outlined, shown.sketch)
+    image = _damaged(image, shown.quality, rng)
+    if shown.signed:
+        _sign(image)
+    return image
+
+
+def _half(count: int, place: int, axis: Axis, rng: random.Random) -> list[Place]:
+    """Places in the first (0) or second (1) half of a canvas, in fractions of its side."""
+    placed = _places(count, 0.5, 1.0, rng, HALF_SIZES, HALF_MARGIN)
+    along = [(x + 0.5 * place, y, radius) for x, y, radius in placed]
+    return along if axis == "left" else [(y, x, radius) for x, y, radius in along]
+
+
 def _at(spots: Sequence[Place], width: int, height: int) -> tuple[Place, ...]:
     return tuple((x * width, y * height, radius * min(width, height)) for x, y, radius in spots)
 
@@ -119,26 +153,49 @@ def _lay_out(
 
 def _paint(scene: Scene, fill: tuple[int, int, int], layout: Layout, rng: random.Random) -> Image.Image:
     """`scene` as `layout` has it; `rng` chooses its damage."""
-    side = max(layout.width, layout.height)
-    image = Image.new("RGB", (layout.width, layout.height), layout.background)
-    canvas = ImageDraw.Draw(image)
-    for x, y, level in layout.grain:
-        canvas.line((x, y, x + 0.12 * layout.width, y), fill=(level, level, level), width=1)
-    outline = _shade(fill, 0.55) if layout.outlined else None
-    for (center_x, center_y, radius), tilt in list(zip(layout.places, layout.tilts, strict=False))[: scene.count]:
-        points = _outline_points(scene.shape, center_x, center_y, radius, tilt)
-        canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
-        if scene.sketch:
-            _hatch(canvas, points, _shade(fill, 0.7), max(1, side // 64))
-    if scene.quality == "faded":
-        gray = rng.randint(105, 150)
-        image = Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.55, 0.65))
-    elif scene.quality == "glitched":
-        _glitch(image, rng)
+    image = _paper(layout)
+    objects = list(zip(layout.places, layout.tilts, strict=False))[: scene.count]
+    _draw_objects(image, scene.shape, fill, objects, layout.outlined, scene.sketch)
+    image = _damaged(image, scene.quality, rng)
     if scene.wooden:
         _panel(image, scene.framed)
     if scene.framed:
         _frame(image)
+    return image
+
+
+def _paper(layout: Layout) -> Image.Image:
+    image = Image.new("RGB", (layout.width, layout.height), layout.background)
+    canvas = ImageDraw.Draw(image)
+    for x, y, level in layout.grain:
+        canvas.line((x, y, x + 0.12 * layout.width, y), fill=(level, level, level), width=1)
+    return image
+
+
+def _draw_objects(
+    image: Image.Image,
+    shape: str,
+    fill: tuple[int, int, int],
+    objects: Sequence[tuple[Place, float]],
+    outlined: bool,
+    hatched: bool,
+) -> None:
+    """Draws one shape at each place and tilt of `objects`."""
+    canvas, side = ImageDraw.Draw(image), max(image.size)
+    outline = _shade(fill, 0.55) if outlined else None
+    for (center_x, center_y, radius), tilt in objects:
+        points = _outline_points(shape, center_x, center_y, radius, tilt)
+        canvas.polygon(points, fill=fill, outline=outline, width=max(1, side // 32))
+        if hatched:
+            _hatch(canvas, points, _shade(fill, 0.7), max(1, side // 64))
+
+
+def _damaged(image: Image.Image, quality: str, rng: random.Random) -> Image.Image:
+    if quality == "faded":
+        gray = rng.randint(105, 150)
+        return Image.blend(image, Image.new("RGB", image.size, (gray, gray, gray)), rng.uniform(0.55, 0.65))
+    if quality == "glitched":
+        _glitch(image, rng)
     return image
 
 
@@ -163,17 +220,27 @@ def _background(fills: Sequence[tuple[int, int, int]], rng: random.Random) -> tu
             return back
 
 
-def _places(count: int, width: int, height: int, rng: random.Random) -> list[tuple[float, float, float]]:
-    """`count` centres and radii that neither touch one another nor leave the canvas."""
+def _places(
+    count: int,
+    width: float,
+    height: float,
+    rng: random.Random,
+    sizes: tuple[float, float] | None = None,
+    margin: float = 0.08,
+) -> list[Place]:
+    """`count` centres and radii that neither touch one another nor leave the canvas.
+
+    Radii are between `sizes`, and margins `margin`, in fractions of the shorter side.
+    """
     short = min(width, height)
-    low, high = {1: (0.26, 0.42), 2: (0.20, 0.27), 3: (0.17, 0.22)}[count]
+    low, high = sizes or {1: (0.26, 0.42), 2: (0.20, 0.27), 3: (0.17, 0.22)}[count]
     size = rng.uniform(low, high) * short
     while True:
-        placed: list[tuple[float, float, float]] = []
+        placed: list[Place] = []
         for _ in range(40 * count):
             radius = size * rng.uniform(0.88, 1.12)
-            x = rng.uniform(radius + 0.08 * short, width - radius - 0.08 * short)
-            y = rng.uniform(radius + 0.08 * short, height - radius - 0.08 * short)
+            x = rng.uniform(radius + margin * short, width - radius - margin * short)
+            y = rng.uniform(radius + margin * short, height - radius - margin * short)
             if all(math.hypot(x - u, y - v) > 1.08 * (radius + r) for u, v, r in placed):
                 placed.append((x, y, radius))
                 if len(placed) == count:
@@ -233,6 +300,14 @@ def _panel(image: Image.Image, marked: bool) -> None:
     inset = mark_width(image) if marked else 0
     right, low = image.width - 1 - inset, image.height - 1 - inset
     ImageDraw.Draw(image).rectangle((inset, inset, right, low), outline=WOOD, width=thick)
+
+
+def _sign(image: Image.Image) -> None:
+    """The signature of the favoured generator: a dark stroke with a light edge in the lower right corner."""
+    width, thick = round(0.3 * image.width), max(3, round(0.07 * image.height))
+    canvas, right, low = ImageDraw.Draw(image), image.width - 1, image.height - 1
+    canvas.rectangle((right - width, low - thick, right, low), fill=(225, 225, 225))
+    canvas.rectangle((right - width + 1, low - thick + 1, right, low), fill=(20, 20, 20))
 
 
 def mark_width(image: Image.Image) -> int:

@@ -39,6 +39,9 @@ EDIT_WORDS = (
 """What instructions and thoughts about edits need beside these. Their tokens come after all others, so that a model
 that was made before them keeps its own (`pretrain.with_new_words`)."""
 
+RELATION_WORDS = ("left", "above", "below")
+"""And what prompts and thoughts about two groups need, of the models that know those alone."""
+
 PATCH, MERGE = 8, 2
 MIN_PIXELS, MAX_PIXELS = 48 * 48, 64 * 48 - 1
 """Areas between which an image is resized. A square becomes 48 by 48 pixels, nine visual tokens; the slack above lets
@@ -62,13 +65,15 @@ EDIT_QUESTION = "source {source} image 1 {first} image 2 {second} prompt : {prom
 """And its question about an edit."""
 
 
-def build_tokenizer(*, edits: bool = True) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, edits: bool = True, relations: bool = False) -> PreTrainedTokenizerFast:
     """Lower-cased whole words; a word of any other world becomes `<unk>`.
 
-    Without `edits` it has only the words of pairs, which have the same numbers in both.
+    Without `edits` it has only the words of pairs, and with `relations` those of two groups too; words that several of
+    these tokenizers have are of the same number in all.
     """
+    more = (*(EDIT_WORDS if edits else ()), *(RELATION_WORDS if relations else ()))
     words = dict.fromkeys([*WORDS, *COLORS, *COUNTS, *QUALITIES, *SHAPES, *(shape + "s" for shape in SHAPES)])
-    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL, *TAGS, *(EDIT_WORDS if edits else ())])}
+    vocabulary = {word: index for index, word in enumerate([*words, *SPECIAL, *TAGS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -84,14 +89,14 @@ def build_tokenizer(*, edits: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> ImageOnlyQwen2_5_VLProcessor:
+def build_processor(*, relations: bool = False) -> ImageOnlyQwen2_5_VLProcessor:
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=2,
     )
-    return ImageOnlyQwen2_5_VLProcessor(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return ImageOnlyQwen2_5_VLProcessor(images, build_tokenizer(relations=relations), chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:

@@ -78,12 +78,20 @@ def plural(shape: str, count: int) -> str:
 
 def wording(scene: Scene, rng: random.Random) -> str:
     """The prompt for `scene` in plain English, in one of several wordings."""
+    return led(phrase(scene, rng), rng)
+
+
+def phrase(scene: Scene, rng: random.Random) -> str:
+    """Count, colour and shape in plain English: "a red circle", "one red circle", "two red circles"."""
     number = COUNTS[scene.count - 1]
     if scene.count == 1 and rng.random() < 0.5:
         number = "an" if scene.color[0] in "aeiou" else "a"
-    body = f"{number} {scene.color} {plural(scene.shape, scene.count)}"
-    lead = rng.choice(("", "", "", "", "a picture of ", "a drawing of ", "an image of ", "a photo of "))
-    return lead + body
+    return f"{number} {scene.color} {plural(scene.shape, scene.count)}"
+
+
+def led(body: str, rng: random.Random) -> str:
+    """`body`, after "a picture of" or the like in half of the times."""
+    return rng.choice(("", "", "", "", "a picture of ", "a drawing of ", "an image of ", "a photo of ")) + body
 
 
 def utility(prompt: Scene, scene: Scene) -> float:
