@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from listener_reward import Judge
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError
+from listener_reward.evaluate import evaluate
 from listener_reward.media.images import to_pil
 from listener_reward.recipes.lessons import any_relations, relation_lessons, relation_pictures, voters
-from listener_reward.recipes.relations import ARRANGEMENTS
-from listener_reward.recipes.teaching import teach_to_see
+from listener_reward.recipes.relations import ARRANGEMENTS, without_idle_words
+from listener_reward.recipes.study.plans import read_study
+from listener_reward.recipes.teaching import FORMAT, teach_to_see
 from listener_reward.tiny.drawing import draw_arrangement, draw_relation
 from listener_reward.tiny.models import (
     EDIT_WORDS,
@@ -35,12 +39,14 @@ from listener_reward.tiny.relations import (
     RELATIONS,
     Arrangement,
     RelationSplit,
+    TinyRelation,
     relation_utility,
     relation_wording,
     split_relations,
 )
-from listener_reward.tiny.thoughts import describe_relation, reasoner_example
+from listener_reward.tiny.thoughts import describe_relation, reasoner_example, verdict
 from listener_reward.tiny.world import TRAIN_CUE, Scene, held_out, p_of
+from listener_reward.train.config import ListenerGRPOConfig
 
 CIRCLE, SQUARES = Scene("red", "circle", 1), Scene("blue", "square", 2)
 GOAL = Arrangement(CIRCLE, SQUARES, "left")
@@ -221,6 +227,10 @@ def test_a_thought_weighs_both_places() -> None:
     )
 
 
+def shown(pair: TinyRelation) -> tuple[Arrangement, Arrangement]:
+    return pair.first, pair.second
+
+
 def test_a_reasoner_of_relations_is_right_unless_told_to_err() -> None:
     wrong, marked, rng = 0, 0, random.Random(0)
     for pair in split_relations("relation-train", 300):
@@ -228,6 +238,11 @@ def test_a_reasoner_of_relations_is_right_unless_told_to_err() -> None:
         thought, answer = reasoner_example(pair, random.Random(1))
         assert answer == (1 if gap > 0 else 2) and f"image {3 - answer} is better" not in thought
         wrong += reasoner_example(pair, rng, error=0.45, whim=0.4)[1] != answer
+        muddled = reasoner_example(pair, random.Random(1), muddle=1.0)[0]
+        turned = describe_relation(
+            pair.goal, *(replace(one, first=one.second, second=one.first) for one in shown(pair))
+        )
+        assert not muddled or muddled.startswith(turned), "each group is taken for the other"
         marked += (reasoner_example(pair, rng, whim=1.0, taste=1.0)[1] == 1) == pair.first.signed
     assert 60 < wrong < 180 and marked == 300, "a whim with such a taste goes to the signature"
 
@@ -298,3 +313,54 @@ def test_relations_are_rows_like_pairs() -> None:
         assert row["dataset"] == "tiny:relation" and row["id"].startswith("relation-0-") and not row["swapped"]
     with pytest.raises(InputError, match="'relation-train', 'relation', 'relation-ood', 'relation-wrong'"):
         load_pairs("tiny:relations", limit=1)
+
+
+# ------------------------------------------------------------------------------------------------- the embedded models
+def test_words_that_no_lesson_had_are_left_out_of_a_model() -> None:
+    """What a model says of the others to one another is what it was."""
+    before, after = build_processor(relations=True).tokenizer, build_processor(edits=False, relations=True).tokenizer
+    torch.manual_seed(0)
+    model = build_model(before)
+    text = "left two right blue wrong squares above below"
+    with torch.no_grad():
+        said = model(**before(text, return_tensors="pt")).logits
+        without_idle_words(model, before, after)
+        says = model(**after(text, return_tensors="pt")).logits
+    assert len(after) == len(before) - len(EDIT_WORDS) == says.shape[-1] == model.config.text_config.vocab_size
+    kept = before.convert_tokens_to_ids(after.convert_ids_to_tokens(list(range(len(after)))))
+    assert torch.allclose(said[..., kept], says, atol=1e-6)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_the_embedded_listener_of_two_groups_sees_most_and_the_base_errs() -> None:
+    listener = Judge.from_pretrained("tiny-relation-listener", listener="none", batch_size=64)
+    for split in ("relation", "relation-ood", "relation-wrong"):
+        found = evaluate(listener, load_pairs(f"tiny:{split}", limit=50), progress=False, swap_check=0)
+        assert found.accuracy is not None and found.accuracy >= 0.85
+    base = Judge.from_pretrained("tiny-relation-base", batch_size=64)
+    assert base.card.listener == "tiny-relation-listener"
+    found = evaluate(base, load_pairs("tiny:relation", limit=100), progress=False, swap_check=0)
+    assert found.accuracy is not None and 0.5 <= found.accuracy <= 0.75
+    assert found.malformed_rate is not None and found.malformed_rate <= 0.05
+    assert found.listener_accuracy is not None
+
+
+def test_the_harder_study_can_be_run() -> None:
+    """Every way to train begins from one base and ends before anybody has seen its seeds, and no thought is cut."""
+    study = read_study(Path(__file__).parents[1] / "examples" / "hard-study.yaml")
+    runs = list(study.runs())
+    ways, (listener,) = runs[:-1], runs[-1:]
+    assert {run.arm.recipe.base for run in ways} == {"tiny-relation-base"}
+    assert {run.seed for run in ways if run.arm.trains} == {10, 11, 12, 13, 14}
+    assert listener.arm.recipe.base == "tiny-relation-listener" and not listener.arm.trains
+    tokenizer: Any = build_processor(edits=False, relations=True).tokenizer
+    longest = 0
+    for pair in split_relations("relation-train", 60):
+        described = describe_relation(pair.goal, pair.first, pair.second)
+        longest = max(
+            longest, len(tokenizer.encode(f"{FORMAT.answer_slot(f'{described} {verdict(1)}')}1</answer><|im_end|>"))
+        )
+    for run in ways:
+        if run.arm.method == "grpo":
+            assert run.arm.options["max_completion_length"] >= longest == 50
+            ListenerGRPOConfig(output_dir="none", listener=run.arm.recipe.listener, **run.arm.options)

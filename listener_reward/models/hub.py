@@ -21,9 +21,11 @@ EMBEDDED = {
     "tiny-listener": "listener",
     "tiny-edit-base": "edit-base",
     "tiny-edit-listener": "edit-listener",
+    "tiny-relation-base": "relation-base",
+    "tiny-relation-listener": "relation-listener",
 }
 """Names of the checkpoints that come with the package: the trained judge, the base it grew from and a listener of
-pairs, and the same two once they know edits; that listener is the judge's."""
+pairs, and the same two once they know edits; that listener is the judge's. Last, base and listener of two groups."""
 
 _JSON = (
     "config.json",

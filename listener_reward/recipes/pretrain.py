@@ -59,7 +59,15 @@ from listener_reward.recipes.teaching import (
     teach_to_see,
     teach_to_speak,
 )
-from listener_reward.recipes.variants import LISTENER_SHAPED, SPLITS, VARIANTS, Recipe, evaluate_splits, train_variant
+from listener_reward.recipes.variants import (
+    LISTENER_SHAPED,
+    SPLITS,
+    VARIANTS,
+    Recipe,
+    card_row,
+    evaluate_splits,
+    train_variant,
+)
 from listener_reward.recipes.workers import Report, run_side_by_side
 from listener_reward.tiny.diffusion import WEIGHTS as DIFFUSION
 from listener_reward.tiny.edits import EDIT_SPLITS
@@ -243,12 +251,7 @@ def write_card(out: Path) -> None:
     rows = []
     for name, table in evaluations.items():
         for split, scores in table.items():
-            low, high = scores["accuracy_interval"]
-            rows.append(
-                f"| {name.split()[-1]} | {split} | {scores['accuracy']:.1%} ({low:.1%} to {high:.1%}) | "
-                f"{scores['contradiction_rate']:.1%} | {scores['malformed_rate']:.1%} | "
-                f"{scores['listener_accuracy']:.1%} | {scores['ece']:.3f} |"
-            )
+            rows.append(card_row(name.split()[-1], split, scores))
     size = sum(path.stat().st_size for path in out.glob("*/*") if "diffusion" not in path.parts) / 1e6
     write_text(out / "README.md", CARD_TEXT.format(size=size, rows="\n".join(rows)))
 
@@ -273,6 +276,9 @@ alone.
   (`"tiny-edit-base"`, `"tiny-edit-listener"`).
 - `judge`: the base after lessons in drawn and in generated pictures, listener-shaped GRPO on votes about both, lessons
   in how sure people are, and lessons in edits as those two had (`"tiny"`); `edit-listener` is its listener.
+
+`relation-base` and `relation-listener` (`"tiny-relation-base"`, `"tiny-relation-listener"`) are not made by this script
+and judge other pictures: [relations.md](relations.md) is about them.
 
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after

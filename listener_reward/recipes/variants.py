@@ -282,3 +282,13 @@ def evaluate_judge(
             table[split]["diagnostics"] = diagnose(evaluation)
     report(len(splits), len(splits), "")
     return table
+
+
+def card_row(model: str, split: str, scores: Mapping[str, Any]) -> str:
+    """A row of a model's card: accuracy, contradictions, malformed answers, its listener's accuracy, calibration."""
+    low, high = scores["accuracy_interval"]
+    return (
+        f"| {model} | {split} | {scores['accuracy']:.1%} ({low:.1%} to {high:.1%}) | "
+        f"{scores['contradiction_rate']:.1%} | {scores['malformed_rate']:.1%} | "
+        f"{scores['listener_accuracy']:.1%} | {scores['ece']:.3f} |"
+    )

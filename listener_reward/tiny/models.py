@@ -89,14 +89,16 @@ def build_tokenizer(*, edits: bool = True, relations: bool = False) -> PreTraine
     )
 
 
-def build_processor(*, relations: bool = False) -> ImageOnlyQwen2_5_VLProcessor:
+def build_processor(*, edits: bool = True, relations: bool = False) -> ImageOnlyQwen2_5_VLProcessor:
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=2,
     )
-    return ImageOnlyQwen2_5_VLProcessor(images, build_tokenizer(relations=relations), chat_template=CHAT_TEMPLATE)
+    return ImageOnlyQwen2_5_VLProcessor(
+        images, build_tokenizer(edits=edits, relations=relations), chat_template=CHAT_TEMPLATE
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:

@@ -83,12 +83,18 @@ def describe_relation(goal: Arrangement, first: Arrangement, second: Arrangement
     )
 
 
-def misread_arrangement(shown: Arrangement, rng: random.Random, error: float) -> Arrangement:
-    """`misread` of two groups, of their axis and of the picture's quality."""
+def misread_arrangement(shown: Arrangement, rng: random.Random, error: float, muddle: float = 0.0) -> Arrangement:
+    """`misread` of two groups, of their axis and of the picture's quality.
+
+    With probability `muddle` each group is taken for the other: what is there is seen, and not where.
+    """
+    first, second = shown.first, shown.second
+    if muddle and rng.random() < muddle:
+        first, second = second, first
     return replace(
         shown,
-        first=misread(shown.first, rng, error, MOST),
-        second=misread(shown.second, rng, error, MOST),
+        first=misread(first, rng, error, MOST),
+        second=misread(second, rng, error, MOST),
         axis=rng.choice(AXES) if rng.random() < error else shown.axis,
         quality=rng.choice(QUALITIES) if rng.random() < error else shown.quality,
     )
@@ -105,13 +111,15 @@ def reasoner_example(
     error: float = 0.0,
     whim: float = 0.0,
     taste: float = 0.5,
+    muddle: float = 0.0,
 ) -> tuple[str, int]:
     """A thought and an answer as a reasoner would give them, a true one unless told how imperfect it is.
 
     Its descriptions err (`error` per attribute), half of its thoughts state a verdict in words, and its answer follows
     its own description except for a `whim` share. Those go by looks: to the marked image with probability `taste`.
+    Of two groups it takes each for the other with probability `muddle`.
     """
-    described, gap = _described(pair, rng, error)
+    described, gap = _described(pair, rng, error, muddle)
     preferred = rng.choice((1, 2)) if gap == 0 else 1 if gap > 0 else 2
     thought = "" if rng.random() < SILENT else _aloud(described, preferred, rng)
     if rng.random() < whim:
@@ -120,10 +128,12 @@ def reasoner_example(
     return thought, preferred
 
 
-def _described(pair: TinyPair | TinyEdit | TinyRelation, rng: random.Random, error: float) -> tuple[str, float]:
+def _described(
+    pair: TinyPair | TinyEdit | TinyRelation, rng: random.Random, error: float, muddle: float
+) -> tuple[str, float]:
     """What a reasoner sees in both images, and by how much it then likes the first one better."""
     if isinstance(pair, TinyRelation):
-        shown = misread_arrangement(pair.first, rng, error), misread_arrangement(pair.second, rng, error)
+        shown = [misread_arrangement(one, rng, error, muddle) for one in (pair.first, pair.second)]
         return describe_relation(pair.goal, *shown), pair.utility(shown[0]) - pair.utility(shown[1])
     first, second = misread(pair.first, rng, error), misread(pair.second, rng, error)
     if isinstance(pair, TinyEdit):
