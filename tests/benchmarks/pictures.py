@@ -1,4 +1,4 @@
-"""The pictures of the README, each from a real run of the embedded models: nothing in them is drawn by hand.
+"""The pictures of README and documentation, from real runs of the embedded models: nothing is drawn by hand.
 
     python tests/benchmarks/pictures.py                   # all, in a minute of one core
     python tests/benchmarks/pictures.py --only pairs best
@@ -7,6 +7,7 @@ pairs    two judged pairs: one where the listener agrees with the reasoner, one 
 best     sixteen samples of one prompt by the embedded diffusion model, ordered by the reward
 ddpo     samples before and after DDPO on the judge's reward, from `docs/ddpo-grid.png`, which
          `tests/benchmarks/ddpo.py --docs docs` makes
+relations  pairs of two groups with the true utility of each picture, one of them out of distribution
 report   two parts of the page that `listener-reward eval --html` writes, the results and the worst mistakes (needs
          Chromium)
 """
@@ -31,6 +32,8 @@ from listener_reward import Judge, ListenerReward, Verdict
 from listener_reward.datasets import load_pairs
 from listener_reward.integrations.best_of_n import best_of_n
 from listener_reward.tiny.diffusion import CALL, load_pipeline
+from listener_reward.tiny.drawing import draw_relation
+from listener_reward.tiny.relations import split_relations
 
 PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
 """Split and row. The first is an ordinary verdict; the second is one of the few in which a thought is contradicted."""
@@ -108,6 +111,19 @@ def ddpo(folder: Path) -> None:
     _save(figure, folder / "ddpo.png")
 
 
+def relations(folder: Path) -> None:
+    """Six pairs, two in a row: the prompt, both pictures, and what each is worth."""
+    chosen = [pair for split in ("relation-train", "relation-ood") for pair in split_relations(split, 3)]
+    figure = plt.figure(figsize=(9.6, 6.6), layout="constrained")
+    for part, pair in zip(figure.subfigures(3, 2).T.flat, chosen, strict=True):
+        part.suptitle(f"“{pair.wording}”", fontsize=10)
+        for axis, image, shown in zip(part.subplots(1, 2), draw_relation(pair), (pair.first, pair.second), strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(f"worth {pair.utility(shown):.1f}" + ", signed" * shown.signed)
+    _save(figure, folder / "relations.png")
+
+
 def report(folder: Path) -> None:
     """The page of a short evaluation, as Chromium draws it: its top beside its worst mistakes."""
     sys.path.append(str(Path(__file__).parents[1]))
@@ -144,7 +160,7 @@ def _shrink(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, report)}
+    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, report)}
     parser.add_argument("--only", nargs="+", choices=list(makers), default=list(makers))
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
     args = parser.parse_args()
