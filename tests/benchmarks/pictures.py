@@ -115,7 +115,8 @@ def relations(folder: Path) -> None:
     """Six pairs, two in a row: the prompt, both pictures, and what each is worth."""
     chosen = [pair for split in ("relation-train", "relation-ood") for pair in split_relations(split, 3)]
     figure = plt.figure(figsize=(9.6, 6.6), layout="constrained")
-    for part, pair in zip(figure.subfigures(3, 2).T.flat, chosen, strict=True):
+    parts: Any = figure.subfigures(3, 2)
+    for part, pair in zip(parts.T.flat, chosen, strict=True):
         part.suptitle(f"“{pair.wording}”", fontsize=10)
         for axis, image, shown in zip(part.subplots(1, 2), draw_relation(pair), (pair.first, pair.second), strict=True):
             axis.imshow(image, interpolation="nearest")
