@@ -176,7 +176,7 @@ groups alone (`tiny:relation`). Made, and this card written, by
 python -m listener_reward.recipes.relations
 ```
 
-which is seeded and takes about twenty minutes of one core. Both begin as `judge` and have their first lessons in
+which is seeded and takes about ten minutes of one core. Both begin as `judge` and have their first lessons in
 common.
 
 - `relation-base`: an imperfect reasoner; what training on `tiny:relation-train` starts from (`"tiny-relation-base"`).
