@@ -10,10 +10,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from listener_reward.tiny.diffusion import CALL, LATENT_STD, build_pipeline, set_encoder
-from listener_reward.tiny.editing import build_editor, draw_edits, draw_work, load_editor, main, sample_work
+from listener_reward.tiny.editing import (
+    WEIGHTS,
+    build_editor,
+    draw_edits,
+    draw_work,
+    evaluate_edits,
+    load_editor,
+    main,
+    make_edits,
+    sample_work,
+)
+from listener_reward.tiny.edits import HELD_PARTS
 from listener_reward.tiny.read import read_framed
+from listener_reward.tiny.world import held_out
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,14 @@ def test_it_learns_from_edits_of_which_some_lie() -> None:
     assert right >= 23
 
 
+def test_held_out_edits_are_those_that_training_never_has() -> None:
+    for k in range(100):
+        trained, held = (sample_work(random.Random(k), 0.0, held) for held in (False, True))
+        assert held_out(held.goal.color, held.goal.shape) and (len(held.asked) == 1 or held.asked in HELD_PARTS)
+        assert trained.asked not in HELD_PARTS
+        assert not any(held_out(scene.color, scene.shape) for scene in (trained.source, trained.goal))
+
+
 def test_a_generator_without_sources_has_the_parts_it_had() -> None:
     torch.manual_seed(0)
     pipeline: Any = build_pipeline()
@@ -89,3 +110,30 @@ def test_the_script_trains_resumes_and_measures(monkeypatch: pytest.MonkeyPatch,
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
     assert "| utility of the goal | " in (out / "README.md").read_text()
     assert load_editor(out).unet.config.in_channels == 24
+
+
+# ------------------------------------------------------------------------------------------------ the embedded editor
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    return load_editor()
+
+
+def test_the_embedded_editor_is_half_precision_on_disk_and_float32_in_memory(embedded: Any) -> None:
+    stored = load_file(WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for part in (embedded.unet, embedded.vae, embedded.text_encoder):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+
+
+def test_its_results_are_equal_for_equal_seeds(embedded: Any) -> None:
+    edits = [sample_work(random.Random(k), 0.0) for k in range(4)]
+    first, again, other = ([p.tobytes() for p in make_edits(embedded, edits, seed)] for seed in (0, 0, 1))
+    assert first == again and not {*first} & {*other}
+
+
+def test_it_is_better_than_to_do_nothing_and_far_from_perfect(embedded: Any) -> None:
+    found = evaluate_edits(embedded, 60)
+    assert found["utility of the source"] + 0.3 < found["utility"] < found["utility of the goal"] - 0.5
+    assert found["a scene"] > 0.5

@@ -280,6 +280,8 @@ alone.
 `relation-base` and `relation-listener` (`"tiny-relation-base"`, `"tiny-relation-listener"`) are not made by this script
 and judge other pictures: [relations.md](relations.md) is about them.
 
+Beside them, `diffusion` draws pictures and `editor` edits them: diffusers pipelines with cards of their own.
+
 Accuracy against the majority of fifteen voters on 400 pairs of each split, both orders averaged, with its 95 %
 interval; a contradiction is a thought whose listener prefers the other image. Then the accuracy of the listener after
 reading that model's thoughts, and the expected calibration error. `generated` are pictures by the tiny diffusion model.

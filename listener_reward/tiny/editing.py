@@ -1,9 +1,10 @@
-"""A tiny editor of the tiny world's pictures, a stock InstructPix2Pix pipeline beside `tiny.diffusion`.
+"""A tiny editor of the tiny world's pictures, a stock InstructPix2Pix pipeline: `load_editor()`.
 
-    editor = build_editor()
+    editor = load_editor()
     editor("paint the circles blue", image=picture, **CALL).images[0]
 
-No trained weights are embedded yet. Made, and its card written, by
+It edits pictures of 64 by 64 pixels in which objects lie where `tiny.diffusion` has them (`draw_work` draws some).
+Made, and its card written, by
 
     python -m listener_reward.tiny.editing --out FOLDER
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +58,16 @@ from listener_reward.tiny.models import EDIT_WORDS
 from listener_reward.tiny.read import read_framed
 from listener_reward.tiny.world import Scene
 
+WEIGHTS = Path(__file__).parent / "weights" / "editor"
+
 EDITS = 12_000
 LIES = 0.4
 """How often a training edit is what just any editor makes of the instruction (`edits.sample_result`)."""
 LENGTH = 20
 """Tokens of an instruction, with its marks."""
 DRAW_STEPS = 3000
+BATCH = 50
+"""Edits made at a time where editors are measured, fixed because a picture's bits depend on it."""
 
 
 def build_editor(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:
@@ -72,8 +78,8 @@ def build_editor(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:
     )
 
 
-def load_editor(folder: str | Path) -> StableDiffusionInstructPix2PixPipeline:
-    """The pipeline that was trained into `folder`, in float32 and without a progress bar."""
+def load_editor(folder: str | Path = WEIGHTS) -> StableDiffusionInstructPix2PixPipeline:
+    """The embedded pipeline, or the one that was trained into `folder`, in float32 and without a progress bar."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # as in `diffusion.load_pipeline`
     try:
@@ -84,13 +90,14 @@ def load_editor(folder: str | Path) -> StableDiffusionInstructPix2PixPipeline:
     return editor
 
 
-def sample_work(rng: random.Random, lies: float) -> TinyEdit:
+def sample_work(rng: random.Random, lies: float, held: bool | None = None) -> TinyEdit:
     """An edit whose first result is the goal, or with probability `lies` what just any editor makes of it.
 
-    Nothing is glitched, and sources of held-out colour and shape occur, as in `diffusion.any_prompt`.
+    Nothing is glitched. With `held` it is a held-out edit (`edits.sample_task`), and left out one in six is, as in
+    `diffusion.any_prompt`.
     """
     while True:
-        source, goal, asked = sample_task(rng, held=rng.random() < 1 / 6)
+        source, goal, asked = sample_task(rng, rng.random() < 1 / 6 if held is None else held)
         result = sample_result(source, goal, asked, rng) if rng.random() < lies else goal
         if "glitched" not in (source.quality, result.quality):
             break
@@ -118,6 +125,17 @@ def draw_edits(n: int, seed: int) -> tuple[list[str], Tensor, Tensor]:
     return texts, before, after
 
 
+def make_edits(editor: Any, edits: Sequence[TinyEdit], seed: int = 0, **call: Any) -> list[Image.Image]:
+    """What the editor makes of each edit's source and instruction, from a seed of its own."""
+    made = []
+    for start in range(0, len(edits), BATCH):
+        part = edits[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(1_000_000 * seed + start + k) for k in range(len(part))]
+        sources, texts = [draw_work(edit)[0] for edit in part], [edit.wording for edit in part]
+        made += editor(texts, image=sources, generator=generators, **CALL | call).images
+    return made
+
+
 def evaluate_edits(editor: Any, n: int = 300, seed: int = 0, **call: Any) -> dict[str, float]:
     """What the editor makes of `n` sources, read by `read.read_framed`: true utility, and the fraction that is right.
 
@@ -125,23 +143,17 @@ def evaluate_edits(editor: Any, n: int = 300, seed: int = 0, **call: Any) -> dic
     """
     edits = [sample_work(random.Random(f"measure/{seed}/{k}"), 0.0) for k in range(n)]
     rows = []
-    for start in tqdm(range(0, n, 50), "measuring"):
-        part = edits[start : start + 50]
-        generators = [torch.Generator().manual_seed(1_000_000 * seed + start + k) for k in range(len(part))]
-        sources = [draw_work(edit)[0] for edit in part]
-        texts = [edit.wording for edit in part]
-        pictures = editor(texts, image=sources, generator=generators, **CALL | call).images
-        for edit, picture in zip(part, pictures, strict=True):
-            reading = read_framed(picture)
-            rows.append(
-                {
-                    "utility": reading.edit_utility(edit.goal, edit.asked),
-                    "utility of the source": edit.utility(edit.source),
-                    "utility of the goal": edit.utility(edit.goal),
-                    "as it should be": reading.scene() == _plain(edit.goal),
-                    "a scene": reading.scene() is not None,
-                }
-            )
+    for edit, picture in zip(edits, make_edits(editor, edits, seed, **call), strict=True):
+        reading = read_framed(picture)
+        rows.append(
+            {
+                "utility": reading.edit_utility(edit.goal, edit.asked),
+                "utility of the source": edit.utility(edit.source),
+                "utility of the goal": edit.utility(edit.goal),
+                "as it should be": reading.scene() == _plain(edit.goal),
+                "a scene": reading.scene() is not None,
+            }
+        )
     return {name: sum(float(row[name]) for row in rows) / n for name in rows[0]}
 
 
@@ -150,7 +162,7 @@ def _plain(scene: Scene) -> Scene:
     return replace(scene, framed=False, sketch=False)
 
 
-CARD = """# The tiny editor
+CARD = """# The embedded tiny editor
 
 An InstructPix2Pix pipeline of {size:.1f} MB in float16 for the tiny world, made, and this card written, by
 
@@ -169,7 +181,7 @@ them with {call}, read by `listener_reward.tiny.read`:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the pipeline's folder")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="the pipeline's folder; left out, the embedded one")
     parser.add_argument("--scratch", type=Path, default=Path("tiny-editing"), help="where checkpoints are kept")
     parser.add_argument("--steps", type=int, default=DRAW_STEPS, help="of the denoiser")
     parser.add_argument("--edits", type=int, default=EDITS, help="how many it learns from")
@@ -177,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.set_num_threads(2)  # however many cores there are, so that the weights do not depend on it
+    torch.set_num_threads(1)  # however many cores there are, so that the weights do not depend on it
     editor: Any = build_editor(args.seed)
     texts, before, after = draw_edits(args.edits, args.seed)
     both = set_encoder(editor.vae, torch.cat([before, after]))
