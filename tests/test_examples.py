@@ -34,19 +34,28 @@ def example(request) -> str:
     return request.param
 
 
-def test_example_runs(example, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+def run(example: str, folder: Path, *more: str) -> str:
+    """What the example prints; `more` are arguments beside those that make it short."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / example, *SHORT.get(example, ["--steps", "1"])],
-        cwd=tmp_path,
-        env=environment,
+        [sys.executable, EXAMPLES / example, *SHORT.get(example, ["--steps", "1"]), *more],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert SAYS.get(example, "") in done.stdout
+    return done.stdout
+
+
+def test_example_runs(example, tmp_path):
+    assert SAYS.get(example, "") in run(example, tmp_path)
     if example == "best_of_n.py":
         assert Image.open(tmp_path / "best-of-n/sheet.png").width > 2 * 192
+
+
+def test_the_ddpo_example_trains_the_editor(tmp_path):
+    assert SAYS["ddpo.py"] in run("ddpo.py", tmp_path, "--edits", "--images", "2")
+    assert Image.open(tmp_path / "ddpo/samples/epoch-00001.png").height == 2 * 64, "results below their sources"
 
 
 def test_example_is_short_and_its_docstring_says_how_to_run_it(example):
