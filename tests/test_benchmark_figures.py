@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from benchmarks import ddpo, prefix_cost, verdicts
+import pytest
+from benchmarks import ddpo, ddpo_editor, prefix_cost, verdicts
 from matplotlib.axes import Axes
+
+from listener_reward.tiny.editing import draw_work
 
 
 def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
@@ -45,6 +48,26 @@ def test_ddpo_draws_each_run_and_their_mean():
     runs = [np.asarray(line.get_ydata()) for line in axes.lines if str(line.get_label()).startswith("_")]
     assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 2]]
     assert list(axes.get_xticks()) == [0, 10]
+
+
+def test_what_ddpo_does_to_an_editor_is_told_by_what_was_asked_for():
+    asked = ddpo_editor.edits(held=True, n=ddpo_editor.MEASURED)
+    before, after = [4.0] * len(asked), [5.0 if "color" in edit.asked else 4.0 for edit in asked]
+    runs = [{"reward": name, "utility": {"0": before, "40": after}} for name in ("judge", "truth")]
+    rows = [line.strip("| ").split(" | ") for line in ddpo_editor.by_part(runs).splitlines()[2:]]
+    assert [row[0] for row in rows] == [*ddpo_editor.PARTS]
+    counts = [sum(part in edit.asked for edit in asked) for part in ddpo_editor.PARTS]
+    assert [int(row[1]) for row in rows] == counts and rows[0][2:] == ["4.00", "5.00"]
+    assert all(4 <= float(row[3]) < 5 for row in rows[1:])
+
+
+def test_the_true_reward_of_an_edit_is_read_from_its_picture():
+    asked = ddpo_editor.edits(held=False, n=6)
+    drawn = [draw_work(edit) for edit in asked]
+    about = [{"edit": edit} for edit in asked]
+    for place, scene in ((0, "source"), (1, "goal")):
+        scores, info = ddpo_editor.true_utilities([both[place] for both in drawn], None, about)
+        assert list(scores) == pytest.approx([edit.utility(getattr(edit, scene)) for edit in asked]) and not info
 
 
 def test_verdicts_draws_a_panel_for_each_rule():

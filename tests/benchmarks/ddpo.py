@@ -36,7 +36,7 @@ from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metric
 from listener_reward.recipes import generators
 from listener_reward.recipes.generators import pictures, prompts, utilities
 from listener_reward.tiny.diffusion import load_pipeline
-from listener_reward.tiny.models import QUESTION, build_model, build_processor
+from listener_reward.tiny.models import EDIT_QUESTION, QUESTION, build_model, build_processor
 
 REWARDS = ("judge", "truth", "random")
 SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
@@ -49,7 +49,7 @@ def random_judge(folder: Path, seed: int) -> ListenerReward:
     processor = build_processor()
     build_model(processor.tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
-    Card(format=ChatFormat(question=QUESTION)).save(folder)
+    Card(format=ChatFormat(question=QUESTION, edit_question=EDIT_QUESTION)).save(folder)
     return ListenerReward(folder, think=False)
 
 
@@ -95,12 +95,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half_width)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], rewards: Sequence[str] = REWARDS) -> str:
     lines = [
         "| reward | runs | true utility before | after | rise, 95 % | minutes a run |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in REWARDS:
+    for name in rewards:
         runs = [result for result in results if result["reward"] == name]
         if not runs:
             continue
