@@ -40,6 +40,7 @@ from listener_reward.tiny.read import read_framed
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.ddpo import random_judge, table
+from benchmarks.pictures import save
 
 REWARDS = ("judge", "truth", "blind", "random")
 SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
@@ -172,8 +173,7 @@ def main() -> None:
         along = ", ".join(f"{np.mean(values):.3f}" for values in curve.values())
         print(f"{name} {seed}: {along}; diversity {last['diversity']:.3f}")
     if args.docs is not None:
-        drawn = before_and_after(args.out / f"judge-{args.seeds[0]}")
-        drawn.savefig(args.docs / "ddpo-editor.png", dpi=100, facecolor="white")
+        save(before_and_after(args.out / f"judge-{args.seeds[0]}"), args.docs / "ddpo-editor.png")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
@@ -57,7 +58,7 @@ def pairs(folder: Path) -> None:
             axis.set_title(f"image {place}" + ", preferred" * chosen, fontsize=11, weight="bold" if chosen else None)
             axis.spines[:].set(color=GREEN if chosen else GREY, linewidth=3 if chosen else 0.8)
         _write(text, row, verdict)
-    _save(figure, folder / "pairs.png")
+    save(figure, folder / "pairs.png")
 
 
 def _write(axis: Axes, row: dict[str, Any], verdict: Verdict) -> None:
@@ -108,7 +109,7 @@ def ddpo(folder: Path) -> None:
     axis.spines[:].set_visible(False)
     for k in (1, 2):
         axis.axhline(2 * k * row - 0.5, color="white", linewidth=8)
-    _save(figure, folder / "ddpo.png")
+    save(figure, folder / "ddpo.png")
 
 
 def relations(folder: Path) -> None:
@@ -147,7 +148,8 @@ def report(folder: Path) -> None:
     _shrink(both).save(folder / "report.png", optimize=True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """A figure as a small PNG without a margin."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, facecolor="white", bbox_inches="tight")
     plt.close(figure)
