@@ -123,7 +123,7 @@ def relations(folder: Path) -> None:
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"worth {pair.utility(shown):.1f}" + ", signed" * shown.signed)
-    _save(figure, folder / "relations.png")
+    save(figure, folder / "relations.png")
 
 
 def report(folder: Path) -> None:
