@@ -278,14 +278,13 @@ def test_installed_files_match_the_checkout():
     assert resources.files("listener_reward").joinpath("py.typed").is_file()
 
 
-def test_embedded_weights_are_installed_and_small():
-    """A user downloads them with the package."""
+def test_embedded_weights_are_installed():
+    """How large they may be is a test of `test_tiny_edits.py`."""
     folder = ROOT / "listener_reward/tiny/weights"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.parent.relative_to(folder).parts[0] for path in files if path.parent != folder} >= {
         *("base", "listener", "judge", "edit-base", "edit-listener", "diffusion", "editor")
     }
-    assert sum(path.stat().st_size for path in files) < 24e6
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     matched = {path for pattern in data["listener_reward.tiny"] for path in folder.parent.glob(pattern)}
     assert matched >= {*files}
