@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from benchmarks import ddpo, ddpo_editor, prefix_cost, verdicts
@@ -68,6 +70,22 @@ def test_the_true_reward_of_an_edit_is_read_from_its_picture():
     for place, scene in ((0, "source"), (1, "goal")):
         scores, info = ddpo_editor.true_utilities([both[place] for both in drawn], None, about)
         assert list(scores) == pytest.approx([edit.utility(getattr(edit, scene)) for edit in asked]) and not info
+
+
+def test_ddpo_compares_runs_by_their_seeds():
+    def result(reward: str, seed: int, last: float) -> dict[str, Any]:
+        utility = {"0": [5.0, 6.0], "10": [0.0], "40": [last - 1, last + 1]}
+        return {"reward": reward, "seed": seed, "seconds": 90, "utility": utility}
+
+    results = [result("judge", 3, 5.75), result("judge", 4, 6.0), result("judge", 6, 9.0), result("anchors", 4, 6.5)]
+    judge, anchors = (ddpo.rises(results, name) for name in ("judge", "anchors"))
+    assert (judge, anchors) == ({3: 0.25, 4: 0.5, 6: 3.5}, {4: 1.0})
+    assert ddpo.paired({3: 0.5, 4: 0.5, 5: 9.0}, judge) == "+0.12 ± 1.59 by seeds 3, 4"
+    assert ddpo.paired(judge, {7: 0.5}) == "no seed in common"
+    assert ddpo.table(results).splitlines()[2:] == [
+        "| judge | 3 | 5.50 | 6.92 | +1.42 ± 4.49 | 2 |",
+        "| anchors | 1 | 5.50 | 6.50 | +1.00 | 2 |",
+    ]
 
 
 def test_verdicts_draws_a_panel_for_each_rule():

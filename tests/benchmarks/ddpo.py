@@ -3,12 +3,16 @@
     python tests/benchmarks/ddpo.py --out ddpo-runs            # nine runs, one after another
     python tests/benchmarks/ddpo.py --out ddpo-runs --rewards judge --seeds 0    # one of them
     python tests/benchmarks/ddpo.py --out ddpo-runs --docs docs                  # the table, the curve and the grid
+    python tests/benchmarks/ddpo.py --out ddpo-noise --rewards judge --set advantage_noise=true --against ddpo-runs
 
 Three rewards, three seeds each. "judge" is `ListenerReward("tiny")` and nothing else. "truth", the ceiling, is the
 true utility (`tiny.read`). "random", the floor, is a `ListenerReward` whose judge has random weights. What counts is
 the true utility of pictures for prompts that training never had: all counts of the colour and shape combinations that
 `world.held_out` names, from fixed seeds, by the pipeline's own scheduler. Runs that are there are not run again, and
 an interrupted one goes on.
+
+Two more by name: "reference" and "anchors" are the judge by those schemes, with all else equal, advantages within
+groups too. Each run draws its anchors itself, 4 out of 8 samples of the untrained model for each training prompt.
 """
 
 from __future__ import annotations
@@ -27,9 +31,11 @@ from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 
-from listener_reward import ListenerReward
+from listener_reward import Judge, ListenerReward
+from listener_reward.anchor_sets import fill_folder
 from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
+from listener_reward.errors import JudgeError
 from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, label_ends, save_svg, styled
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
 from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metrics
@@ -39,6 +45,8 @@ from listener_reward.tiny.diffusion import load_pipeline
 from listener_reward.tiny.models import EDIT_QUESTION, QUESTION, build_model, build_processor
 
 REWARDS = ("judge", "truth", "random")
+SCHEMES = ("reference", "anchors")
+"""The judge's own is "group"."""
 SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
 SEEDS_A_PROMPT = 24
 
@@ -53,6 +61,19 @@ def random_judge(folder: Path, seed: int) -> ListenerReward:
     return ListenerReward(folder, think=False)
 
 
+def by_anchors(folder: Path, seed: int) -> ListenerReward:
+    """The judge by anchors in `folder`, which are drawn from the untrained model unless they are there."""
+    judge, base = Judge.from_pretrained("tiny", batch_size=64), load_pipeline()
+
+    def samples(text: str) -> list[Image.Image]:
+        return pictures(base, text, 8, 1000 * (seed + 1))  # others than those of `evaluate` and of other runs
+
+    for _, made in tqdm(fill_folder(folder, prompts(held=False), samples, judge, 4), "drawing anchors"):
+        if isinstance(made, JudgeError):
+            raise made
+    return ListenerReward(judge, scheme="anchors", anchors=folder)
+
+
 def run(name: str, seed: int, folder: Path, **changes: Any) -> None:
     """One training run and the true utility along it, into `folder`."""
     if (folder / "result.json").exists():
@@ -60,12 +81,14 @@ def run(name: str, seed: int, folder: Path, **changes: Any) -> None:
     settings = SETTINGS | {"seed": seed, "output_dir": str(folder)} | changes
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # so that runs can go side by side
+    clock = time.perf_counter()
     reward = {
         "judge": lambda: ListenerReward("tiny", batch_size=64),
+        "reference": lambda: ListenerReward("tiny", scheme="reference", batch_size=64),
+        "anchors": lambda: by_anchors(folder / "anchors", seed),
         "truth": lambda: utilities,
         "random": lambda: random_judge(folder / "random", seed),
     }[name]()
-    clock = time.perf_counter()
     trainer = DDPOTrainer(load_pipeline(), reward, prompts(held=False), DDPOConfig(**settings), second_reward=utilities)
     trainer.train(resume=True)
     seconds = time.perf_counter() - clock
@@ -95,7 +118,26 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half_width)
 
 
-def table(results: list[dict[str, Any]], rewards: Sequence[str] = REWARDS) -> str:
+def rises(results: list[dict[str, Any]], name: str) -> dict[int, float]:
+    """By how much the true utility rose in each run of a reward, by seed."""
+    found = {}
+    for result in results:
+        if result["reward"] == name:
+            means = [float(np.mean(values)) for values in result["utility"].values()]
+            found[result["seed"]] = means[-1] - means[0]
+    return found
+
+
+def paired(rises: dict[int, float], others: dict[int, float]) -> str:
+    """How much further some runs came than others, by the seeds that both have."""
+    seeds = sorted(rises.keys() & others.keys())
+    if not seeds:
+        return "no seed in common"
+    mean, half = interval([rises[seed] - others[seed] for seed in seeds])
+    return f"{mean:+.2f} ± {half:.2f} by seeds {', '.join(map(str, seeds))}"
+
+
+def table(results: list[dict[str, Any]], rewards: Sequence[str] = (*REWARDS, *SCHEMES)) -> str:
     lines = [
         "| reward | runs | true utility before | after | rise, 95 % | minutes a run |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -143,13 +185,19 @@ def before_and_after(folder: Path) -> Image.Image:
     return grid(samples)
 
 
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results of all runs in a folder that have ended."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/result.json"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs")
-    parser.add_argument("--rewards", nargs="+", default=REWARDS, choices=REWARDS)
+    parser.add_argument("--rewards", nargs="+", default=REWARDS, choices=(*REWARDS, *SCHEMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 to 2 chose the number of epochs")
     parser.add_argument("--docs", type=Path, help="writes the curve and the grid of the judge's first run there")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of DDPOConfig")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="other runs, to compare with by seed")
     args = parser.parse_args()
 
     changes = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in args.set)}
@@ -157,12 +205,19 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.rewards:
                 run(name, seed, args.out / f"{name}-{seed}", **changes)
-    results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/result.json"))]
+    results = read(args.out)
     print(table(results))
     for result in results:
         last = read_metrics(args.out / f"{result['reward']}-{result['seed']}" / "metrics.jsonl")[-1]
         ends = [float(np.mean(list(result["utility"].values())[k])) for k in (0, -1)]
         print(f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}, diversity {last['diversity']:.3f}")
+    for name in SCHEMES:
+        if found := rises(results, name):
+            print(f"{name} less judge: {paired(found, rises(results, 'judge'))}")
+    if args.against is not None:
+        others = read(args.against)
+        for name in dict.fromkeys(result["reward"] for result in results):
+            print(f"{name} less that of {args.against}: {paired(rises(results, name), rises(others, name))}")
     if args.docs is not None:
         save_svg(curve(results), args.docs / "ddpo-curve.svg")
         before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png")
