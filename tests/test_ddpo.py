@@ -557,7 +557,9 @@ ONE_WITHOUT_REWARDS = """
     from listener_reward.integrations.ddpo import DDPOTrainer
 
     def reward(images, prompts, metadata):
-        return [float("nan") if trainer.accelerator.process_index else float(k) for k in range(len(images))], {}
+        if trainer.accelerator.process_index:
+            return [float("nan")] * len(images), {}
+        return [float(k) for k in range(len(images))], {"standard_error": [0.1] * len(images)}
 
     runs = []
     for folder in ("", "-again"):
@@ -571,8 +573,9 @@ ONE_WITHOUT_REWARDS = """
 
 
 def test_two_processes_of_which_one_has_no_rewards_learn_the_same(tmp_path: Path):
-    """In the second epoch, with the replay checked, the process without rewards replays nothing and has no loss. A
-    second run in the same processes is as good as the first."""
+    """In the second epoch, with the replay checked, the process without rewards replays nothing and has no loss. It
+    reports no standard errors either, so both leave them out. A second run in the same processes is as good as the
+    first."""
     ((weights, row), (again, _)), ((others, other), _) = launch_two(ONE_WITHOUT_REWARDS, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
@@ -723,10 +726,17 @@ def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(
-    ("noise", "reports", "shrunk"), [(True, True, True), (False, True, False), (False, False, False)]
+    ("noise", "reports", "shrunk"),
+    [
+        (True, True, True),
+        (False, True, False),
+        (False, False, False),
+        (None, True, True),
+        (None, False, False),
+    ],
 )
 def test_noise_shrinks_advantages_where_the_reward_says_how_sure_it_is(
-    noise: bool, reports: bool, shrunk: bool, config: Callable[..., DDPOConfig]
+    noise: bool | None, reports: bool, shrunk: bool, config: Callable[..., DDPOConfig]
 ):
     def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
         return [0.0, 1.0, 0.0, 1.0], {"standard_error": [0.5] * 4} if reports else {}
@@ -746,6 +756,38 @@ def test_noise_shrinks_advantages_where_the_reward_says_how_sure_it_is(
     mixture = Mixture({"listener": (reward, 2.0)})
     assert advantages(mixture, advantage="components") == pytest.approx(expected, abs=1e-3)
     assert not reports or done[0]["noise_fraction"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("began", "asked", "kept", "shrunk"),
+    [
+        (None, None, None, True),
+        (False, None, False, False),
+        ("before the option", None, False, False),
+        (False, True, True, True),
+        (None, False, False, False),
+    ],
+)
+def test_a_resumed_run_counts_noise_as_it_began_unless_told(
+    began: Any, asked: bool | None, kept: bool | None, shrunk: bool, config: Callable[..., DDPOConfig]
+):
+    def reward(images: Any, prompts: Sequence[str], metadata: Any) -> Any:
+        return [0.0, 1.0, 0.0, 1.0], {"standard_error": [0.5] * 4}
+
+    first = None if began == "before the option" else began
+    folder = DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, config(save_every=1, advantage_noise=first)).train()
+    if began == "before the option":
+        settings = json.loads((folder / "config.json").read_text())
+        del settings["advantage_noise"]
+        (folder / "config.json").write_text(json.dumps(settings))
+    for epochs in (2, 3):  # what was kept is kept again
+        changed = config(epochs=epochs, save_every=1, advantage_noise=asked)
+        trainer, learnt = DDPOTrainer(tiny.build("sd15"), reward, PROMPTS, changed), []
+        trainer.learner.learn = lambda epoch, rollouts, advantages, scored, kept=learnt: kept.append(advantages) or {}
+        trainer.train(resume=True)
+        expected = np.array([-1, 1, -1, 1]) * (0.5**0.5 if shrunk else 1)
+        assert len(learnt) == 1 and learnt[0] == pytest.approx(expected, abs=1e-3)
+        assert json.loads((folder / "config.json").read_text())["advantage_noise"] is kept
 
 
 def test_noise_of_which_nothing_is_known_cannot_be_counted(config: Callable[..., DDPOConfig]):

@@ -61,7 +61,7 @@ DDPO = {
     "inner_epochs": 1,
     "advantage": "group",
     "advantage_std": "batch",
-    "advantage_noise": False,
+    "advantage_noise": None,
     "prompt_buffer": 32,
     "prompt_min_count": 16,
     "advantage_clip": 5.0,

@@ -77,10 +77,11 @@ class DDPOConfig:
     advantage_std: AdvantageStd = "batch"
     """Which rewards' standard deviation divides the advantages: the batch's or the group's; see
     `advantages.group_advantages`."""
-    advantage_noise: bool = False
-    """Divides advantages by the scores' own standard errors too, so that a group whose spread is within them does not
-    get unit variance; see `advantages.group_advantages`. The reward has to report a `standard_error`. Not with
-    "prompt". Off, because its effect on what is learnt has not been measured."""
+    advantage_noise: bool | None = None
+    """Whether advantages are divided by the scores' own standard errors too, so that a group whose spread is within
+    them does not get unit variance; see `advantages.group_advantages`. None, the default: where the reward reports a
+    `standard_error`, as `ListenerReward` does; a resumed run goes on as it began. With True a reward that reports none
+    is an error, and so is `advantage="prompt"`, which knows no spread of a group."""
     prompt_buffer: int = 32
     """With `advantage="prompt"`, how many of a prompt's latest rewards are kept."""
     prompt_min_count: int = 16

@@ -122,6 +122,7 @@ class DDPOTrainer:
                 f"{config.num_inference_steps} steps noisy, and the last one never is; widen the window"
             )
         self.learner = Learner(pipeline, self.scheduler, config, self.accelerator)
+        self.counts_noise = config.advantage_noise
         self.statistics = PromptStatistics(config.prompt_buffer, config.prompt_min_count)
         self.guard = HackingGuard()
         self.samples = FixedSamples(self.prompts[: config.sample_prompts], reward)
@@ -156,6 +157,7 @@ class DDPOTrainer:
         start = self._load() if resume else 0
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {each.name: getattr(config, each.name) for each in fields(config)}
+        settings["advantage_noise"] = self.counts_noise
         if self.accelerator.is_main_process:
             write_text(self.folder / "config.json", json.dumps(settings, indent=2, default=str))
         self.accelerator.init_trackers(
@@ -312,14 +314,15 @@ class DDPOTrainer:
     def _errors(self, info: Mapping[str, np.ndarray], wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
         """The standard errors of all processes by the name that is `wanted` for an entry of `info`; none where
         advantages are to take no notice of them."""
-        found = [entry for entry in wanted if entry in info]
-        if self.config.advantage_noise and not found:
+        if self.counts_noise is False:
+            return {}
+        found = [entry for entry in wanted if all(self._gather_object(entry in info))]
+        if self.counts_noise and not found:
             raise InputError(
                 f"advantage_noise is on, and the reward's info has no {' or '.join(wanted)}; leave it out, or take a "
                 "reward that reports its standard errors"
             )
-        chosen = found if self.config.advantage_noise else []
-        return {wanted[entry]: self._gather(info[entry]) for entry in chosen}
+        return {wanted[entry]: self._gather(info[entry]) for entry in found}
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
@@ -371,10 +374,14 @@ class DDPOTrainer:
         gathered: Any = self.accelerator.gather(torch.as_tensor(values, device=self.accelerator.device))
         return gathered.cpu().numpy()
 
+    def _gather_object(self, value: Any) -> list[Any]:
+        """A value of each process, in their order."""
+        return [value] if self.accelerator.num_processes == 1 else gather_object([value])
+
     def _mean_over_processes(self, row: dict[str, float]) -> dict[str, float]:
         """Each number's mean over the processes that have it; a process that learnt nothing has no loss, for
         example."""
-        rows = [row] if self.accelerator.num_processes == 1 else gather_object([row])
+        rows = self._gather_object(row)
         names = dict.fromkeys(name for each in rows for name in each)
         return {name: nan_mean([each.get(name, math.nan) for each in rows]) for name in names}
 
@@ -426,6 +433,8 @@ class DDPOTrainer:
         for reward, remembered in zip(self._rewards(), state["rewards"], strict=True):
             if remembered and remembers(reward):
                 reward.load_state_dict(remembered[self.accelerator.process_index % len(remembered)])
+        if self.config.advantage_noise is None:
+            self.counts_noise = _noise_of(self.folder)
         return epochs
 
     def _rewards(self) -> tuple[Any, Any]:
@@ -442,6 +451,15 @@ class DDPOTrainer:
                 f"output_dir is {self.config.output_dir!r}, which holds checkpoints; call train(resume=True) to go on "
                 "from them, or give another folder"
             )
+
+
+def _noise_of(folder: Path) -> bool | None:
+    """The `advantage_noise` that a run began with. Runs that are older than the option took no notice of noise."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings.get("advantage_noise", False)
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

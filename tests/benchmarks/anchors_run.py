@@ -56,6 +56,7 @@ def main() -> None:
         batch_size=8,
         learning_rate=3e-3,
         clip_range=2e-3,
+        advantage_noise=False,
         sample_every=args.epochs,
         win_rate=False,
     )
