@@ -44,11 +44,13 @@ def test_ddpo_draws_each_run_and_their_mean():
         {"reward": "judge", "utility": {"0": [5.0, 6.0], "10": [6.0, 6.0]}},
         {"reward": "judge", "utility": {"0": [5.0, 6.0], "10": [5.0, 6.0]}},
         {"reward": "random", "utility": {"0": [5.5], "10": [2.0]}},
+        {"reward": "judge", "utility": {"0": [5.5], "10": [6.5]}, "settings": {"advantage_noise": True}},
     ]
     axes = ddpo.curve(results).axes[0]
-    assert lines(axes) == {"judge": [(0, 5.5), (10, 5.75)], "random": [(0, 5.5), (10, 2)]}
+    means = {"judge": [(0, 5.5), (10, 5.75)], "judge, noise-aware": [(0, 5.5), (10, 6.5)]}
+    assert lines(axes) == means | {"random": [(0, 5.5), (10, 2)]}
     runs = [np.asarray(line.get_ydata()) for line in axes.lines if str(line.get_label()).startswith("_")]
-    assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 2]]
+    assert [list(run) for run in runs] == [[5.5, 6], [5.5, 5.5], [5.5, 6.5], [5.5, 2]]
     assert list(axes.get_xticks()) == [0, 10]
 
 

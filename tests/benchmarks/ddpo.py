@@ -36,7 +36,7 @@ from listener_reward.anchor_sets import fill_folder
 from listener_reward.card import Card
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import JudgeError
-from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, label_ends, save_svg, styled
+from listener_reward.evaluate.plotting import BLUE, GREEN, GREY, ORANGE, label_ends, save_svg, styled
 from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
 from listener_reward.integrations.ddpo.log import checkpoints, grid, read_metrics
 from listener_reward.recipes import generators
@@ -47,6 +47,8 @@ from listener_reward.tiny.models import EDIT_QUESTION, QUESTION, build_model, bu
 REWARDS = ("judge", "truth", "random")
 SCHEMES = ("reference", "anchors")
 """The judge's own is "group"."""
+COLORS = {"judge": BLUE, "judge, noise-aware": ORANGE, "truth": GREEN, "random": GREY}
+"""Of the lines in the figure; `label` names runs."""
 SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
 SEEDS_A_PROMPT = 24
 
@@ -118,6 +120,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half_width)
 
 
+def label(result: dict[str, Any]) -> str:
+    """What tables and figures call a run."""
+    noisy = result.get("settings", {}).get("advantage_noise")
+    return result["reward"] + (", noise-aware" if noisy else "")
+
+
 def rises(results: list[dict[str, Any]], name: str) -> dict[int, float]:
     """By how much the true utility rose in each run of a reward, by seed."""
     found = {}
@@ -137,15 +145,15 @@ def paired(rises: dict[int, float], others: dict[int, float]) -> str:
     return f"{mean:+.2f} ± {half:.2f} by seeds {', '.join(map(str, seeds))}"
 
 
-def table(results: list[dict[str, Any]], rewards: Sequence[str] = (*REWARDS, *SCHEMES)) -> str:
+def table(results: list[dict[str, Any]], order: Sequence[str] = (*COLORS, *SCHEMES)) -> str:
     lines = [
         "| reward | runs | true utility before | after | rise, 95 % | minutes a run |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in rewards:
-        runs = [result for result in results if result["reward"] == name]
-        if not runs:
-            continue
+    names = {label(result) for result in results}
+    known = [name for name in order if name in names]
+    for name in (*known, *sorted(names.difference(known))):
+        runs = [result for result in results if label(result) == name]
         before, after = ([np.mean(list(r["utility"].values())[k]) for r in runs] for k in (0, -1))
         rise, half = interval([b - a for a, b in zip(before, after, strict=True)])
         half_width = f" ± {half:.2f}" if len(runs) > 1 else ""
@@ -162,8 +170,8 @@ def curve(results: list[dict[str, Any]]) -> Figure:
     """Held-out true utility against epochs: each run thin, the mean of a reward's runs thick."""
     figure = Figure(figsize=(7, 3.8))
     axes, ends, epochs = figure.subplots(), [], []
-    for name, color in zip(REWARDS, (BLUE, GREEN, GREY), strict=True):
-        runs = [result["utility"] for result in results if result["reward"] == name]
+    for name, color in COLORS.items():
+        runs = [result["utility"] for result in results if label(result) == name]
         if not runs:
             continue
         epochs = [int(epoch) for epoch in runs[0]]
@@ -197,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 to 2 chose the number of epochs")
     parser.add_argument("--docs", type=Path, help="writes the curve and the grid of the judge's first run there")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of DDPOConfig")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="other runs, to compare with by seed")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="other runs, in tables and figures beside these")
     args = parser.parse_args()
 
     changes = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in args.set)}
@@ -206,20 +214,24 @@ def main() -> None:
             for name in args.rewards:
                 run(name, seed, args.out / f"{name}-{seed}", **changes)
     results = read(args.out)
-    print(table(results))
+    others = [] if args.against is None else read(args.against)
+    print(table(results + others))
     for result in results:
-        last = read_metrics(args.out / f"{result['reward']}-{result['seed']}" / "metrics.jsonl")[-1]
+        rows = read_metrics(args.out / f"{result['reward']}-{result['seed']}" / "metrics.jsonl")[-10:]
+        diversity, kl = (np.mean([row[name] for row in rows]) for name in ("diversity", "kl"))
         ends = [float(np.mean(list(result["utility"].values())[k])) for k in (0, -1)]
-        print(f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}, diversity {last['diversity']:.3f}")
+        print(
+            f"{result['reward']} {result['seed']}: {ends[0]:.3f} to {ends[1]:.3f}; "
+            f"last ten epochs: diversity {diversity:.3f}, KL {kl:.4f}"
+        )
     for name in SCHEMES:
         if found := rises(results, name):
             print(f"{name} less judge: {paired(found, rises(results, 'judge'))}")
-    if args.against is not None:
-        others = read(args.against)
+    if others:
         for name in dict.fromkeys(result["reward"] for result in results):
             print(f"{name} less that of {args.against}: {paired(rises(results, name), rises(others, name))}")
     if args.docs is not None:
-        save_svg(curve(results), args.docs / "ddpo-curve.svg")
+        save_svg(curve(results + others), args.docs / "ddpo-curve.svg")
         before_and_after(args.out / f"judge-{args.seeds[0]}").save(args.docs / "ddpo-grid.png")
 
 
