@@ -1,6 +1,6 @@
 """Train a diffusion model on the judge's reward, and see its pictures before and after.
 
-    python examples/ddpo.py          # about ten minutes on a laptop; the settings of docs/ddpo.md
+    python examples/ddpo.py          # about ten minutes on a laptop; nearly the settings of docs/ddpo.md
     python examples/ddpo.py --edits  # an editor, whose prompts have an image each; the judge sees it too
 
 Everything here is the embedded tiny world, on CPU. For your own: any diffusers pipeline of the families in
