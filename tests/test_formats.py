@@ -206,6 +206,18 @@ def test_one_well_formed_completion_begins_the_count_anew(random_judge, tiny_pai
         trainer._stop_where_all_is_malformed()
 
 
+def test_a_run_whose_completions_are_cut_says_so_once(tiny_pairs, grpo_config, caplog):
+    """The base's thoughts have some 30 tokens; in 8, hardly one comes to its answer."""
+    ListenerGRPOTrainer("tiny-base", grpo_config(max_steps=2, max_completion_length=8), tiny_pairs).train()
+    said = [record.getMessage() for record in caplog.records if "are cut at" in record.getMessage()]
+    assert said == [said[0]] and said[0].startswith(
+        "100 % of a round's completions are cut at max_completion_length 8;"
+    )
+    caplog.clear()
+    ListenerGRPOTrainer("tiny-base", grpo_config(max_steps=1, max_completion_length=64), tiny_pairs).train()
+    assert not [record for record in caplog.records if "are cut at" in record.getMessage()]
+
+
 # ---------------------------------------------------------------- a format that does not fit
 
 

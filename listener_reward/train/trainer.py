@@ -99,6 +99,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         _check_size(train_dataset, args)
         self._malformed_rounds = 0
         """Rounds in a row, up to now, in which every completion was malformed."""
+        self._said_cut = False
         self.left_to_trl = changes()
         """Switches without effect in this version of trl, each with the reason."""
         self.reward = ShapedReward(
@@ -243,8 +244,22 @@ class ListenerGRPOTrainer(GRPOTrainer):
         finally:
             for listener in self.reward.listeners:
                 _forget_images(listener)
+        self._warn_where_completions_are_cut()
         self._stop_where_all_is_malformed()
         return scored
+
+    def _warn_where_completions_are_cut(self) -> None:
+        """Says once that at least half of a round's completions end at `max_completion_length`. What is cut before its
+        answer is malformed, and earns less than any short thought: training would teach not to think."""
+        cut = self._metrics["train"].get("completions/clipped_ratio")
+        if cut and cut[-1] >= 0.5 and not self._said_cut:
+            self._said_cut = True
+            logger.warning(
+                "%.0f %% of a round's completions are cut at max_completion_length %s; one that is cut before its "
+                "answer earns nothing, so that thoughts become short. Give a larger max_completion_length",
+                100 * cut[-1],
+                self.args.max_completion_length,
+            )
 
     def _stop_where_all_is_malformed(self) -> None:
         """Counts rounds without a well-formed completion on any process, and ends a run that has only such.
