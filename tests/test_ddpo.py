@@ -310,7 +310,7 @@ def test_a_mixture_teaches_by_its_components(
     listener = ListenerReward(FakeJudge(slope=50.0, listener_slope=-50.0), scheme="group")
     mixture = Mixture({"listener": (listener, 1.0), "large": (large, 0.5)}, on_failure=policy)
     settings = config(epochs=2, prompts_per_epoch=2, images_per_prompt=3, batch_size=3)
-    settings = replace(settings, advantage="components")
+    settings = replace(settings, advantage="components", advantage_noise=False)
     trainer = DDPOTrainer(tiny.build("sd15"), mixture, PROMPTS, settings)
     before, given, learnt = weights(trainer.pipeline), [], []
     advantages, learn = trainer._advantages, trainer.learner.learn
