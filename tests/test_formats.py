@@ -210,9 +210,8 @@ def test_a_run_whose_completions_are_cut_says_so_once(tiny_pairs, grpo_config, c
     """The base's thoughts have some 30 tokens; in 8, hardly one comes to its answer."""
     ListenerGRPOTrainer("tiny-base", grpo_config(max_steps=2, max_completion_length=8), tiny_pairs).train()
     said = [record.getMessage() for record in caplog.records if "are cut at" in record.getMessage()]
-    assert said == [said[0]] and said[0].startswith(
-        "100 % of a round's completions are cut at max_completion_length 8;"
-    )
+    assert len(said) == 1
+    assert re.match(r"\d+ % of a round's completions are cut at max_completion_length 8; .* larger max_comp", said[0])
     caplog.clear()
     ListenerGRPOTrainer("tiny-base", grpo_config(max_steps=1, max_completion_length=64), tiny_pairs).train()
     assert not [record for record in caplog.records if "are cut at" in record.getMessage()]
