@@ -36,6 +36,7 @@ from listener_reward.pairs import PreferencePair
 from listener_reward.remote import RemoteReward
 from listener_reward.reward import ListenerReward
 from listener_reward.trace import parse
+from listener_reward.train import policy
 from listener_reward.train import trainer as training
 
 TOOL = Path(__file__).resolve().parents[2] / "shared" / "tools" / "real_vocabulary.py"
@@ -209,7 +210,7 @@ def processors_once() -> Iterator[None]:
     """A processor of 150,000 tokens takes a second to load, and is the same for all formats of a kind."""
     loaded: Callable[[Path], Any] = cache(load_processor)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (transformers_vlm, training):
+        for module in (transformers_vlm, policy):
             patch.setattr(module, "load_processor", lambda name, **_: loaded(Path(name)))
         yield
 
