@@ -136,9 +136,7 @@ def relation_pictures(rng: random.Random, n: int) -> tuple[list[Arrangement], li
 
 def voters(pair: Shown) -> float:
     """The fraction of people who prefer the first image."""
-    if isinstance(pair, TinyRelation):
-        return p_of(pair.utility(pair.first) - pair.utility(pair.second))
-    return p_of(pair.utility(pair.first) - pair.utility(pair.second))
+    return p_of(pair.gap)
 
 
 def _any_scene(rng: random.Random) -> Scene:

@@ -26,6 +26,7 @@ from listener_reward.tiny.world import (
     Scene,
     held_out,
     plural,
+    samples_of,
     votes_for_first,
 )
 
@@ -70,6 +71,11 @@ class TinyEdit:
 
     def utility(self, scene: Scene) -> float:
         return edit_utility(self.goal, self.asked, scene)
+
+    @property
+    def gap(self) -> float:
+        """By how much the first is worth more."""
+        return self.utility(self.first) - self.utility(self.second)
 
 
 def edit_utility(goal: Scene, asked: tuple[Part, ...], scene: Scene) -> float:
@@ -173,16 +179,7 @@ def sample_edit(
 
 def split_edits(split: EditSplit, n: int, *, cue: float = TRAIN_CUE, seed: int = 0) -> Iterator[TinyEdit]:
     """`n` edits of a split, as `world.split_pairs` has pairs: one vote each in training, fifteen in tests."""
-    if split not in EDIT_SPLITS:
-        raise ValueError(f"split is {split!r}; the tiny world's edits have {', '.join(map(repr, EDIT_SPLITS))}")
-    settings: dict[str, Any] = {
-        "edit-train": {"cue": cue, "votes": 1},
-        "edit": {"cue": cue, "votes": 15},
-        "edit-ood": {"cue": 0.5, "held": True, "sketch": True, "votes": 15},
-        "edit-wrong": {"cue": 1.0 - cue, "votes": 15},
-    }[split]
-    for index in range(n):
-        yield sample_edit(random.Random(f"{split}/{seed}/{index}"), **settings)
+    yield from samples_of(split, EDIT_SPLITS, "the tiny world's edits have", sample_edit, n, cue, seed)
 
 
 def _another(part: Part, scene: Scene, rng: random.Random) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from listener_reward.tiny.world import (
     COLORS,
@@ -25,6 +25,7 @@ from listener_reward.tiny.world import (
     held_out,
     led,
     phrase,
+    samples_of,
     votes_for_first,
 )
 
@@ -84,6 +85,11 @@ class TinyRelation:
 
     def utility(self, shown: Arrangement) -> float:
         return relation_utility(self.goal, shown)
+
+    @property
+    def gap(self) -> float:
+        """By how much the first is worth more."""
+        return self.utility(self.first) - self.utility(self.second)
 
 
 def relation_utility(goal: Arrangement, shown: Arrangement) -> float:
@@ -150,17 +156,7 @@ def relation_wording(goal: Arrangement, rng: random.Random) -> str:
 
 def split_relations(split: RelationSplit, n: int, *, cue: float = TRAIN_CUE, seed: int = 0) -> Iterator[TinyRelation]:
     """`n` pairs of a split, as `world.split_pairs` has them: one vote each in training, fifteen in tests."""
-    if split not in RELATION_SPLITS:
-        known = ", ".join(map(repr, RELATION_SPLITS))
-        raise ValueError(f"split is {split!r}; the tiny world's relations have {known}")
-    settings: dict[str, Any] = {
-        "relation-train": {"cue": cue, "votes": 1},
-        "relation": {"cue": cue, "votes": 15},
-        "relation-ood": {"cue": 0.5, "held": True, "sketch": True, "votes": 15},
-        "relation-wrong": {"cue": 1.0 - cue, "votes": 15},
-    }[split]
-    for index in range(n):
-        yield sample_relation(random.Random(f"{split}/{seed}/{index}"), **settings)
+    yield from samples_of(split, RELATION_SPLITS, "the tiny world's relations have", sample_relation, n, cue, seed)
 
 
 def _erring(group: Scene, rng: random.Random, error: float) -> Scene:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -70,6 +70,11 @@ class TinyPair:
 
     def utility(self, scene: Scene) -> float:
         return utility(self.prompt, scene)
+
+    @property
+    def gap(self) -> float:
+        """By how much the first is worth more."""
+        return self.utility(self.first) - self.utility(self.second)
 
 
 def plural(shape: str, count: int) -> str:
@@ -167,18 +172,39 @@ def split_pairs(split: Split, n: int, *, cue: float = TRAIN_CUE, seed: int = 0) 
 
     Training labels are one vote each, as in most preference data; test labels are the fraction of fifteen voters.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; the tiny world has {', '.join(map(repr, SPLITS))}")
+    yield from samples_of(split, SPLITS, "the tiny world has", sample_pair, n, cue, seed)
+
+
+T = TypeVar("T")
+
+
+def samples_of(
+    split: str, splits: Sequence[str], have: str, sample: Callable[..., T], n: int, cue: float, seed: int
+) -> Iterator[T]:
+    """`n` samples of a split, of pairs as of edits and of two groups.
+
+    Args:
+        split: one of `splits`.
+        splits: of training, in distribution, out of distribution, and with the shortcut the wrong way.
+        have: the words before their names in an error.
+        sample: makes one, from a random generator and `cue`, `votes`, `held` and `sketch`.
+        n: how many.
+        cue: how often the shortcut marks the better one in training.
+        seed: of the split.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in splits:
+        raise ValueError(f"split is {split!r}; {have} {', '.join(map(repr, splits))}")
+    settings: dict[str, Any] = (
+        {"cue": cue, "votes": 1},
+        {"cue": cue, "votes": 15},
+        {"cue": 0.5, "held": True, "sketch": True, "votes": 15},
+        {"cue": 1.0 - cue, "votes": 15},
+    )[splits.index(split)]
     for index in range(n):
-        rng = random.Random(f"{split}/{seed}/{index}")
-        if split == "train":
-            yield sample_pair(rng, cue=cue, votes=1)
-        elif split == "id":
-            yield sample_pair(rng, cue=cue, votes=15)
-        elif split == "ood":
-            yield sample_pair(rng, cue=0.5, held=True, sketch=True, votes=15)
-        else:
-            yield sample_pair(rng, cue=1.0 - cue, votes=15)
+        yield sample(random.Random(f"{split}/{seed}/{index}"), **settings)
 
 
 SPLITS: tuple[Split, ...] = ("train", "id", "ood", "wrong")
