@@ -23,7 +23,7 @@ import argparse
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from listener_reward.errors import missing
 
@@ -32,7 +32,7 @@ if fault := missing("diffusers", "the tiny diffusion model"):
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -79,13 +79,20 @@ SEE = {"steps": 700, "batch": 12, "rate": 4e-3}
 DRAW = {"steps": 2600, "batch": 32, "rate": 2e-3}
 SAVE_EVERY = 100
 
+P = TypeVar("P", bound=DiffusionPipeline)
+
 
 def load_pipeline(folder: str | Path = WEIGHTS) -> StableDiffusionPipeline:
     """The embedded pipeline, or the one that was trained into `folder`, in float32 and without a progress bar."""
+    return load_quietly(StableDiffusionPipeline, folder)
+
+
+def load_quietly(kind: type[P], folder: str | Path) -> P:
+    """A saved pipeline of a kind, without a progress bar."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # to diffusers an AutoencoderTiny in an AutoencoderKL's place is worth two warnings
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        pipeline: Any = kind.from_pretrained(folder)
     finally:
         logging.set_verbosity(level)
     pipeline.set_progress_bar_config(disable=True)

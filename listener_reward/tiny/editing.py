@@ -32,7 +32,6 @@ if fault := missing("diffusers", "the tiny editor"):
 import numpy as np
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -46,6 +45,7 @@ from listener_reward.tiny.diffusion import (
     SPOTS,
     build_parts,
     build_tokenizer,
+    load_quietly,
     save_in_half,
     set_encoder,
     train_decoder,
@@ -80,14 +80,7 @@ def build_editor(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:
 
 def load_editor(folder: str | Path = WEIGHTS) -> StableDiffusionInstructPix2PixPipeline:
     """The embedded pipeline, or the one that was trained into `folder`, in float32 and without a progress bar."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # as in `diffusion.load_pipeline`
-    try:
-        editor = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
-    finally:
-        logging.set_verbosity(level)
-    editor.set_progress_bar_config(disable=True)
-    return editor
+    return load_quietly(StableDiffusionInstructPix2PixPipeline, folder)
 
 
 def sample_work(rng: random.Random, lies: float, held: bool | None = None) -> TinyEdit:
