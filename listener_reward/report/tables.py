@@ -140,13 +140,15 @@ def _cells(column: Column, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         best = (max if column.best == "highest" else min)(values, key=lambda text: values[text])
     cells = []
     for row, text in zip(rows, texts, strict=True):
-        low, high = to_interval(row.get(column.interval)) if column.interval else (None, None)
-        ends_text = None
-        if low is not None and high is not None:
-            ends = [to_decimals(end, column.digits, percent=column.percent) for end in (low, high)]
-            ends_text = f"{ends[0]}{DASH}{ends[1]}"
-        cells.append({"text": text, "interval": ends_text, "best": best is not None and text == best})
+        reach = _reach(row.get(column.interval), column.digits, percent=column.percent) if column.interval else None
+        cells.append({"text": text, "interval": reach, "best": best is not None and text == best})
     return cells
+
+
+def _reach(interval: object, digits: int, *, percent: bool) -> str | None:
+    """An interval of fractions as text."""
+    low, high = (to_decimals(end, digits, percent=percent) for end in to_interval(interval))
+    return None if low is None or high is None else f"{low}{DASH}{high}"
 
 
 def protocols(table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption]) -> list[dict[str, Any]]:
@@ -214,10 +216,9 @@ def criteria(table: Sequence[Mapping[str, Any]], captions: Mapping[str, Caption]
 
 
 def _of_criterion(found: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = (to_decimals(end, 1, percent=True) for end in to_interval(found.get("accuracy_interval")))
     return {
         "accuracy": to_decimals(found.get("accuracy"), 1, percent=True),
-        "interval": f"{low}{DASH}{high}" if low and high else None,
+        "interval": _reach(found.get("accuracy_interval"), 1, percent=True),
         "ece": to_decimals(found.get("ece"), 3),
     }
 
