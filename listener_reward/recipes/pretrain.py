@@ -252,7 +252,8 @@ def write_card(out: Path) -> None:
     for name, table in evaluations.items():
         for split, scores in table.items():
             rows.append(card_row(name.split()[-1], split, scores))
-    size = sum(path.stat().st_size for path in out.glob("*/*") if "diffusion" not in path.parts) / 1e6
+    made = "base", "listener", *TAUGHT.values()
+    size = sum(path.stat().st_size for name in made for path in (out / name).iterdir()) / 1e6
     write_text(out / "README.md", CARD_TEXT.format(size=size, rows="\n".join(rows)))
 
 
