@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +78,53 @@ def by_anchors(folder: Path, seed: int) -> ListenerReward:
 
 def run(name: str, seed: int, folder: Path, **changes: Any) -> None:
     """One training run and the true utility along it, into `folder`."""
-    if (folder / "result.json").exists():
-        return
-    settings = SETTINGS | {"seed": seed, "output_dir": str(folder)} | changes
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # so that runs can go side by side
-    clock = time.perf_counter()
-    reward = {
+    make = {
         "judge": lambda: ListenerReward("tiny", batch_size=64),
         "reference": lambda: ListenerReward("tiny", scheme="reference", batch_size=64),
         "anchors": lambda: by_anchors(folder / "anchors", seed),
         "truth": lambda: utilities,
         "random": lambda: random_judge(folder / "random", seed),
-    }[name]()
-    trainer = DDPOTrainer(load_pipeline(), reward, prompts(held=False), DDPOConfig(**settings), second_reward=utilities)
+    }[name]
+    settings = SETTINGS | {"seed": seed, "output_dir": str(folder)} | changes
+    carry_out(name, folder, settings, load_pipeline, make, lambda: prompts(held=False), utilities, evaluate)
+
+
+def carry_out(
+    name: str,
+    folder: Path,
+    settings: dict[str, Any],
+    load: Callable[[], Any],
+    reward: Callable[[], Any],
+    asked: Callable[[], Sequence[Any]],
+    truth: Any,
+    measure: Callable[[Any], list[float]],
+) -> None:
+    """A run of `settings` by a reward on what is asked, `truth` beside it, and what is measured of it along the way.
+
+    Nothing is made of a run that is there, and an interrupted one goes on.
+    """
+    if (folder / "result.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # so that runs can go side by side
+    prompts = asked()
+    clock = time.perf_counter()
+    trainer = DDPOTrainer(load(), reward(), prompts, DDPOConfig(**settings), second_reward=truth)
     trainer.train(resume=True)
     seconds = time.perf_counter() - clock
-    curve = {0: evaluate(load_pipeline())}
+    curve = {0: measure(load())}
     for epoch, checkpoint in tqdm(checkpoints(folder / "checkpoints").items(), "evaluating"):
-        pipeline = load_pipeline()
-        pipeline.load_lora_weights(str(checkpoint))
-        curve[epoch] = evaluate(pipeline)
+        curve[epoch] = measure(trained(load, checkpoint))
+    seed = settings["seed"]
     result = {"reward": name, "seed": seed, "seconds": seconds, "settings": settings, "utility": curve}
     (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def trained(load: Callable[[], Any], folder: Path) -> Any:
+    """A pipeline with the LoRA of a checkpoint or of a finished run."""
+    pipeline = load()
+    pipeline.load_lora_weights(str(folder))
+    return pipeline
 
 
 def evaluate(pipeline: Any) -> list[float]:
@@ -187,9 +211,8 @@ def curve(results: list[dict[str, Any]]) -> Figure:
 
 def before_and_after(folder: Path) -> Image.Image:
     """Two rows for each of three held-out prompts: the base's pictures, and the trained model's from the same seeds."""
-    base, trained = load_pipeline(), load_pipeline()
-    trained.load_lora_weights(str(folder))
-    samples = [p for text in prompts(held=True)[::4] for model in (base, trained) for p in pictures(model, text, 8)]
+    models = load_pipeline(), trained(load_pipeline, folder)
+    samples = [p for text in prompts(held=True)[::4] for model in models for p in pictures(model, text, 8)]
     return grid(samples)
 
 

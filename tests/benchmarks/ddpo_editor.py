@@ -18,32 +18,27 @@ import argparse
 import json
 import random
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 from listener_reward import ListenerReward
 from listener_reward.evaluate.plotting import styled
-from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
-from listener_reward.integrations.ddpo.log import checkpoints, read_metrics
+from listener_reward.integrations.ddpo.log import read_metrics
 from listener_reward.media.images import to_pil_batch
-from listener_reward.recipes import generators
 from listener_reward.tiny.editing import draw_work, load_editor, make_edits, sample_work
 from listener_reward.tiny.edits import PARTS, TinyEdit
 from listener_reward.tiny.read import read_framed
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.ddpo import random_judge, table
+from benchmarks.ddpo import SETTINGS, carry_out, random_judge, table, trained
 from benchmarks.pictures import save
 
 REWARDS = ("judge", "truth", "blind", "random")
-SETTINGS: dict[str, Any] = generators.SETTINGS | {"epochs": 40, "save_every": 10}
 TRAINED, MEASURED, SHOWN = 400, 300, 8
 
 
@@ -74,31 +69,15 @@ def build_reward(name: str, folder: Path, seed: int) -> Any:
 
 def run(name: str, seed: int, folder: Path, **changes: Any) -> None:
     """One training run and the true utility of held-out edits along it, into `folder`."""
-    if (folder / "result.json").exists():
-        return
     settings = SETTINGS | {"seed": seed, "output_dir": str(folder)} | changes
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # so that runs can go side by side
-    prompts = [
-        {"prompt": edit.wording, "image": draw_work(edit)[0], "edit": edit} for edit in edits(held=False, n=TRAINED)
-    ]
-    clock = time.perf_counter()
-    trainer = DDPOTrainer(
-        load_editor(), build_reward(name, folder, seed), prompts, DDPOConfig(**settings), second_reward=true_utilities
-    )
-    trainer.train(resume=True)
-    seconds = time.perf_counter() - clock
-    curve = {0: evaluate(load_editor())}
-    for epoch, checkpoint in tqdm(checkpoints(folder / "checkpoints").items(), "evaluating"):
-        curve[epoch] = evaluate(_trained(checkpoint))
-    result = {"reward": name, "seed": seed, "seconds": seconds, "settings": settings, "utility": curve}
-    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    reward = partial(build_reward, name, folder, seed)
+    carry_out(name, folder, settings, load_editor, reward, prompts, true_utilities, evaluate)
 
 
-def _trained(folder: Path) -> Any:
-    editor: Any = load_editor()
-    editor.load_lora_weights(str(folder))
-    return editor
+def prompts() -> list[dict[str, Any]]:
+    """Those of training, with their sources."""
+    asked = edits(held=False, n=TRAINED)
+    return [{"prompt": edit.wording, "image": draw_work(edit)[0], "edit": edit} for edit in asked]
 
 
 def evaluate(editor: Any) -> list[float]:
@@ -137,7 +116,8 @@ def before_and_after(folder: Path) -> Figure:
     """
     asked = edits(held=True, n=SHOWN)
     sources = [draw_work(edit)[0] for edit in asked]
-    results = [make_edits(editor, asked, seed) for editor in (load_editor(), _trained(folder)) for seed in (0, 1)]
+    editors = load_editor(), trained(load_editor, folder)
+    results = [make_edits(editor, asked, seed) for editor in editors for seed in (0, 1)]
     names = ("source", "before", "before", "after", "after")
     figure = Figure(figsize=(10.4, 0.3 + 1.35 * len(asked) / 2))
     for place, part in enumerate(figure.subfigures(-(-len(asked) // 2), 2, squeeze=False).flat):
