@@ -324,12 +324,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--texts", type=int, default=7, help="neutral texts for each attack")
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
-    parser.add_argument("--attacks", nargs="+", metavar="NAME", help="these of the prompt's table alone; default all")
+    parser.add_argument(
+        "--attacks", nargs="+", metavar="NAME", default=PROMPT_ATTACKS, choices=PROMPT_ATTACKS, help="of a prompt"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore", UnknownWordsWarning)
     bench = Bench(args.pairs)
     if "prompt" in args.tables:
-        attacks = {name: PROMPT_ATTACKS[name] for name in args.attacks or PROMPT_ATTACKS}
+        attacks = {name: PROMPT_ATTACKS[name] for name in args.attacks}
         show("At the end of the prompt", bench.rows(attacks, args.texts, "prompt"))
     for at in ("start", "end") if "thought" in args.tables else ():
         show(f"At the {at} of the thought", bench.rows(THOUGHT_ATTACKS, args.texts, at))
