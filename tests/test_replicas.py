@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import threading
@@ -227,6 +228,13 @@ def test_replicas_that_are_killed_lose_no_request(replicated: ReplicatedJudge, r
     assert float(counted.split()[1]) == replicated.resent >= 1
     for number, scores in answered:
         np.testing.assert_allclose(scores, expected[number])
+
+
+def test_the_processes_of_ray_are_told_to_look_at_replicas_less_often(replicated: ReplicatedJudge, ray: Any):
+    def told() -> str | None:
+        return os.environ.get("RAY_SERVE_CONTROL_LOOP_INTERVAL_S")
+
+    assert ray.get(ray.remote(told).remote()) == "0.5"
 
 
 def test_what_the_judge_says_of_a_pair_is_said_as_without_replicas(replicated: ReplicatedJudge):
