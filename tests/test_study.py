@@ -35,7 +35,7 @@ from listener_reward.recipes.study.configuration import (
     read,
     to_dict,
 )
-from listener_reward.recipes.study.drawing import draw_study, panels_of
+from listener_reward.recipes.study.drawing import draw_study, figure_of, panels_of
 from listener_reward.recipes.study.plans import Question, Run, Study, read_study, runs_of, study_of
 from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
@@ -332,6 +332,13 @@ def test_a_figure_has_a_line_for_each_arm(study: Study, some: Path):
     paths = draw_study(study, finished(some), some)
     assert [path.name for path in paths] == ["Which-is-best.svg", "With-how-many-pairs.svg"]
     assert all("</svg>" in path.read_text() for path in paths)
+
+
+def test_a_name_has_one_colour_in_all_panels():
+    figure = figure_of({"one": {"a": {1: [1.0], 2: [2.0]}}, "two": {"b": {1: [1.0], 2: [3.0]}, "a": {1: [2.0]}}})
+    (first,), (b, second) = (axes.lines for axes in figure.axes)
+    assert first.get_color() == second.get_color() != b.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 # --- the command

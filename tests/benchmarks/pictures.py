@@ -8,6 +8,7 @@ best     sixteen samples of one prompt by the embedded diffusion model, ordered 
 ddpo     samples before and after DDPO on the judge's reward, from `docs/ddpo-grid.png`, which
          `tests/benchmarks/ddpo.py --docs docs` makes
 relations  pairs of two groups with the true utility of each picture, one of them out of distribution
+study    what judges of the same votes are worth, from the finished runs of `examples/study.yaml` in `docs/studies/tiny`
 report   two parts of the page that `listener-reward eval --html` writes, the results and the worst mistakes (needs
          Chromium)
 """
@@ -32,6 +33,10 @@ from PIL import Image
 from listener_reward import Judge, ListenerReward, Verdict
 from listener_reward.datasets import load_pairs
 from listener_reward.integrations.best_of_n import best_of_n
+from listener_reward.recipes.study.drawing import figure_of, panels_of
+from listener_reward.recipes.study.plans import read_study
+from listener_reward.recipes.study.results import METRICS
+from listener_reward.recipes.study.runs import finished
 from listener_reward.tiny.diffusion import CALL, load_pipeline
 from listener_reward.tiny.drawing import draw_relation
 from listener_reward.tiny.relations import split_relations
@@ -39,7 +44,10 @@ from listener_reward.tiny.relations import split_relations
 PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
 """Split and row. The first is an ordinary verdict; the second is one of the few in which a thought is contradicted."""
 PROMPT = "three red stars"
-GRID = Path(__file__).parents[2] / "docs/ddpo-grid.png"
+ROOT = Path(__file__).parents[2]
+GRID = ROOT / "docs/ddpo-grid.png"
+SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth"
+"""The study's ways to have a judge that the README shows."""
 INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
 
 
@@ -126,6 +134,21 @@ def relations(folder: Path) -> None:
     save(figure, folder / "relations.png")
 
 
+def study(folder: Path) -> None:
+    """Three panels: accuracy by split, true utility of the best of n, and true utility in DDPO."""
+    plan, records = read_study(ROOT / "examples/study.yaml"), finished(ROOT / "docs/studies/tiny")
+    panels: dict[str, Any] = {}
+    for begins, metric, title in (
+        ("Which way", "accuracy", "accuracy (%) on each split"),
+        ("Where does the best", "true utility", "true utility of the best of n"),
+        ("When does", "true utility", "true utility after epochs of DDPO"),
+    ):
+        question = next(one for one in plan.questions if one.question.startswith(begins))
+        lines = panels_of(question, records)[METRICS[metric].title]
+        panels[title] = {name: lines[name] for name in SHOWN if name in lines}
+    save(figure_of(panels), folder / "study.png")
+
+
 def report(folder: Path) -> None:
     """The page of a short evaluation, as Chromium draws it: its top beside its worst mistakes."""
     sys.path.append(str(Path(__file__).parents[1]))
@@ -163,7 +186,7 @@ def _shrink(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, report)}
+    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, study, report)}
     parser.add_argument("--only", nargs="+", choices=list(makers), default=list(makers))
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
     args = parser.parse_args()

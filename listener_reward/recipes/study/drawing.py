@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +57,29 @@ def panels_of(question: Question, records: Records) -> dict[str, dict[str, Point
 
 @styled
 def figure_of(panels: Mapping[str, Mapping[str, Points]], vary: str | None = None) -> Figure:
-    """Panels side by side; a line's mean over seeds, and its 95 % t-interval as a band, or as a bar over names."""
+    """Panels side by side; a line's mean over seeds, and its 95 % t-interval as a band, or as a bar over names.
+
+    A name has one colour in all panels.
+    """
     figure = Figure(figsize=(4.4 * len(panels), 3.8))
-    for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        _draw(axes, lines)
-        axes.set(title=title, xlabel=vary)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    handles, _ = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
+    for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        _draw(axes, lines, names)
+        axes.set(title=title, xlabel=vary)
+    shown = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    handles = [shown[name] for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(2 * len(panels) + 1, len(names)), frameon=False)
     return figure
 
 
-def _draw(axes: Axes, lines: Mapping[str, Points]) -> None:
+def _draw(axes: Axes, lines: Mapping[str, Points], names: Sequence[str]) -> None:
     places = list(dict.fromkeys(place for points in lines.values() for place in points))
     numbers = all(isinstance(place, int | float) for place in places)
     for index, (name, points) in enumerate(lines.items()):
-        color, dash = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+        style = names.index(name)
+        color, dash = COLORS[style % len(COLORS)], DASHES[style // len(COLORS) % len(DASHES)]
         found = {place: t_interval(values) for place, values in points.items()}
         means = np.array([mean for mean, _ in found.values()])
         halves = np.array([half or 0 for _, half in found.values()])
