@@ -115,7 +115,7 @@ def test_the_demo_writes_results_and_a_report(tmp_path: Path, monkeypatch: pytes
         assert curve["step"] == [1, 2, 3]
         assert all(len(values) == 3 for values in curve.values())
     rows = {(row["model"], row["split"]) for row in results["table"]}
-    assert rows == {(model, split) for model in ("base", "SFT", *VARIANTS) for split in SPLITS}
+    assert rows == {(model, split) for model in ("base", "SFT", "Bradley-Terry", *VARIANTS) for split in SPLITS}
     assert len(results["pairs"]) == 12
     assert sorted(results["ranking"]["order"]) == list(range(6))
     page = (tmp_path / "report.html").read_text()

@@ -29,7 +29,7 @@ def demo(
     """Train, evaluate and rank in a tiny world, on CPU, without a download.
 
     From the same base, data and seed it trains accuracy-only GRPO and listener-shaped GRPO, measures both beside the
-    base and an SFT baseline, and writes `results.json` and `report.html`.
+    base, an SFT and a Bradley-Terry baseline, and writes `results.json` and `report.html`.
     """
     with errors_in_one_line(debug):
         quieten()
