@@ -115,13 +115,13 @@ class Processors:
         return spent
 
 
-def rate(seconds: float, thoughts: int, clients: int) -> dict[str, Any]:
-    """In turns of ten seconds, so that the last requests of a turn weigh little.
+def rate(seconds: float, thoughts: int, clients: int, span: float) -> dict[str, Any]:
+    """In turns of `span` seconds. At the end of each, its last requests leave a replica idle while the other ends.
 
     Where others work on the machine, the second core is theirs: the quietest turns count.
     """
     # Several thoughts an order: the embedded judge is so small that carrying the pictures would be what is measured.
-    more, turns, span = ("--thoughts", str(thoughts)), max(1, int(seconds / 20)), 10.0
+    more, turns = ("--thoughts", str(thoughts)), max(1, int(seconds / (2 * span)))
     measured: list[list[tuple[float, float, float]]] = [[], []]
     with served(*command(1, *more)) as (one, _), served(*command(2, *more)) as (two, _):
         loads = [Load(url, clients, 4) for url in (one, two)]
@@ -181,6 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60.0, help="How long the load lasts.")
     parser.add_argument("--thoughts", type=int, default=4, help="Of the judge about a pair in each order, for rate.")
     parser.add_argument("--clients", type=int, default=16, help="At once, of 4 images each, for rate.")
+    parser.add_argument("--turn", type=float, default=10.0, help="Seconds of one turn, for rate.")
     args = parser.parse_args()
-    found = kill(args.seconds) if args.what == "kill" else rate(args.seconds, args.thoughts, args.clients)
+    found = kill(args.seconds) if args.what == "kill" else rate(args.seconds, args.thoughts, args.clients, args.turn)
     print(json.dumps(found, indent=1))
