@@ -419,6 +419,13 @@ def test_a_frame_is_seen_and_nothing_else_is_one():
         assert not framed(Image.new("RGB", (64, 64), color))
 
 
+def test_what_a_picture_shows_of_its_prompt_is_counted():
+    scenes = [Scene("red", "circle", 2), Scene("green", "circle", 2), Scene("red", "star", 1, "glitched")]
+    drawn = [draw(scene, random.Random(7)) for scene in scenes]
+    seen = {"color": 2 / 3, "shape": 2 / 3, "count": 2 / 3, "clean": 2 / 3, "framed": 0.0}
+    assert generators.shown(drawn, ["two red circles"] * 3) == pytest.approx(seen)
+
+
 def test_votes_can_be_turned_round_and_the_frame_made_to_say_less():
     plain = training_pairs(Recipe(pairs=40))
     turned = training_pairs(Recipe(pairs=40, flipped=0.25))
@@ -459,7 +466,7 @@ def test_over_optimisation_is_measured_along_the_way(tmp_path: Path, monkeypatch
         "true utility": ["0", "1", "2"],
         "own view": ["0", "1", "2"],
         "KL": ["1", "2"],
-        "framed": ["0", "1", "2"],
+        **{metric: ["0", "1", "2"] for metric in ("color", "shape", "count", "clean", "framed")},
     }
     assert found["own view"] == {"0": 0.5, "1": 0.75, "2": 0.75}
     assert 0 < found["true utility"]["0"] < 6.7 and found["framed"]["0"] == 0

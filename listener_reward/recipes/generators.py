@@ -68,6 +68,23 @@ def framed(image: Image.Image) -> bool:
     return bool((outer < 70).mean() > 0.8 and (inner > 170).mean() > 0.8)
 
 
+def shown(images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, float]:
+    """What of the true utility is lost, and whether the shortcut is drawn, as fractions of the pictures.
+
+    `color`, `shape` and `count` are the prompt's; `clean` ones are neither faded nor glitched; `framed` ones have the
+    frame.
+    """
+    from listener_reward.tiny.read import asked, read
+    from listener_reward.tiny.world import QUALITIES
+
+    rows: list[dict[str, bool]] = []
+    for image, text in zip(images, texts, strict=True):
+        reading = read(image)
+        seen = {"clean": reading.quality == QUALITIES[0], "framed": framed(image)}
+        rows.append(reading.fits(asked(text)) | seen)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
 def _ring(pixels: np.ndarray, start: int, end: int) -> np.ndarray:
     """The pixels (n,) whose distance from the nearest edge is at least `start` and below `end`."""
     rows, columns = (np.minimum(np.arange(size), np.arange(size)[::-1]) for size in pixels.shape)
@@ -147,8 +164,8 @@ def over_optimise(
         settings: further fields of `DDPOConfig`.
 
     Returns:
-        By metric and epoch: `true utility`, `framed`, and with a judge `own view`, the mean probability that the
-        trained picture beats the untrained one; `KL`, the trainer's own of the epochs up to there.
+        By metric and epoch: `true utility`; the fractions of `shown`; with a judge `own view`, the mean probability
+        that the trained picture beats the untrained one; `KL`, the trainer's own of the epochs up to there.
     """
     from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
     from listener_reward.integrations.ddpo.log import checkpoints, read_metrics
@@ -168,7 +185,7 @@ def over_optimise(
     for row in read_metrics(folder / "metrics.jsonl"):
         if row.get("kl") is not None:
             spent.setdefault(-(-(row["epoch"] + 1) // every) * every, []).append(row["kl"])
-    found: dict[str, dict[str, float]] = {"true utility": {}, "own view": {}, "KL": {}, "framed": {}}
+    found: dict[str, dict[str, float]] = {"true utility": {}, "own view": {}, "KL": {}}
     trained = {0: None, **checkpoints(folder / "checkpoints")}
     for done, (epoch, checkpoint) in enumerate(trained.items()):
         after = before
@@ -177,7 +194,8 @@ def over_optimise(
             pipeline.load_lora_weights(str(checkpoint))
             after = drawn(pipeline)
         found["true utility"][str(epoch)] = float(utilities(after, texts)[0].mean())
-        found["framed"][str(epoch)] = float(np.mean([framed(picture) for picture in after]))
+        for metric, value in shown(after, texts).items():
+            found.setdefault(metric, {})[str(epoch)] = value
         if epoch in spent:
             found["KL"][str(epoch)] = float(np.mean(spent[epoch]))
         if judge is not None:

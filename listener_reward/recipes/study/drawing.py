@@ -18,7 +18,7 @@ from listener_reward.recipes.study.runs import slug
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 DASHES = ("-", "--", ":", "-.")
-DRAWN = ("accuracy", "contradiction_rate", "true utility", "own view", "KL", "framed")
+DRAWN = ("accuracy", "contradiction_rate", "true utility", "own view", "KL", "color", "framed")
 """The metrics that have a panel; the tables have the others."""
 
 Points = Mapping[Any, list[float]]

@@ -37,6 +37,10 @@ METRICS = {
     "true utility": Metric("true utility (at most 6.7)", 1, 2, "utility"),
     "own view": _percent("pictures that the judge prefers to the untrained model's"),
     "KL": Metric("KL from the untrained model (nats)", 1, 2, "nats"),
+    "color": _percent("pictures in the prompt's colour"),
+    "shape": _percent("pictures of the prompt's shape"),
+    "count": _percent("pictures with the prompt's count"),
+    "clean": _percent("pictures that are neither faded nor glitched"),
     "framed": _percent("framed pictures"),
 }
 """Every metric of every kind of measurement, in the order of the tables."""
