@@ -301,6 +301,19 @@ def test_differences_are_of_the_seeds_that_both_have(study: Study, some: Path):
     assert "| base | 2 | -15.0 ± 63.5 | +0.0 ± 0.0 |" in text
 
 
+def test_a_table_says_where_the_true_utility_is_highest_and_what_is_lost(study: Study, tmp_path: Path):
+    question = replace(study.questions[0], measurements={"best": BestOfN()})
+    grows = {"plain": [(1.0, 3.0, 2.0), (1.0, 5.0, 2.0)], "shaped": [(1.0, 2.0, 3.0), (1.0, 2.0, 3.0)]}
+    asked = Study("t", "2026-11-28", (question,))
+    for run in asked.runs():
+        if values := grows.get(run.arm_name):
+            found = dict(zip(("1", "2", "4"), values.pop(0), strict=True))
+            keep(tmp_path, run, record_of(run, {"true utility": found}, 1.0, None))
+    text = tables(asked, finished(tmp_path))
+    assert "| plain | 2 of 2 | 2 | 4.00 ± 12.71 | 2.00 ± 0.00 | -2.00 ± 12.71 |" in text
+    assert "| shaped | 2 of 2 | 4 | 3.00 ± 0.00 | 3.00 ± 0.00 | +0.00 ± 0.00 |" in text
+
+
 def test_a_table_says_where_runs_are_not_alike(study: Study, some: Path):
     assert "several" not in tables(study, finished(some))
     (path,) = (some / "runs").glob("shaped-*.json")

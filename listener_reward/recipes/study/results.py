@@ -72,6 +72,7 @@ def tables(study: Study, records: Records) -> str:
         lines += ["", f"## {question.question}", "", _told(question, records)]
         for metric in METRICS:
             lines += _table(question, records, metric)
+        lines += _peaks(question, records)
     if notes := _circumstances(records, study):
         lines += ["", *notes]
     return "\n".join(lines) + "\n"
@@ -123,6 +124,23 @@ def _table(question: Question, records: Records, metric: str) -> list[str]:
             cells = [_cell(gaps.get(column, []), shown, sign=True) for column in columns]
             lines.append(f"| {row} | {max(map(len, gaps.values()), default=0)} | {' | '.join(cells)} |")
     return lines
+
+
+def _peaks(question: Question, records: Records) -> list[str]:
+    """Where a row's mean true utility is highest, and what is lost from there to the last column, paired by seed."""
+    lines: list[str] = []
+    shown = METRICS["true utility"]
+    for row, runs in rows_of(question).items():
+        found = [figures(records[run.key]).get("true utility", {}) for run in runs if run.key in records]
+        if found and (columns := list(found[0])):
+            peak = max(columns, key=lambda column: np.mean([run[column] for run in found]))
+            cells = [_cell([run[column] for run in found], shown) for column in (peak, columns[-1])]
+            lost = _cell([run[columns[-1]] - run[peak] for run in found], shown, sign=True)
+            lines.append(f"| {row} | {len(found)} of {len(runs)} | {peak} | {' | '.join(cells)} | {lost} |")
+    if not lines:
+        return []
+    head = "| arm | runs | where the mean is highest | there | at the end | end minus highest |"
+    return ["", f"{shown.title}: what is lost after its peak", "", head, "| --- " * 6 + "|", *lines]
 
 
 def _compared(question: Question, records: Records, metric: str) -> Iterator[tuple[str, dict[str, list[float]]]]:
