@@ -69,7 +69,7 @@ def framed(image: Image.Image) -> bool:
 
 
 def shown(images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, float]:
-    """What of the true utility is lost, and whether the shortcut is drawn, as fractions of the pictures.
+    """The mean `true utility`, and as fractions of the pictures what of it is lost, and whether the shortcut is drawn.
 
     `color`, `shape` and `count` are the prompt's; `clean` ones are neither faded nor glitched; `framed` ones have the
     frame.
@@ -77,11 +77,11 @@ def shown(images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, floa
     from listener_reward.tiny.read import asked, read
     from listener_reward.tiny.world import QUALITIES
 
-    rows: list[dict[str, bool]] = []
+    rows: list[dict[str, float]] = []
     for image, text in zip(images, texts, strict=True):
-        reading = read(image)
-        seen = {"clean": reading.quality == QUALITIES[0], "framed": framed(image)}
-        rows.append(reading.fits(asked(text)) | seen)
+        scene, reading = asked(text), read(image)
+        seen = reading.fits(scene) | {"clean": reading.quality == QUALITIES[0], "framed": framed(image)}
+        rows.append({"true utility": reading.utility(scene), **seen})
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -164,8 +164,8 @@ def over_optimise(
         settings: further fields of `DDPOConfig`.
 
     Returns:
-        By metric and epoch: `true utility`; the fractions of `shown`; with a judge `own view`, the mean probability
-        that the trained picture beats the untrained one; `KL`, the trainer's own of the epochs up to there.
+        By metric and epoch: what `shown` gives; with a judge `own view`, the mean probability that the trained picture
+        beats the untrained one; `KL`, the trainer's own of the epochs up to there.
     """
     from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
     from listener_reward.integrations.ddpo.log import checkpoints, read_metrics
@@ -193,7 +193,6 @@ def over_optimise(
             pipeline = load_pipeline()
             pipeline.load_lora_weights(str(checkpoint))
             after = drawn(pipeline)
-        found["true utility"][str(epoch)] = float(utilities(after, texts)[0].mean())
         for metric, value in shown(after, texts).items():
             found.setdefault(metric, {})[str(epoch)] = value
         if epoch in spent:
