@@ -9,6 +9,7 @@ ddpo     samples before and after DDPO on the judge's reward, from `docs/ddpo-gr
          `tests/benchmarks/ddpo.py --docs docs` makes
 relations  pairs of two groups with the true utility of each picture, one of them out of distribution
 study    what judges of the same votes are worth, from the finished runs of `examples/study.yaml` in `docs/studies/tiny`
+drawn    what generators draw that were trained on those judges; from the folder `study` of a study that was run here
 report   two parts of the page that `listener-reward eval --html` writes, the results and the worst mistakes (needs
          Chromium)
 """
@@ -33,8 +34,11 @@ from PIL import Image
 from listener_reward import Judge, ListenerReward, Verdict
 from listener_reward.datasets import load_pairs
 from listener_reward.integrations.best_of_n import best_of_n
+from listener_reward.integrations.ddpo.log import checkpoints
+from listener_reward.recipes.generators import pictures, prompts
+from listener_reward.recipes.study.carry_out import GENERATORS
 from listener_reward.recipes.study.drawing import figure_of, panels_of
-from listener_reward.recipes.study.plans import read_study
+from listener_reward.recipes.study.plans import read_study, runs_of
 from listener_reward.recipes.study.results import METRICS
 from listener_reward.recipes.study.runs import finished
 from listener_reward.tiny.diffusion import CALL, load_pipeline
@@ -46,6 +50,8 @@ PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
 PROMPT = "three red stars"
 ROOT = Path(__file__).parents[2]
 GRID = ROOT / "docs/ddpo-grid.png"
+STUDY, SEED = Path("study"), 10
+"""Where `listener-reward study --config examples/study.yaml` leaves its generators, and whose pictures are shown."""
 SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth"
 """The study's ways to have a judge that the README shows."""
 INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
@@ -149,6 +155,32 @@ def study(folder: Path) -> None:
     save(figure_of(panels), folder / "study.png")
 
 
+def drawn(folder: Path) -> None:
+    """A row for each judge of the study: held-out prompts after the last epoch of DDPO, from equal seeds."""
+    plan, records, texts = read_study(ROOT / "examples/study.yaml"), finished(STUDY), prompts(held=True)[::2]
+    question = next(one for one in plan.questions if one.question.startswith("When does"))
+    runs = {run.arm_name: run.key for run in runs_of(question, SEED) if run.key in records}
+    worth = {name: [*records[key]["results"]["true utility"].values()] for name, key in runs.items()}
+    rows: dict[str, Path | None] = {f"before: {next(iter(worth.values()))[0]:.2f}": None}
+    for name in (name for name in SHOWN if name in runs):
+        label = f"{name.replace(' GRPO', '')}: {worth[name][-1]:.2f}"
+        rows[label] = max(checkpoints(STUDY / GENERATORS / runs[name] / "checkpoints").items())[1]
+    size = 1.4 * len(texts) + 1.8, 1.4 * len(rows) + 0.2
+    figure, axes = plt.subplots(len(rows), len(texts), figsize=size, layout="constrained")
+    for (label, checkpoint), line in zip(rows.items(), axes, strict=True):
+        pipeline = load_pipeline()
+        if checkpoint is not None:
+            pipeline.load_lora_weights(str(checkpoint))
+        for axis, text in zip(line, texts, strict=True):
+            axis.imshow(pictures(pipeline, text, 1)[0], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
+    for axis, text in zip(axes[0], texts, strict=True):
+        axis.set_title(text, fontsize=8.5)
+    save(figure, folder / "drawn.png")
+
+
 def report(folder: Path) -> None:
     """The page of a short evaluation, as Chromium draws it: its top beside its worst mistakes."""
     sys.path.append(str(Path(__file__).parents[1]))
@@ -186,8 +218,9 @@ def _shrink(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, study, report)}
-    parser.add_argument("--only", nargs="+", choices=list(makers), default=list(makers))
+    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, study, drawn, report)}
+    usual = [name for name in makers if name != "drawn" or STUDY.is_dir()]
+    parser.add_argument("--only", nargs="+", choices=list(makers), default=usual)
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
