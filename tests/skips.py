@@ -15,13 +15,14 @@ import pytest
 EXPECTED = {
     "DeepSpeed is not installed: pip install deepspeed": 16,
     "FlexAttention has a backward pass on CUDA alone": 2,
-    "Ray is not installed": 10,  # a step of .ci/run has it
+    "Ray is not installed": 11,  # a step of .ci/run has it
     "this transformers cuts a video's patches only where torchvision is": 2,  # before 5.17
     "torchvision is not installed": 7,  # CI runs them by themselves
     "TRL_DDPO_PYTHON names no interpreter with trl<=0.23.1": 2,
     "Qwen's vocabulary is not here: QWEN_VOCABULARY names no wheel of dashscope": 15,  # a step of .ci/run has it
     "this transformers has no Qwen3.5": 1,
     "needs vLLM": 2,
+    "no Chromium: apt-get install chromium, or playwright install chromium, or name one in CHROMIUM": 1,
     # Public data, which is not in the repository.
     "GenAI-Bench's votes are not on this machine": 2,
     "HPDv2's gallery is not there": 4,

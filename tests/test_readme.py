@@ -15,7 +15,7 @@ def test_it_has_at_most_two_hundred_lines():
 
 def test_its_pictures_are_there_and_small():
     pictures = [ROOT / path for path in re.findall(r"^!\[[^\]]+\]\(([^)]+)\)$", README, re.M)]
-    assert {path.stem for path in pictures} == {"pairs", "best-of-16", "ddpo", "report"}
+    assert {path.stem for path in pictures} == {"pairs", "best-of-16", "ddpo", "drawn", "report"}
     sizes = [path.stat().st_size for path in pictures]
     assert max(sizes) < 250_000
     assert sum(sizes) < 700_000
