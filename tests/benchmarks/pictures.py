@@ -38,7 +38,7 @@ from listener_reward.integrations.ddpo.log import checkpoints
 from listener_reward.recipes.generators import pictures, prompts
 from listener_reward.recipes.study.carry_out import GENERATORS
 from listener_reward.recipes.study.drawing import figure_of, panels_of
-from listener_reward.recipes.study.plans import read_study, runs_of
+from listener_reward.recipes.study.plans import Question, read_study, runs_of
 from listener_reward.recipes.study.results import METRICS
 from listener_reward.recipes.study.runs import finished
 from listener_reward.tiny.diffusion import CALL, load_pipeline
@@ -142,24 +142,28 @@ def relations(folder: Path) -> None:
 
 def study(folder: Path) -> None:
     """Three panels: accuracy by split, true utility of the best of n, and true utility in DDPO."""
-    plan, records = read_study(ROOT / "examples/study.yaml"), finished(ROOT / "docs/studies/tiny")
+    records = finished(ROOT / "docs/studies/tiny")
     panels: dict[str, Any] = {}
     for begins, metric, title in (
         ("Which way", "accuracy", "accuracy (%) on each split"),
         ("Where does the best", "true utility", "true utility of the best of n"),
         ("When does", "true utility", "true utility after epochs of DDPO"),
     ):
-        question = next(one for one in plan.questions if one.question.startswith(begins))
-        lines = panels_of(question, records)[METRICS[metric].title]
+        lines = panels_of(_question(begins), records)[METRICS[metric].title]
         panels[title] = {name: lines[name] for name in SHOWN if name in lines}
     save(figure_of(panels), folder / "study.png")
 
 
+def _question(begins: str) -> Question:
+    """The question of the package's study that begins so."""
+    plan = read_study(ROOT / "examples/study.yaml")
+    return next(one for one in plan.questions if one.question.startswith(begins))
+
+
 def drawn(folder: Path) -> None:
     """A row for each judge of the study: held-out prompts after the last epoch of DDPO, from equal seeds."""
-    plan, records, texts = read_study(ROOT / "examples/study.yaml"), finished(STUDY), prompts(held=True)[::2]
-    question = next(one for one in plan.questions if one.question.startswith("When does"))
-    runs = {run.arm_name: run.key for run in runs_of(question, SEED) if run.key in records}
+    records, texts = finished(STUDY), prompts(held=True)[::2]
+    runs = {run.arm_name: run.key for run in runs_of(_question("When does"), SEED) if run.key in records}
     worth = {name: [*records[key]["results"]["true utility"].values()] for name, key in runs.items()}
     rows: dict[str, Path | None] = {f"before: {next(iter(worth.values()))[0]:.2f}": None}
     for name in (name for name in SHOWN if name in runs):
@@ -223,6 +227,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(makers), default=usual)
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
     args = parser.parse_args()
+    if "drawn" in args.only and not STUDY.is_dir():
+        parser.error(f"drawn needs the folder {STUDY}: listener-reward study --config examples/study.yaml")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         makers[name](args.out)
