@@ -211,10 +211,14 @@ def serving(reward, **options):
         thread.join()
 
 
-def http(url: str, body: Any = None, raw: bytes | None = None, raises: bool = False) -> tuple[int, dict]:
+def http(
+    url: str, body: Any = None, raw: bytes | None = None, raises: bool = False, timeout: float = 30
+) -> tuple[int, dict]:
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     try:
-        with request.urlopen(request.Request(url, data, {"Content-Type": "application/json"}), timeout=30) as reply:
+        with request.urlopen(
+            request.Request(url, data, {"Content-Type": "application/json"}), timeout=timeout
+        ) as reply:
             return reply.status, json.load(reply)
     except HTTPError as refused:
         if raises:

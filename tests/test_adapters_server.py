@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from adapter_hosts import (
     PROMPTS,
+    REDS,
     REFERENCE,
     HandClock,
     WatchedCollector,
@@ -226,6 +227,42 @@ def test_collector_says_what_may_be_wrong_where_a_client_waits(FakeJudge, shade,
     assert "waits for itself: let it send a whole group" in caplog.text
 
 
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_client_that_waits_for_itself_is_told_at_once(FakeJudge, monkeypatch, clients):
+    """Each sends half a group and would send the rest once it is answered."""
+    monkeypatch.setattr("listener_reward.integrations.serving.collector.STUCK", 1)
+    collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 4, clients=clients)
+    with serving(collector) as url, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(http, f"{url}/compute", halved(f"prompt {k}")) for k in range(clients)]
+        for k, (_, reply) in enumerate(one.result(10) for one in asked):
+            assert reply["kind"] == "input" and f"2 of 4 images of prompt 'prompt {k}' came" in reply["error"]
+            assert f"came, and all {clients} requests that clients send at once wait (" in reply["error"]
+            assert "waits for itself: let it send a whole group" in reply["error"]
+        assert collector.waiting == 0
+        whole = {"prompt": ["a"] * 4, "image": [b64(png(red)) for red in REDS]}
+        assert http(f"{url}/compute", whole)[0] == 200
+    # Called in a process, which has no client that hangs up, it is the same.
+    with pytest.raises(InputError, match="waits for itself"), ThreadPoolExecutor(2) as pool:
+        [*pool.map(lambda prompt: collector([png(1)], [prompt]), ["x", "y"][:clients])]
+
+
+def test_clients_that_fill_one_anothers_groups_are_not_taken_for_waiting_ones(FakeJudge, monkeypatch):
+    """One waits, its client hangs up and asks again: for a second it is there twice, and the other one still comes."""
+    monkeypatch.setattr("listener_reward.integrations.serving.collector.STUCK", 2)
+    collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 4, clients=2)
+    with serving(collector) as url, ThreadPoolExecutor(2) as pool:
+        with pytest.raises(OSError, match="timed out"):
+            http(f"{url}/compute", halved("a"), timeout=1)
+        again = pool.submit(http, f"{url}/compute", halved("a"))
+        time.sleep(4)
+        assert not again.done(), "one of two waits, and the other may come"
+        assert http(f"{url}/compute", halved("a", start=2))[0] == 200 == again.result(10)[0]
+
+
+def halved(prompt, start=0):
+    return {"prompt": [prompt] * 2, "image": [b64(png(red)) for red in REDS[start : start + 2]]}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_collector_of_a_forked_process_begins_anew(FakeJudge, shade):
     collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 2)
@@ -312,6 +349,7 @@ def test_server_on_ipv6(FakeJudge):
         (["--on-failure", "group-mean"], "on_failure is 'group-mean'"),
         (["--scheme", "group", "--state", "a.db"], "state is given"),
         (["--group-size", "4", "--state", "a.db"], "state is given"),
+        (["--group-clients", "4"], "give --group-size as well"),
     ],
 )
 def test_serve_refuses_what_would_have_no_effect(options, words, monkeypatch, FakeJudge, tmp_path):
@@ -331,7 +369,7 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
         ["--reference", str(tmp_path / "references.json"), "--on-failure", "raise"],
         ["--state", str(tmp_path / "state.db"), "--criteria", "alignment=1,quality=0.5"],
         [],
-        ["--group-size", "3", "--group-timeout", "42"],
+        ["--group-size", "3", "--group-timeout", "42", "--group-clients", "6"],
     ):
         done = CliRunner().invoke(app, ["serve", "--judge", "tiny", *options])
         assert done.exit_code == 0, done.output
@@ -343,7 +381,7 @@ def test_serve_hands_its_options_on(monkeypatch, FakeJudge, shade, tmp_path):
     assert [reward.criteria for reward in made[:3]] == [{}, {"alignment": 1.0, "quality": 0.5}, {}]
     assert (kept._kept.path, temporary._kept.path) == (str(tmp_path / "state.db"), "")
     assert temporary([shade(100), shade(185)], ["a", "a"])[0].tolist() == pytest.approx([0, 1.0], abs=1e-4)
-    assert (collects.group_size, collects.timeout, collects.reward.scheme) == (3, 42, "group")
+    assert (collects.group_size, collects.timeout, collects.clients, collects.reward.scheme) == (3, 42, 6, "group")
 
 
 class FakeServer:

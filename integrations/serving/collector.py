@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds that a client waits for its group before the log says what may be wrong."""
 
+STUCK = 3
+"""Seconds that as many requests wait as clients send at once, before they fail: a client that has hung up and asks
+again is there twice until its first request is seen to be over."""
+
 
 ADVICE = (
     "group_size has to be the host's own, every image of a group has to come to this process, and a client that sends "
@@ -95,6 +99,7 @@ class GroupCollector:
         group_size: int,
         *,
         timeout: float = 600.0,
+        clients: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         timer: Callable[..., threading.Timer] = threading.Timer,
         workers: int = 1,
@@ -104,6 +109,10 @@ class GroupCollector:
             reward: what scores a full group, with the scheme `group`.
             group_size: how many images of a prompt make a group.
             timeout: seconds from a group's first image until it must be full; generating the rest takes time too.
+            clients: how many requests can come before one of them is answered, over all processes of the host. Where
+                so many wait for groups that are not full, nobody is left who could fill them, and they fail within
+                seconds with an `InputError`. None where it is not known: a client that waits for itself then looks
+                like one whose other processes still draw their images, and waits until `timeout`.
             clock: gives seconds that never go back.
             timer: `timer(seconds, function, arguments)` calls the function once it was started and the seconds are
                 over, unless it is cancelled before.
@@ -111,7 +120,9 @@ class GroupCollector:
         """
         if group_size < 2:
             raise InputError(f"group_size is {group_size}; a group has at least 2 images to compare")
-        self.reward, self.group_size, self.timeout = reward, group_size, timeout
+        if clients is not None and clients < 1:
+            raise InputError(f"clients is {clients}; give how many requests come at once, 1 or more, or None")
+        self.reward, self.group_size, self.timeout, self.clients = reward, group_size, timeout, clients
         self._clock, self._timer, self._workers = clock, timer, workers
         self._begin()
         renew(self)
@@ -263,15 +274,18 @@ class GroupCollector:
                 self._settling = [others for others in self._settling if others is not futures]
 
     def _settle(self, futures: Sequence[Future], gone: Callable[[], bool] | None) -> None:
-        start, warned = time.monotonic(), False
-        while wait(futures, timeout=None if gone is None else 1.0).not_done:
-            assert gone is not None
+        start, warned, stuck = time.monotonic(), False, 0
+        watched = gone is not None or self.clients is not None
+        while wait(futures, timeout=1.0 if watched else None).not_done:
             try:
-                if gone():
+                if gone is not None and gone():
                     raise ClientGone("the client has hung up")
             except Unwanted:
                 self.leave(futures)
                 raise
+            stuck = stuck + 1 if self.clients is not None and self.held >= self.clients else 0
+            if stuck >= STUCK:
+                self._end_deadlock()
             if not warned and time.monotonic() - start > PATIENCE:
                 warned = True
                 logger.warning("a client has waited %.0f s for its group; %s", PATIENCE, ADVICE)
@@ -326,20 +340,35 @@ class GroupCollector:
             for name in self._closed.popleft()[1]:
                 del self._named[name]
 
-    def _give_up(self, key: tuple[str, str], group: _Group) -> None:
+    def _end_deadlock(self) -> None:
+        """Every client waits, so that nobody is left who could fill a group: they all fail."""
+        with self._lock:
+            groups = [*self._waiting.items()]
+        why = (
+            f"and all {self.clients} requests that clients send at once wait (clients, --group-clients; raise it if "
+            "more can come)"
+        )
+        for key, group in groups:
+            assert group.timer is not None
+            group.timer.cancel()
+            self._give_up(key, group, why, InputError)
+
+    def _give_up(
+        self, key: tuple[str, str], group: _Group, why: str | None = None, kind: type[Exception] = JudgeError
+    ) -> None:
         with self._lock:
             if self._waiting.get(key) is not group:
                 return
             del self._waiting[key]
         message = (
-            f"{len(group.present())} of {self.group_size} images of {key[0]} {_shown(key)!r} came in "
-            f"{self.timeout:g} s; {ADVICE}"
+            f"{len(group.present())} of {self.group_size} images of {key[0]} {_shown(key)!r} came"
+            f"{f', {why}' if why else f' in {self.timeout:g} s'}; {ADVICE}"
         )
         if group.present():
             logger.warning("%s", message)
         for member in group.members:
             if not member.future.done():
-                member.future.set_exception(JudgeError(message))
+                member.future.set_exception(kind(message))
         self._close(group)
 
 

@@ -44,6 +44,17 @@ _GroupTimeout = Annotated[
     float,
     typer.Option("--group-timeout", metavar="S", min=1, help="Seconds for a group to fill, from its first image."),
 ]
+_GroupClients = Annotated[
+    int | None,
+    typer.Option(
+        "--group-clients",
+        metavar="N",
+        min=1,
+        help="Requests that the host sends at once, over all its processes. Where so many wait for their groups, "
+        "nobody is left who could fill them, and they fail at once.",
+        show_default="wait for --group-timeout",
+    ),
+]
 _Reference = Annotated[
     Path | None,
     typer.Option(
@@ -160,6 +171,7 @@ def serve(
     criteria: _Criteria = None,
     group_size: _GroupSize = None,
     group_timeout: _GroupTimeout = 600.0,
+    group_clients: _GroupClients = None,
     reference: _Reference = None,
     anchors: _Anchors = None,
     state: _State = None,
@@ -204,6 +216,8 @@ def serve(
             from listener_reward.integrations.serving.limits import Limits
 
             check_exposure(host, api_key, insecure)  # before the judge, which is slow
+            if group_clients and not group_size:
+                raise InputError("group_clients is for groups that come in several requests; give --group-size as well")
             limits = Limits(
                 body=max_body * 2**20,
                 images=max_images,
@@ -226,7 +240,7 @@ def serve(
             batching = {"limit": max_batch, "wait": wait / 1000, "at_once": at_once}
             reward = _reward(loaded, batching, **yardstick, on_failure=on_failure, criteria=criteria)
             server = make_server(
-                _collected(reward, group_size, group_timeout) if group_size else reward,
+                _collected(reward, group_size, group_timeout, group_clients) if group_size else reward,
                 host=host,
                 port=port,
                 name=name,
@@ -280,8 +294,8 @@ def _reward(judge: Any, batching: dict[str, Any], **options: Any) -> Any:
     return reward
 
 
-def _collected(reward: Any, group_size: int, timeout: float) -> Any:
+def _collected(reward: Any, group_size: int, timeout: float, clients: int | None) -> Any:
     """The reward, for images of a group that come in any pieces."""
     from listener_reward.integrations.serving.collector import GroupCollector
 
-    return GroupCollector(reward, group_size, timeout=timeout, workers=8)
+    return GroupCollector(reward, group_size, timeout=timeout, clients=clients, workers=8)
