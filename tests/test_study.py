@@ -36,7 +36,7 @@ from listener_reward.recipes.study.configuration import (
     to_dict,
 )
 from listener_reward.recipes.study.drawing import draw_study, figure_of, panels_of
-from listener_reward.recipes.study.plans import Question, Run, Study, read_study, runs_of, study_of
+from listener_reward.recipes.study.plans import Question, Run, Study, compared_with, read_study, runs_of, study_of
 from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
 from listener_reward.recipes.study.show import write_results
@@ -287,18 +287,27 @@ def test_a_table_says_what_was_planned_and_is_missing(study: Study, some: Path):
     text = tables(study, finished(some))
     assert "Planned on 2026-11-28. 4 of 5 planned runs are there; 0 of 2 were added afterwards." in text
     assert "Added on 2026-11-29, because a reader asked. Seeds 3: 0 of 2 runs are there." in text
-    assert "| base | 1 of 1 | 50.0 | 50.0 |" in text
+    assert "| arm | runs | id | ood | mean |" in text
+    assert "| base | 1 of 1 | 50.0 | 50.0 | 50.0 |" in text
     # 65 ± t(0.975, 1) * 7.07 / sqrt(2) = 12.706 * 5
-    assert "| plain | 2 of 2 | 65.0 ± 63.5 | 50.0 ± 0.0 |" in text
-    assert "| shaped | 1 of 2 | 80.0 | 50.0 |" in text
+    assert "| plain | 2 of 2 | 65.0 ± 63.5 | 50.0 ± 0.0 | 57.5 ± 31.8 |" in text
+    assert "| shaped | 1 of 2 | 80.0 | 50.0 | 65.0 |" in text
 
 
 def test_differences_are_of_the_seeds_that_both_have(study: Study, some: Path):
     text = tables(study, finished(some))
     assert "minus plain, paired by seed (points)" in text
-    assert "| shaped | 1 | +20.0 | +0.0 |" in text, "seed 4 is there for one of the two only"
+    assert "| shaped | 1 | +20.0 | +0.0 | +10.0 |" in text, "seed 4 is there for one of the two only"
     # The base has no seed: it stands beside each of the other's, -10 and -20; 12.706 * 7.07 / sqrt(2)
-    assert "| base | 2 | -15.0 ± 63.5 | +0.0 ± 0.0 |" in text
+    assert "| base | 2 | -15.0 ± 63.5 | +0.0 ± 0.0 | -7.5 ± 31.8 |" in text
+
+
+def test_the_arm_to_compare_with_can_be_another(study: Study, some: Path):
+    text = tables(compared_with(study, "shaped"), finished(some))
+    assert "minus shaped, paired by seed (points)" in text and "minus plain" not in text
+    assert "| plain | 1 | -20.0 | +0.0 | -10.0 |" in text
+    with pytest.raises(InputError, match="against names 'shapd', which there is not; is 'shaped' meant"):
+        compared_with(study, "shapd")
 
 
 def test_a_table_says_where_the_true_utility_is_highest_and_what_is_lost(study: Study, tmp_path: Path):
@@ -369,6 +378,8 @@ def test_the_command_lists_runs_and_makes_tables(some: Path, tmp_path: Path, loa
     assert made.exit_code == 0, made.output
     assert (some / "tables.md").read_text() == tables(read_study(tmp_path / "plan.yaml"), finished(some))
     assert (some / "Which-is-best.svg").exists()
+    made = CliRunner().invoke(app, [*arguments, "--table", "--against", "shaped"])
+    assert made.exit_code == 0 and "minus shaped" in (some / "tables.md").read_text()
 
 
 @pytest.fixture

@@ -22,6 +22,10 @@ def study(
     at_once: Annotated[int, typer.Option("--at-once", metavar="N", min=1, help="Jobs side by side.")] = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and what is there; run nothing.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Only make tables and figures of what is there.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="ARM", help="Compare with this arm.", show_default="as the plan says"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a planned study: judges trained in several ways, from seeds that are named beforehand, and measured.
@@ -56,12 +60,12 @@ def study(
     with errors_in_one_line(debug):
         quieten()
         from listener_reward.recipes.study.conduct import conduct, due
-        from listener_reward.recipes.study.plans import read_study
+        from listener_reward.recipes.study.plans import compared_with, read_study
         from listener_reward.recipes.study.results import counted
         from listener_reward.recipes.study.runs import finished
         from listener_reward.recipes.study.show import write_results
 
-        planned = read_study(config)
+        planned = read_study(config) if against is None else compared_with(read_study(config), against)
         folder = config.with_suffix("") if out is None else out
         console = stderr()
         if dry_run:

@@ -102,6 +102,18 @@ class Study:
                         yield run
 
 
+def compared_with(study: Study, arm: str) -> Study:
+    """The study with every question that has this arm against it.
+
+    Raises:
+        InputError: no question has it.
+    """
+    known = dict.fromkeys(name for question in study.questions for name in question.arms)
+    _of(known, arm, "against")
+    asked = (replace(one, against=arm) if arm in one.arms else one for one in study.questions)
+    return replace(study, questions=tuple(asked))
+
+
 def runs_of(question: Question, seed: int) -> Iterator[Run]:
     """The runs of one seed. A run in which a seed decides nothing has seed 0."""
     for value in question.over or (None,):

@@ -57,6 +57,14 @@ def figures(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def columns_of(record: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """A run's numbers of one metric as a table shows them: several splits have their mean as a last column."""
+    found = figures(record).get(metric, {})
+    if record["measurement"]["kind"] != "splits" or len(found) < 2:
+        return found
+    return {**found, "mean": sum(found.values()) / len(found)}
+
+
 def rows_of(question: Question) -> dict[str, list[Run]]:
     """A question's runs by their row in the table, one for each seed."""
     rows: dict[str, list[Run]] = {}
@@ -106,15 +114,15 @@ def _told(question: Question, records: Records) -> str:
 def _table(question: Question, records: Records, metric: str) -> list[str]:
     rows = rows_of(question)
     found = {
-        row: [figures(records[run.key]).get(metric) for run in runs if run.key in records] for row, runs in rows.items()
+        row: [columns_of(records[run.key], metric) for run in runs if run.key in records] for row, runs in rows.items()
     }
-    columns = list(dict.fromkeys(column for runs in found.values() for run in runs for column in run or ()))
+    columns = list(dict.fromkeys(column for runs in found.values() for run in runs for column in run))
     if not columns:
         return []
     shown, head = METRICS[metric], f"| {' | '.join(columns)} |"
     lines = ["", shown.title, "", f"| arm | runs {head}", "| --- " * (2 + len(columns)) + "|"]
     for row, runs in rows.items():
-        cells = [_cell([run[column] for run in found[row] if run and column in run], shown) for column in columns]
+        cells = [_cell([run[column] for run in found[row] if column in run], shown) for column in columns]
         lines.append(f"| {row} | {len(found[row])} of {len(runs)} | {' | '.join(cells)} |")
     compared = list(_compared(question, records, metric))
     if compared:
@@ -165,7 +173,7 @@ def _of_seed(runs: Sequence[Run], seed: int, records: Records, metric: str) -> d
     """A row's numbers of one seed; where seeds decide nothing in it, its one run stands beside every seed."""
     for run in runs:
         if (run.seed == seed or not run.drawn) and run.key in records:
-            return figures(records[run.key]).get(metric, {})
+            return columns_of(records[run.key], metric)
     return {}
 
 
