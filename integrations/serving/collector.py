@@ -283,7 +283,7 @@ class GroupCollector:
             except Unwanted:
                 self.leave(futures)
                 raise
-            stuck = stuck + 1 if self.clients is not None and self.held >= self.clients else 0
+            stuck = stuck + 1 if self._deadlocked() else 0
             if stuck >= STUCK:
                 self._end_deadlock()
             if not warned and time.monotonic() - start > PATIENCE:
@@ -339,6 +339,11 @@ class GroupCollector:
         while self._closed and self._closed[0][0] < self._clock() - self.timeout:
             for name in self._closed.popleft()[1]:
                 del self._named[name]
+
+    def _deadlocked(self) -> bool:
+        if self.clients is None or len(self._settling) < self.clients:  # the cheap half first: every waiter asks
+            return False
+        return self.held >= self.clients
 
     def _end_deadlock(self) -> None:
         """Every client waits, so that nobody is left who could fill a group: they all fail."""
