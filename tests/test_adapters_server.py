@@ -243,7 +243,7 @@ def test_a_client_that_waits_for_itself_is_told_at_once(FakeJudge, monkeypatch, 
         assert http(f"{url}/compute", whole)[0] == 200
     # Called in a process, which has no client that hangs up, it is the same.
     with pytest.raises(InputError, match="waits for itself"), ThreadPoolExecutor(2) as pool:
-        [*pool.map(lambda prompt: collector([png(1)], [prompt]), ["x", "y"][:clients])]
+        list(pool.map(lambda prompt: collector([png(1)], [prompt]), ["x", "y"][:clients]))
 
 
 def test_clients_that_fill_one_anothers_groups_are_not_taken_for_waiting_ones(FakeJudge, monkeypatch):

@@ -540,3 +540,10 @@ def test_the_study_of_the_package_can_be_run():
                 ListenerGRPOConfig(output_dir="none", listener=run.arm.recipe.listener, **run.arm.options)
     labels = {(run.question.question, run.label, run.seed) for run in study.runs()}
     assert len(labels) == len(list(study.runs())), "a row of a table is one run for each seed"
+
+
+def test_of_an_answered_question_every_run_is_there():
+    """Its arms ask for what is no longer in the code, so that no run could be made again."""
+    studies = Path(__file__).parents[1] / "docs" / "studies"
+    asked = read_study(studies / "beyond.yaml")
+    assert {run.key for run in asked.runs()} <= finished(studies / "tiny").keys()
