@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from listener_reward.errors import InputError
 from listener_reward.shaping import (
     WEIGHTS,
     accuracy_reward,
-    combined,
     contradicted,
-    counterfactual_reward,
     format_reward,
     gain_reward,
     listener_reward,
-    smoothed_label,
 )
 from listener_reward.trace import Trace
 
@@ -89,22 +85,6 @@ def test_swapping_the_pair_changes_no_reward(p_first, p_listener):
 
 
 @pytest.mark.parametrize(
-    ("trace", "p_first", "p", "p_exchanged", "expected"),
-    [
-        (FIRST, 1.0, 0.9, 0.3, 0.6),  # with the images exchanged the thought is false, and the listener sees it
-        (FIRST, 1.0, 0.9, 0.9, 0.0),  # a thought that persuades of whatever stands first
-        (FIRST, 1.0, 0.4, 0.7, 0.0),  # stronger when it is false: nothing, and no fine
-        (FIRST, 0.0, 0.2, 0.7, 0.5),  # people: the second. (2 * 0 - 1) * (0.2 - 0.7)
-        (SECOND, 0.75, 0.9, 0.3, 0.3),  # three of four people: (2 * 0.75 - 1) * 0.6, whatever the answer
-        (FIRST, 0.5, 1.0, 0.0, 0.0),
-        (MALFORMED, 1.0, 0.9, 0.3, 0.0),
-    ],
-)
-def test_a_thought_must_lose_its_force_when_the_images_are_exchanged(trace, p_first, p, p_exchanged, expected):
-    assert counterfactual_reward(trace, p_first, p, p_exchanged) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
     ("trace", "p_first", "p", "p_alone", "expected"),
     [
         (FIRST, 1.0, 0.9, 0.6, 0.3),  # from 0.4 off to 0.1 off
@@ -117,26 +97,3 @@ def test_a_thought_must_lose_its_force_when_the_images_are_exchanged(trace, p_fi
 )
 def test_a_thought_is_worth_what_it_gains(trace, p_first, p, p_alone, expected):
     assert gain_reward(trace, p_first, p, p_alone) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("p_first", "p_alone", "smoothing", "expected"),
-    [
-        (1.0, 0.2, 0.25, 0.8),  # 0.75 * 1 + 0.25 * 0.2
-        (0.0, 0.9, 0.5, 0.45),
-        (1.0, 0.6, 0.5, 1.0),  # of one mind
-        (0.5, 0.9, 0.5, 0.5),  # a tie prefers neither
-        (1.0, 0.2, 0.0, 1.0),
-        (1.0, 0.2, 1.0, 0.2),
-    ],
-)
-def test_a_label_moves_only_where_the_listener_disagrees(p_first, p_alone, smoothing, expected):
-    assert smoothed_label(p_first, p_alone, smoothing) == pytest.approx(expected)
-
-
-def test_several_listeners_are_one_by_their_mean_or_the_least():
-    assert combined([0.2, 0.8, 0.5], "mean") == pytest.approx(0.5)
-    assert combined([0.2, 0.8, 0.5], "least") == 0.2
-    assert combined([0.7], "mean") == combined([0.7], "least") == 0.7
-    with pytest.raises(InputError, match="how is 'most'; choose one of 'mean', 'least'"):
-        combined([0.7], "most")  # pyright: ignore[reportArgumentType]

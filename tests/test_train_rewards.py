@@ -14,15 +14,16 @@ from PIL import Image
 from listener_reward.chat import ChatFormat
 from listener_reward.errors import JudgeError, UnreachableError
 from listener_reward.listener import Listener
-from listener_reward.train.rewards import Beyond, ShapedReward, text_of
+from listener_reward.train.rewards import ShapedReward, text_of
 
 FORMAT = ChatFormat()
 
 
 class ParrotVLM:
-    """Believes whatever number the thought holds."""
+    """Believes whatever number the thought holds, and `silent` without a thought."""
 
     reserved: frozenset[str] = frozenset()
+    silent: float = 0.5
 
     def __init__(self) -> None:
         self.readings: list[list[float]] = []
@@ -34,7 +35,7 @@ class ParrotVLM:
         raise AssertionError("no weight is put on how likely the thought was")
 
     def label_logprobs(self, chats: Any, prefixes: Any, labels: Any) -> torch.Tensor:
-        said = [float(re.findall(r"nan|[0-9.]+", prefix)[0]) for prefix in prefixes]
+        said = [float((re.findall(r"nan|[0-9.]+", prefix) or [self.silent])[0]) for prefix in prefixes]
         self.readings.append(said)
         return torch.tensor([[p, 1 - p] for p in said]).log()
 
@@ -231,75 +232,22 @@ def test_a_failure_can_stop_the_run(parrot: ParrotVLM):
 # --- beyond the paper
 
 
-class LookingVLM(ParrotVLM):
-    """Says the thought's first number where a red picture stands first, and its second where the other does; without a
-    thought 0.4."""
-
-    def label_logprobs(self, chats: Any, prefixes: Any, labels: Any) -> torch.Tensor:
-        said: list[float] = []
-        for chat, prefix in zip(chats, prefixes, strict=True):
-            numbers = [float(number) for number in re.findall(r"nan|[0-9.]+", prefix)]
-            red = chat.images[0].image.getpixel((0, 0)) == (255, 0, 0)
-            said.append((numbers or [0.4, 0.4])[0 if red else -1])
-        self.readings.append(said)
-        return torch.tensor([[p, 1 - p] for p in said]).log()
+def test_the_view_without_a_thought_is_asked_once_for_each_pair(parrot: ParrotVLM):
+    parrot.silent = 0.4
+    reward = ShapedReward(FORMAT, Listener(parrot, FORMAT), gain=True)
+    assert [part.__name__ for part in reward.functions] == ["format", "accuracy", "listener", "gain"]
+    batch = Batch((says("0.9", 1), 1.0), (says("0.3", 1), 1.0), (says("0.9", 2), 1.0), ("no", 1.0))
+    batch.columns["images"] = [[Image.new("RGB", (4, 4), color) for color in ("red", "blue")]] * 4
+    assert [row[3] for row in batch.through(reward)] == pytest.approx([0.5, 0.0, 0.5, 0.0])
+    assert parrot.readings == [[0.9, 0.3, 0.9], [0.4]]
 
 
-def looked_at(*rows: tuple[str, float]) -> Batch:
-    """A batch whose pictures are a red one and another; rows of one pair share them."""
-    batch = Batch(*rows)
-    pictures = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    batch.columns["images"] = [pictures] * len(rows)
-    return batch
-
-
-def test_the_counterfactual_part_reads_each_thought_a_second_time():
-    vlm = LookingVLM()
-    reward = ShapedReward(FORMAT, Listener(vlm, FORMAT), beyond=Beyond(counterfactual=True))
-    assert [part.__name__ for part in reward.functions] == ["format", "accuracy", "listener", "counterfactual"]
-    batch = looked_at((says("0.9 0.3", 1), 1.0), (says("0.9 0.9", 1), 1.0), (says("0.2 0.7", 1), 0.0), ("no", 1.0))
-    parts = batch.through(reward)
-    assert [part for row in parts for part in row] == pytest.approx(
-        [1, 1, 0.9, 0.6, 1, 1, 0.9, 0.0, 1, 0, 0.8, 0.5, 0, 0, 0, 0]
-    )
-    assert vlm.readings == [[0.9, 0.9, 0.2], [0.3, 0.9, 0.7]]
-
-
-def test_the_view_without_a_thought_is_asked_once_for_each_pair():
-    vlm = LookingVLM()
-    reward = ShapedReward(FORMAT, Listener(vlm, FORMAT), beyond=Beyond(gain=True))
-    batch = looked_at((says("0.9 0", 1), 1.0), (says("0.3 0", 1), 1.0), (says("0.9 0", 2), 1.0))
-    assert [row[3] for row in batch.through(reward)] == pytest.approx([0.5, 0.0, 0.5])
-    assert vlm.readings == [[0.9, 0.3, 0.9], [0.4]]
-
-
-def test_smoothed_labels_are_those_of_every_part_and_metrics_keep_the_votes():
-    reward = ShapedReward(FORMAT, Listener(LookingVLM(), FORMAT), beyond=Beyond(smoothing=0.5))
-    batch = looked_at((says("0.9 0", 1), 1.0), (says("0.9 0", 1), 0.0))
-    # 0.4 alone prefers the second: the first label becomes 0.7, and the other stays
-    assert [part for row in batch.through(reward) for part in row] == pytest.approx([1, 0.7, 0.8, 1, 0, 0.1])
-    assert batch.metrics["accuracy"] == 0.5
-
-
-@pytest.mark.parametrize(("how", "expected"), [("mean", 0.6), ("least", 0.3)])
-def test_several_listeners_give_one_reward(parrot: ParrotVLM, how: Any, expected: float):
-    """The parrot believes the last number, and the other one the first."""
-    first, last = LookingVLM(), LookingVLM()
-    last.label_logprobs = lambda chats, prefixes, labels: ParrotVLM.label_logprobs(
-        parrot, chats, [prefix.split()[1] for prefix in prefixes], labels
-    )
-    reward = ShapedReward(FORMAT, Listener(first, FORMAT), more=[Listener(last, FORMAT)], beyond=Beyond(combine=how))
-    batch = looked_at((says("0.9 0.3", 1), 1.0))
-    assert batch.through(reward)[0] == pytest.approx((1, 1, expected))
-    assert batch.extra["listener_p_first"] == [pytest.approx(0.6)]
-
-
-def test_a_second_reading_that_fails_is_a_failure():
-    reward = ShapedReward(FORMAT, Listener(LookingVLM(), FORMAT), beyond=Beyond(counterfactual=True))
-    batch = looked_at((says("0.9 nan", 1), 1.0), (says("0.9 0.4", 1), 1.0))
-    with pytest.warns(UserWarning, match="1 of 2 inputs"):
-        parts = batch.through(reward)
-    assert parts[0] == (None,) * 4 and parts[1] == pytest.approx((1, 1, 0.9, 0.5))
+def test_a_second_reading_that_fails_is_a_failure(parrot: ParrotVLM):
+    parrot.silent = float("nan")
+    reward = ShapedReward(FORMAT, Listener(parrot, FORMAT), gain=True)
+    batch = Batch((says("0.9", 1), 1.0))
+    with pytest.warns(UserWarning, match="1 of 1 inputs"):
+        assert batch.through(reward) == [(None,) * 4]
     assert batch.metrics["listener_failures"] == 1
 
 

@@ -22,7 +22,6 @@ from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
 from listener_reward.plan.reading import Asked, decoding_parts, fullest_pass, largest, listening, looked
 from listener_reward.plan.tokens import Pairs, assumed, of_data
-from listener_reward.train.past import PAST
 from listener_reward.train.run import parse, peft_config_of, revision_of
 
 BUCKETS = 2_000_000_000
@@ -119,12 +118,12 @@ class _Run:
             return None
         assert isinstance(name, str)
         options: Any = self.args.listener_options or {}
-        found = self.policy_checkpoint if name == PAST else Checkpoint.of(name, revision=options.get("revision"))
+        found = Checkpoint.of(name, revision=options.get("revision"))
         self.notes += [note for note in found.notes if note not in self.notes]
         place = options.get("device") or options.get("device_map")
         if place is not None and str(place) not in ("cpu", "cuda", "cuda:0"):
             self.notes.append(f"the listener is counted on the policy's GPU; listener_options put it on {place}")
-        default = "float32" if self.on_cpu or name == PAST else "bfloat16"
+        default = "float32" if self.on_cpu else "bfloat16"
         dtype = dtype_of(options.get("dtype") or self.args.listener_dtype or default, found.config)
         return Architecture(found.config, dtype, bits=bits_of(SimpleNamespace(**options)))
 

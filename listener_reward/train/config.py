@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from trl import GRPOConfig
@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from listener_reward.errors import InputError
 from listener_reward.models.options import check_options
 from listener_reward.prefix.attention import KERNELS
-from listener_reward.shaping import WEIGHTS, Combine
+from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
 
 AS_COPIES = {"share_rollout": False, "share_logprobs": False, "share_listener": False, "share_groups": False}
@@ -39,8 +39,7 @@ class ListenerGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Who listens: a checkpoint (folder, Hub name or embedded name), 'base' for the policy's own base "
-            "with its adapters off (needs LoRA), 'past' for the policy's own slowly moving past (see listener_decay), "
-            "'none' (needs a listener weight of 0), or nothing for the listener "
+            "with its adapters off (needs LoRA), 'none' (needs a listener weight of 0), or nothing for the listener "
             "that the policy's checkpoint names. An address such as 'http://localhost:8000/v1' is that listener behind "
             "an OpenAI-compatible server, which costs the trainer no memory."
         },
@@ -81,39 +80,11 @@ class ListenerGRPOConfig(GRPOConfig):
             "paper's reading) or 'verdict' (also sentences that say which image is better)."
         },
     )
-    counterfactual_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Beyond the paper: weight of a reward for what a thought loses of its force when the images are "
-            "exchanged. Doubles the listener's work. docs/method.md has it, as those below."
-        },
-    )
     gain_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Beyond the paper: weight of a reward for what the listener gains over its view without a thought."
-        },
-    )
-    vote_smoothing: float = field(
-        default=0.0,
-        metadata={
-            "help": "Beyond the paper: how far, from 0 to 1, a label is moved towards the listener's view without the "
-            "thought where the two prefer different images."
-        },
-    )
-    more_listeners: list[str] | None = field(
-        default=None,
-        metadata={"help": "Beyond the paper: further checkpoints that listen, loaded as the listener is."},
-    )
-    combine_listeners: str = field(
-        default="mean",
-        metadata={"help": "How several listeners' rewards become one: 'mean', or 'least' for the least convinced."},
-    )
-    listener_decay: float = field(
-        default=0.99,
-        metadata={
-            "help": "Beyond the paper: of listener 'past', how much of it stays after each step; the rest comes from "
-            "the policy. Costs a second copy of the weights, and needs them whole: no adapters, no sharding."
+            "help": "Beyond the paper: weight of a reward for what the listener gains over its view without a thought "
+            "(docs/method.md). The study tried it with reward_weights [1, 0.5, 0] and gain_weight 0.5."
         },
     )
     listener_on_failure: str = field(
@@ -217,14 +188,8 @@ class ListenerGRPOConfig(GRPOConfig):
         if self.listener_batch_size < 1:
             raise InputError(f"listener_batch_size is {self.listener_batch_size}; it must be at least 1")
         _one_of("share_attention", self.share_attention, KERNELS)
-        _one_of("combine_listeners", self.combine_listeners, get_args(Combine))
-        for name in ("counterfactual_weight", "gain_weight", "vote_smoothing", "listener_decay"):
-            value = getattr(self, name)
-            most = 1.0 if name in ("vote_smoothing", "listener_decay") else math.inf
-            if not (isinstance(value, int | float) and 0 <= value <= most and math.isfinite(value)):
-                raise InputError(
-                    f"{name} is {value!r}; give a number of at least 0" + (", and at most 1" * (most == 1))
-                )
+        if not (isinstance(self.gain_weight, int | float) and 0 <= self.gain_weight < math.inf):
+            raise InputError(f"gain_weight is {self.gain_weight!r}; give a number of at least 0")
         if self.malformed_rounds < 0:
             raise InputError(f"malformed_rounds is {self.malformed_rounds}; give a number of rounds, or 0 to go on")
         if self.token_budget < 1:
@@ -246,9 +211,8 @@ class ListenerGRPOConfig(GRPOConfig):
 
     @property
     def all_weights(self) -> list[float]:
-        """`reward_weights`, and those of the parts beyond the paper's, in the order of `ShapedReward.functions`."""
-        more = (self.counterfactual_weight, self.gain_weight)
-        return [*(self.reward_weights or ()), *(weight for weight in more if weight)]
+        """`reward_weights`, and that of the gain where it has one, in the order of `ShapedReward.functions`."""
+        return [*(self.reward_weights or ()), *([self.gain_weight] if self.gain_weight else ())]
 
 
 def without_image_token(generation_kwargs: dict[str, Any] | None, image_token_id: int) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Who listens in a training run: the listeners that the configuration names, loaded."""
+"""Who listens in a training run: the listener that the configuration names, loaded."""
 
 from __future__ import annotations
 
-import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from listener_reward.listener import OWN_BASE, Listener, choose_listener, load_l
 from listener_reward.models.hub import lasting, same_checkpoint
 from listener_reward.models.options import is_address
 from listener_reward.train.config import ListenerGRPOConfig
-from listener_reward.train.past import PAST
 from listener_reward.train.policy import Policy
 from listener_reward.train.sharing import unsharded
 
@@ -22,45 +20,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Audience:
-    """The listeners of a run, before the policy's weights are loaded."""
+    """Who listens to a run, before the policy's weights are loaded."""
 
-    first: Listener | None
+    listener: Listener | None
     """None where nobody listens, or the policy's own base, whose weights come with the policy's."""
     own_base: bool
     name: str | None
-    """Of the first listener's checkpoint, for the card of the trained judge. None leaves the card as it is."""
-    more: list[Listener] = field(default_factory=list)
+    """Of the listener's checkpoint, for the card of the trained judge. None leaves the card as it is."""
 
 
 def load_audience(
     policy: Policy, args: ListenerGRPOConfig, given: Listener | None, *, adapters: bool, kernel: str
 ) -> Audience:
-    """The listeners that a configuration names.
+    """The listener that a configuration names.
 
     Args:
         policy: that is to be trained.
         args: the configuration.
-        given: a first listener that is loaded already; None loads the configuration's.
+        given: a listener that is loaded already; None loads the configuration's.
         adapters: whether the policy gets adapters, which alone leave it a base to listen.
         kernel: one of `attention.KERNELS`.
 
     Raises:
-        InputError: a listener cannot be loaded, or cannot listen to this policy; or nobody listens, and a reward needs
-            it.
+        InputError: the listener cannot be loaded, or cannot listen to this policy; or nobody listens, and a reward
+            needs it.
     """
     own_base = given is None and args.listener == OWN_BASE
     if own_base:
         _check_own_base(args, adapters)
-    first = given if given is not None or own_base else _load_first(policy, args, kernel)
-    needing = ("counterfactual_weight", "gain_weight", "vote_smoothing", "more_listeners")
-    heard = first is not None or own_base
-    if not heard and (asked := [name for name in needing if getattr(args, name)]):
-        raise InputError(f"{', '.join(asked)} needs a listener, and there is none; name one, or leave it out")
-    more = [_load_named(policy, args, name, kernel) for name in args.more_listeners or ()]
-    named = None if args.listener == PAST else choose_listener(args.listener, None)
+    listener = given if given is not None or own_base else _load(policy, args, kernel)
+    if listener is None and not own_base and args.gain_weight:
+        raise InputError("gain_weight needs a listener, and there is none; name one, or leave it out")
+    named = choose_listener(args.listener, None)
     if named is None or is_address(named):  # where this run's listener was is no checkpoint
-        return Audience(first, own_base, None, more)
-    return Audience(first, own_base, lasting(policy.name if own_base else str(named)), more)
+        return Audience(listener, own_base, None)
+    return Audience(listener, own_base, lasting(policy.name if own_base else str(named)))
 
 
 def _check_own_base(args: ListenerGRPOConfig, adapters: bool) -> None:
@@ -76,7 +70,7 @@ def _check_own_base(args: ListenerGRPOConfig, adapters: bool) -> None:
         )
 
 
-def _load_first(policy: Policy, args: ListenerGRPOConfig, kernel: str) -> Listener | None:
+def _load(policy: Policy, args: ListenerGRPOConfig, kernel: str) -> Listener | None:
     """The listener that the configuration or else the policy's card names; None if there is none and its reward weight
     is 0.
 
@@ -86,10 +80,6 @@ def _load_first(policy: Policy, args: ListenerGRPOConfig, kernel: str) -> Listen
     name, backend = choose_listener(args.listener or None, policy.card.listener), None
     if is_address(name):
         name, backend = policy.card.listener or policy.folder, str(name)
-    if name == PAST:
-        whole = args if args.listener_dtype else copy.copy(args)
-        whole.listener_dtype = args.listener_dtype or "float32"  # the steps of 16 bits are larger than the past's
-        return _load_named(policy, whole, policy.folder, kernel)
     if name is None:
         if args.listener_options:
             raise InputError(f"listener_options is {args.listener_options}, and there is no listener; leave it out")

@@ -17,27 +17,15 @@ from listener_reward.listener import Listener
 from listener_reward.media.images import to_picture
 from listener_reward.models.vlm import check_finite
 from listener_reward.pairs import prompt_with
-from listener_reward.shaping import (
-    Combine,
-    accuracy_reward,
-    combined,
-    contradicted,
-    counterfactual_reward,
-    format_reward,
-    gain_reward,
-    listener_reward,
-    smoothed_label,
-)
+from listener_reward.shaping import accuracy_reward, contradicted, format_reward, gain_reward, listener_reward
 from listener_reward.trace import Trace, parse
 
 
 class View(NamedTuple):
-    """What one listener says about one completion, as probabilities of the image in first place."""
+    """What the listener says about one completion, as probabilities of the image in first place."""
 
     p: float
     """Having read the thought."""
-    p_exchanged: float | None = None
-    """The same with the two images exchanged; None where no reward needs it."""
     p_alone: float | None = None
     """Without a thought; None where no reward needs it."""
 
@@ -47,45 +35,22 @@ class Scored:
     """A batch of completions, parsed and listened to once for all parts."""
 
     traces: list[Trace]
-    views: list[list[View]]
-    """Of each listener; none for a malformed trace, without a listener, or where one failed."""
+    views: list[View | None]
+    """The listener's; None for a malformed trace, without a listener, or where it failed."""
     failed: list[bool]
-    """Whether a listener failed on this completion. Such a row gets no reward of any part."""
+    """Whether the listener failed on this completion. Such a row gets no reward of any part."""
 
     @property
     def p_listener(self) -> list[float | None]:
-        """The listeners' mean probability of the image in first place; None where there are no views."""
-        return [sum(view.p for view in views) / len(views) if views else None for views in self.views]
-
-
-@dataclass(frozen=True, slots=True)
-class Beyond:
-    """The rewards beyond the paper's; by default none. `shaping` has their arithmetic, docs/method.md their sources."""
-
-    counterfactual: bool = False
-    """A part `counterfactual`: another reading of each thought, with the images exchanged."""
-    gain: bool = False
-    """A part `gain`: a reading of each pair without a thought."""
-    smoothing: float = 0.0
-    """How far a label is moved where the listener's view without a thought prefers the other image."""
-    combine: Combine = "mean"
-    """How the rewards by several listeners become one."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether listeners are asked without a thought."""
-        return self.gain or self.smoothing > 0
-
-
-PAPER = Beyond()
+        """The listener's probability of the image in first place; None where there is no view."""
+        return [None if view is None else view.p for view in self.views]
 
 
 class ShapedReward:
     """Format, accuracy and listener rewards, sharing one reading of each batch.
 
-    Hand `functions` to trl as `reward_funcs`, with `reward_weights` [1, 0.5, 0.5], and a weight for each part of
-    `beyond` after them. A part returns None for a row whose listener failed; trl then leaves the row out of its group,
-    which a zero would not.
+    Hand `functions` to trl as `reward_funcs`, with `reward_weights` [1, 0.5, 0.5], and the gain's after them. A part
+    returns None for a row whose listener failed; trl then leaves the row out of its group, which a zero would not.
     """
 
     def __init__(
@@ -95,41 +60,33 @@ class ShapedReward:
         *,
         on_failure: str = "mask",
         opened: str = "",
-        more: Sequence[Listener] = (),
-        beyond: Beyond = PAPER,
+        gain: bool = False,
     ):
         """
         Args:
             chat_format: how completions are written.
             listener: who reads the thoughts; None for nobody.
-            on_failure: "mask" or "raise", when a listener breaks.
+            on_failure: "mask" or "raise", when the listener breaks.
             opened: what the generation prompt itself writes of each completion (`processing.opened_by_template`).
-            more: further listeners, each of which reads every thought.
-            beyond: the rewards beyond the paper's.
+            gain: beyond the paper: whether there is a part for what the listener gains over its view without a
+                thought, which it is then asked for once a pair.
         """
         self.opened = opened
         self.chat_format = chat_format
         self.listener = listener
-        self.more = tuple(more)
-        self.beyond = beyond
         self.on_failure = on_failure
+        self.gain = gain
         self._last: tuple[Any, Scored] | None = None
         self.functions: list[Callable[..., list[float | None]]] = [
-            _Part("format", self, lambda trace, p_first, views: format_reward(trace)),
-            _Part("accuracy", self, lambda trace, p_first, views: accuracy_reward(trace, p_first)),
-            _Part("listener", self, self._by_listeners(lambda trace, p, view: listener_reward(trace, p, view.p))),
+            _Part("format", self, lambda trace, p_first, view: format_reward(trace)),
+            _Part("accuracy", self, lambda trace, p_first, view: accuracy_reward(trace, p_first)),
+            _Part("listener", self, _listened),
         ]
-        if beyond.counterfactual:
-            self.functions.append(_Part("counterfactual", self, self._by_listeners(_counterfactual)))
-        if beyond.gain:
-            self.functions.append(_Part("gain", self, self._by_listeners(_gain)))
-
-    @property
-    def listeners(self) -> list[Listener]:
-        return [] if self.listener is None else [self.listener, *self.more]
+        if gain:
+            self.functions.append(_Part("gain", self, _gained))
 
     def read(self, completions: Sequence[Any], **columns: Any) -> Scored:
-        """The batch's traces and the listeners' probabilities, computed for the first part and reused by the others."""
+        """The batch's traces and the listener's probabilities, computed for the first part and reused by the others."""
         if self._last is None or self._last[0] is not completions:
             scored = self._read(completions, **columns)
             self._last = completions, scored
@@ -141,13 +98,6 @@ class ShapedReward:
         """One completion of the batch that was read last, as it was parsed; "" before the first."""
         return self.opened + text_of(self._last[0][0]) if self._last is not None and len(self._last[0]) else ""
 
-    def label(self, p_first: float, views: Sequence[View]) -> float:
-        """The label that a completion is rewarded by: people's, unless labels are smoothed."""
-        alone = [view.p_alone for view in views if view.p_alone is not None]
-        if not alone or self.beyond.smoothing == 0:
-            return p_first
-        return smoothed_label(p_first, sum(alone) / len(alone), self.beyond.smoothing)
-
     def _read(
         self,
         completions: Sequence[Any],
@@ -158,16 +108,13 @@ class ShapedReward:
         **_: Any,
     ) -> Scored:
         traces = [parse(self.opened + text_of(completion), self.chat_format) for completion in completions]
-        views: list[list[View]] = [[] for _ in traces]
+        views: list[View | None] = [None] * len(traces)
         failed = [False] * len(traces)
         rows = [row for row, trace in enumerate(traces) if trace.well_formed]
-        if self.listeners and rows:
+        if self.listener is not None and rows:
             asked = caption, images, criterion or [None] * len(traces)
-            by_listener = [self._views(listener, rows, traces, *asked) for listener in self.listeners]
-            for row, found in zip(rows, zip(*by_listener, strict=True), strict=True):
-                heard = [view for view in found if view is not None]
-                failed[row] = len(heard) < len(found)
-                views[row] = [] if failed[row] else heard
+            for row, view in zip(rows, self._views(self.listener, rows, traces, *asked), strict=True):
+                views[row], failed[row] = view, view is None
         return Scored(traces, views, failed)
 
     def _views(
@@ -179,33 +126,25 @@ class ShapedReward:
         images: Sequence[Any],
         criterion: Sequence[str | None],
     ) -> list[View | None]:
-        """One listener's view of each of `rows`; None where it failed in any of its readings."""
+        """The listener's view of each of `rows`; None where it failed in any of its readings."""
         pictures = {id(image): to_picture(image) for row in rows for image in images[row]}  # a group's rows share them
 
-        def chat(row: int, exchanged: bool = False) -> Chat:
+        def chat(row: int) -> Chat:
             *sources, first, second = (pictures[id(image)] for image in images[row])
-            if exchanged:
-                first, second = second, first
             asked = prompt_with(caption[row], tuple(sources), criterion[row])
             return listener.chat_format.chat(asked, first, second, listener.vlm.reserved)
 
-        thoughts = [traces[row] for row in rows]
-        straight = self._listen(listener, [chat(row) for row in rows], thoughts)
-        exchanged: list[float | None] = [None] * len(rows)
-        alone: list[float | None] = [None] * len(rows)
-        if self.beyond.counterfactual:
-            exchanged = self._listen(listener, [chat(row, exchanged=True) for row in rows], thoughts)
-        if self.beyond.alone:  # once for each pair, whose rows are many
-            pairs = [(caption[row], criterion[row], *map(id, images[row])) for row in rows]
-            firsts = {pair: row for pair, row in zip(reversed(pairs), reversed(rows), strict=True)}
-            said = self._listen(listener, [chat(row) for row in firsts.values()], [Trace("", None)] * len(firsts))
-            by_pair = dict(zip(firsts, said, strict=True))
-            alone = [by_pair[pair] for pair in pairs]
-        views: list[View | None] = []
-        for p, turned, before in zip(straight, exchanged, alone, strict=True):
-            lost = (self.beyond.counterfactual and turned is None) or (self.beyond.alone and before is None)
-            views.append(None if p is None or lost else View(p, turned, before))
-        return views
+        after = self._listen(listener, [chat(row) for row in rows], [traces[row] for row in rows])
+        if not self.gain:
+            return [None if p is None else View(p) for p in after]
+        pairs = [(caption[row], criterion[row], *map(id, images[row])) for row in rows]
+        firsts = {pair: row for pair, row in zip(reversed(pairs), reversed(rows), strict=True)}
+        said = self._listen(listener, [chat(row) for row in firsts.values()], [Trace("", None)] * len(firsts))
+        alone = dict(zip(firsts, said, strict=True))  # once for each pair, whose rows are many
+        return [
+            None if p is None or alone[pair] is None else View(p, alone[pair])
+            for p, pair in zip(after, pairs, strict=True)
+        ]
 
     def _listen(self, listener: Listener, chats: list[Chat], traces: list[Trace]) -> list[float | None]:
         try:
@@ -219,27 +158,19 @@ class ShapedReward:
         # One failing row must not cost the other rows their reward: each row is read again alone.
         return [_alone(listener, chat, trace) for chat, trace in zip(chats, traces, strict=True)]
 
-    def _by_listeners(self, score: Callable[[Trace, float, View], float]) -> _Score:
-        """A part that every listener gives a reward for."""
 
-        def part(trace: Trace, p_first: float, views: Sequence[View]) -> float:
-            if self.listener is None or trace.answer is None:
-                return 0.0
-            return combined([score(trace, p_first, view) for view in views], self.beyond.combine)
-
-        return part
+_Score = Callable[[Trace, float, View | None], float]
+"""A trace, its label and the listener's view to a reward; the view is None of a malformed trace, or without a
+listener."""
 
 
-_Score = Callable[[Trace, float, Sequence[View]], float]
-"""A trace, its label and the listeners' views to a reward."""
+def _listened(trace: Trace, p_first: float, view: View | None) -> float:
+    return 0.0 if view is None else listener_reward(trace, p_first, view.p)
 
 
-def _counterfactual(trace: Trace, p_first: float, view: View) -> float:
-    assert view.p_exchanged is not None
-    return counterfactual_reward(trace, p_first, view.p, view.p_exchanged)
-
-
-def _gain(trace: Trace, p_first: float, view: View) -> float:
+def _gained(trace: Trace, p_first: float, view: View | None) -> float:
+    if view is None:
+        return 0.0
     assert view.p_alone is not None
     return gain_reward(trace, p_first, view.p, view.p_alone)
 
@@ -255,8 +186,8 @@ class _Part:
     def __call__(self, completions: Sequence[Any], p_first: Sequence[float], **columns: Any) -> list[float | None]:
         scored = self.whole.read(completions, p_first=p_first, **columns)
         return [
-            None if failed else self.score(trace, self.whole.label(label, views), views)
-            for trace, label, views, failed in zip(scored.traces, p_first, scored.views, scored.failed, strict=True)
+            None if failed else self.score(trace, label, view)
+            for trace, label, view, failed in zip(scored.traces, p_first, scored.views, scored.failed, strict=True)
         ]
 
 

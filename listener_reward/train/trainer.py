@@ -42,10 +42,9 @@ from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
 from listener_reward.train.listening import load_audience
-from listener_reward.train.past import PAST, MovingPast
 from listener_reward.train.policy import Policy
 from listener_reward.train.resuming import check_resumable, check_revision, last_checkpoint
-from listener_reward.train.rewards import Beyond, ShapedReward
+from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
     micro_batches,
     replaced,
@@ -104,11 +103,10 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Switches without effect in this version of trl, each with the reason."""
         self.reward = ShapedReward(
             self.card.format,
-            audience.first,
+            audience.listener,
             on_failure=args.listener_on_failure,
             opened=opened_by_template(policy.processor, self.card.format),
-            more=audience.more,
-            beyond=_beyond(args),
+            gain=args.gain_weight > 0,
         )
         args = self._settled(args, policy)
         if peft_config is not None and self.revision is not None:
@@ -130,12 +128,10 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 peft_config=peft_config,
                 callbacks=callbacks,
             )
-        self.listener = self._own_base() if audience.own_base else audience.first
+        self.listener = self._own_base() if audience.own_base else audience.listener
         self.reward.listener = self.listener
-        for each in self.reward.listeners:
-            self._probe(each, train_dataset[0])
-        self.past = self._moving_past() if args.listener == PAST else None
-        """The listener's weights as they follow the policy's, where the listener is the policy's past."""
+        if self.listener is not None:
+            self._probe(self.listener, train_dataset[0])
         self.sharing = self._what_is_shared()
         if self.sharing:
             self._prepare_for_sharing()
@@ -179,23 +175,6 @@ class ListenerGRPOTrainer(GRPOTrainer):
         """Whether each process holds a part of the weights only: FSDP, or DeepSpeed's ZeRO-3."""
         deepspeed = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
-
-    def _moving_past(self) -> MovingPast:
-        """Has the listener follow the policy from now on.
-
-        Raises:
-            InputError: the policy has adapters, or its weights are sharded.
-        """
-        policy: Any = self.accelerator.unwrap_model(self.model)
-        vlm = self.listener.vlm if self.listener is not None else None
-        if self._sharded() or hasattr(policy, "peft_config") or not isinstance(vlm, TransformersVLM):
-            raise InputError(
-                "listener is 'past', which follows the policy weight by weight, so that the policy has to be whole on "
-                "every process and without adapters; leave out use_peft and sharding, or take listener 'base'"
-            )
-        past = MovingPast(policy, vlm.model, self.args.listener_decay)
-        self.add_callback(past)
-        return past
 
     def _own_base(self) -> Listener:
         """The policy with its adapters off as the listener.
@@ -242,8 +221,8 @@ class ListenerGRPOTrainer(GRPOTrainer):
             with self._light_gathering(), self._tags_kept():
                 scored = super()._generate_and_score_completions(*args, **kwargs)
         finally:
-            for listener in self.reward.listeners:
-                _forget_images(listener)
+            if self.listener is not None:
+                _forget_images(self.listener)
         self._warn_where_completions_are_cut()
         self._stop_where_all_is_malformed()
         return scored
@@ -428,8 +407,6 @@ class ListenerGRPOTrainer(GRPOTrainer):
         elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if elsewhere or not self._resumes_exactly() or not self._load_whole(*args, **kwargs):
             super()._load_from_checkpoint(*args, **kwargs)
-        if self.past is not None:
-            self.past.load(Path(args[0] if args else kwargs["resume_from_checkpoint"]))
 
     def _load_whole(self, resume_from_checkpoint: str, model: Any = None) -> bool:
         """Loads full weights. False for a model with adapters, whose checkpoint has the adapters only."""
@@ -456,8 +433,6 @@ class ListenerGRPOTrainer(GRPOTrainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 self.card.save(folder)
-                if self.past is not None:
-                    self.past.save(folder)
             super()._save_checkpoint(model, trial)
 
     # -------------------------------------------------------------------------------------------------------- result
@@ -518,16 +493,6 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.sampler)
-
-
-def _beyond(args: ListenerGRPOConfig) -> Beyond:
-    """The rewards beyond the paper's that a configuration asks for."""
-    return Beyond(
-        counterfactual=args.counterfactual_weight > 0,
-        gain=args.gain_weight > 0,
-        smoothing=args.vote_smoothing,
-        combine=args.combine_listeners,  # pyright: ignore[reportArgumentType]  checked by the configuration
-    )
 
 
 def _forget_images(listener: Listener) -> None:

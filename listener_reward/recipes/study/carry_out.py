@@ -73,9 +73,7 @@ def trained(report: Report, arm: Arm, seed: int, folder: str, name: str) -> tupl
 
 def _train(report: Report, arm: Arm, seed: int, out: str, folder: str) -> dict[str, list[Any]] | None:
     named = {name: found(getattr(arm.recipe, name), folder) for name in ("base", "listener")}
-    recipe, options = replace(arm.recipe, **named), dict(arm.options)
-    if "more_listeners" in options:
-        options["more_listeners"] = [found(name, folder) for name in options["more_listeners"]]
+    recipe, options = replace(arm.recipe, **named), arm.options
     if arm.method == "sft":
         return train_sft_variant(report, out, seed, recipe, options)
     if arm.method == "bradley-terry":
@@ -85,11 +83,7 @@ def _train(report: Report, arm: Arm, seed: int, out: str, folder: str) -> dict[s
 
 def taught_names(runs: Iterable[Run]) -> list[str]:
     """The listeners that runs need and that are taught for the study."""
-    names = [
-        name
-        for run in runs
-        for name in (run.arm.recipe.base, run.arm.recipe.listener, *run.arm.options.get("more_listeners", ()))
-    ]
+    names = [name for run in runs for name in (run.arm.recipe.base, run.arm.recipe.listener)]
     return [name for name in dict.fromkeys(names) if name.startswith(TAUGHT)]
 
 
