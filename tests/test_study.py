@@ -41,7 +41,7 @@ from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
 from listener_reward.recipes.study.show import write_results
 from listener_reward.recipes.study.thoughts import ChangedThoughts, changed
-from listener_reward.recipes.variants import Recipe, training_pairs
+from listener_reward.recipes.variants import Recipe, train_variant, training_pairs
 from listener_reward.recipes.workers import Job, gpus
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, TRAIN_CUE, Scene
@@ -523,6 +523,11 @@ def test_the_truth_judges_no_labelled_pairs(tmp_path: Path):
     run = Run(Question("q", {}, {}, (0,)), "truth", Arm(method="truth"), None, Splits(), 0)
     with pytest.raises(InputError, match="measure it by best of n or ddpo"):
         carry_out.measure(lambda *_: None, run, "tiny-base", str(tmp_path))
+
+
+def test_an_option_that_the_trainer_does_not_have_is_named(tmp_path: Path):
+    with pytest.raises(InputError, match=r"options has 'gain_wait', which ListenerGRPOConfig does not have; is 'gain_"):
+        train_variant(lambda *_: None, (1, 1, 0), str(tmp_path), 0, Recipe(), options={"gain_wait": 1})
 
 
 # --- the plan of this package's own study

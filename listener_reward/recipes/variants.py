@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from listener_reward.recipes.workers import Report
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
 from listener_reward.verdict import PairJudge, Verdict
+
+C = TypeVar("C")
 
 ACCURACY_ONLY, LISTENER_SHAPED = "accuracy-only GRPO", "listener-shaped GRPO"
 
@@ -104,7 +107,7 @@ def train_variant(
         seed=seed,
         **({} if recipe.share_prompt else AS_COPIES),
     )
-    args = ListenerGRPOConfig(**settings | dict(options or {}))
+    args = _configured(ListenerGRPOConfig, settings, options)
     curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
 
     class Curves(TrainerCallback):
@@ -133,7 +136,7 @@ def train_sft_variant(
     from listener_reward.train.sft import train_sft
 
     settings = _of_baseline(out, seed, recipe) | {"gradient_checkpointing": False, "max_length": None}
-    args = SFTConfig(**settings | dict(options or {}))
+    args = _configured(SFTConfig, settings, options)
     train_sft(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
 
 
@@ -146,8 +149,23 @@ def train_bradley_terry_variant(
 
     from listener_reward.train.bradley_terry import train_bradley_terry
 
-    args = TrainingArguments(**_of_baseline(out, seed, recipe) | dict(options or {}))
+    args = _configured(TrainingArguments, _of_baseline(out, seed, recipe), options)
     train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
+
+
+def _configured(kind: type[C], settings: dict[str, Any], options: Mapping[str, Any] | None) -> C:
+    """The trainer's configuration, with `options` over the recipe's settings.
+
+    Raises:
+        InputError: an option is no field of it.
+    """
+    known = [one.name for one in fields(cast("Any", kind)) if one.init]
+    for name in options or ():
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f"; is {near[0]!r} meant?" if near else ""
+            raise InputError(f"options has {name!r}, which {kind.__name__} does not have{meant}")
+    return kind(**settings | dict(options or {}))
 
 
 def _of_baseline(out: str, seed: int, recipe: Recipe) -> dict[str, Any]:
