@@ -218,6 +218,22 @@ def test_collector_takes_a_client_back_that_comes_again(FakeJudge, shade):
         late.result(0)
 
 
+def test_a_client_that_asks_again_before_it_is_seen_to_be_gone_keeps_its_place(FakeJudge, shade):
+    """Flow-Factory's does: it sends the same again the moment that its patience ends."""
+    collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 2)
+    first = collector.submit(shade(10), "a", name="one")
+    assert collector.submit(shade(10), "a", name="one") is first
+    collector.leave([first])  # the first request is over only now
+    second = collector.submit(shade(200), "a", name="two")
+    assert second.result(5)[0] > 0 > first.result(5)[0]
+    # Both hung up: nobody waits any more.
+    third = collector.submit(shade(10), "b", name="three")
+    collector.submit(shade(10), "b", name="three")
+    collector.leave([third])
+    collector.leave([third])
+    assert collector.waiting == 0
+
+
 def test_collector_says_what_may_be_wrong_where_a_client_waits(FakeJudge, shade, caplog, monkeypatch):
     monkeypatch.setattr("listener_reward.integrations.serving.collector.PATIENCE", 0.5)
     collector = GroupCollector(ListenerReward(FakeJudge(), scheme="group"), 2)

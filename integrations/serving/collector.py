@@ -53,8 +53,14 @@ class _Member:
     """The prompt's key, of `_Group.prompts`."""
     future: Future
     name: str | None
-    gone: bool = False
-    """Whether its client hung up. It counts for nothing, unless the client comes again under the same name."""
+    waiting: int = 1
+    """Requests that wait for it: two for a moment where a client hangs up and asks again, before it is seen that the
+    first one is over."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether its client hung up. It counts for nothing, unless the client comes again under the same name."""
+        return self.waiting == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +188,14 @@ class GroupCollector:
             self._forget()
             earlier = None if name is None else self._named.get(name)
             if earlier and not earlier[1].gone:
+                earlier[1].waiting += 1
                 return earlier[1].future
             key, member = earlier or (key, _Member(picture, key_of(asked), future, name))
             waiting = self._waiting.setdefault(key, _Group())
             if member.asked not in waiting.prompts:
                 waiting.prompts[member.asked] = _Prompt.of(asked)
             if earlier:
-                member.gone = False
+                member.waiting = 1
             else:
                 waiting.members.append(member)
             if name is not None:
@@ -246,7 +253,7 @@ class GroupCollector:
         with self._lock:
             for group in self._waiting.values():
                 for member in group.members:
-                    member.gone |= member.future in futures
+                    member.waiting -= member.future in futures
 
     def __call__(
         self, images: Any, prompts: Sequence[PromptLike], metadata: Any = None
