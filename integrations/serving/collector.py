@@ -34,8 +34,8 @@ PATIENCE = 60.0
 """Seconds that a client waits for its group before the log says what may be wrong."""
 
 STUCK = 3
-"""Seconds that as many requests wait as clients send at once, before they fail: a client that has hung up and asks
-again is there twice until its first request is seen to be over."""
+"""Seconds that as many requests wait as clients send at once, before they fail: one that has hung up, and asks for
+other images now, is there twice until its first request is seen to be over."""
 
 
 ADVICE = (
@@ -229,9 +229,14 @@ class GroupCollector:
     @property
     def held(self) -> int:
         """Calls of `settle` that go on until a group is full that is not."""
+        return len(self._held())
+
+    def _held(self) -> list[tuple[int, ...]]:
+        """Each such call, by what it waits for: one that comes again waits for the same."""
         with self._lock:
             lacking = {id(one.future) for group in self._waiting.values() for one in group.present()}
-            return sum(any(id(future) in lacking for future in futures) for futures in self._settling)
+            calls = [tuple(map(id, futures)) for futures in self._settling]
+        return [call for call in calls if not lacking.isdisjoint(call)]
 
     def stop(self) -> None:
         """Groups that are not full by now fail with `Ending`: whoever waits for them is to ask again elsewhere."""
@@ -350,7 +355,7 @@ class GroupCollector:
     def _deadlocked(self) -> bool:
         if self.clients is None or len(self._settling) < self.clients:  # the cheap half first: every waiter asks
             return False
-        return self.held >= self.clients
+        return len(set(self._held())) >= self.clients
 
     def _end_deadlock(self) -> None:
         """Every client waits, so that nobody is left who could fill a group: they all fail."""
