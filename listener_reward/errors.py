@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -49,6 +50,12 @@ def check_choice(field: str, value: object, allowed: Collection[object]) -> None
     """
     if value not in allowed:
         raise InputError(f"{field} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """The end of an error about a name that is not known: `; is 'x' meant?` of the nearest one, or nothing."""
+    near = get_close_matches(str(name), known, 1)
+    return f"; is {near[0]!r} meant?" if near else ""
 
 
 def missing(extra: str, what: str, *packages: str) -> MissingExtraError | None:

@@ -204,7 +204,7 @@ class GroupCollector:
             if len(present) == 1:  # the first, or the first after all others had gone
                 if waiting.timer is not None:
                     waiting.timer.cancel()
-                waiting.timer = self._timer(self.timeout, self._give_up, (key, waiting))
+                waiting.timer = self._timer(self.timeout, self._give_up, (key, waiting, f" in {self.timeout:g} s"))
                 waiting.timer.daemon = True
                 waiting.timer.start()
             full = len(present) == self.group_size
@@ -362,7 +362,7 @@ class GroupCollector:
         with self._lock:
             groups = [*self._waiting.items()]
         why = (
-            f"and all {self.clients} requests that clients send at once wait (clients, --group-clients; raise it if "
+            f", and all {self.clients} requests that clients send at once wait (clients, --group-clients; raise it if "
             "more can come)"
         )
         for key, group in groups:
@@ -370,17 +370,12 @@ class GroupCollector:
             group.timer.cancel()
             self._give_up(key, group, why, InputError)
 
-    def _give_up(
-        self, key: tuple[str, str], group: _Group, why: str | None = None, kind: type[Exception] = JudgeError
-    ) -> None:
+    def _give_up(self, key: tuple[str, str], group: _Group, why: str, kind: type[Exception] = JudgeError) -> None:
         with self._lock:
             if self._waiting.get(key) is not group:
                 return
             del self._waiting[key]
-        message = (
-            f"{len(group.present())} of {self.group_size} images of {key[0]} {_shown(key)!r} came"
-            f"{f', {why}' if why else f' in {self.timeout:g} s'}; {ADVICE}"
-        )
+        message = f"{len(group.present())} of {self.group_size} images of {key[0]} {_shown(key)!r} came{why}; {ADVICE}"
         if group.present():
             logger.warning("%s", message)
         for member in group.members:

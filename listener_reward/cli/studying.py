@@ -65,7 +65,9 @@ def study(
         from listener_reward.recipes.study.runs import finished
         from listener_reward.recipes.study.show import write_results
 
-        planned = read_study(config) if against is None else compared_with(read_study(config), against)
+        planned = read_study(config)
+        if against is not None:
+            planned = compared_with(planned, against)
         folder = config.with_suffix("") if out is None else out
         console = stderr()
         if dry_run:

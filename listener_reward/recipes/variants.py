@@ -8,12 +8,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, meant
 from listener_reward.recipes.workers import Report
 from listener_reward.shaping import WEIGHTS
 from listener_reward.trace import Masking
@@ -162,9 +161,7 @@ def _configured(kind: type[C], settings: dict[str, Any], options: Mapping[str, A
     known = [one.name for one in fields(cast("Any", kind)) if one.init]
     for name in options or ():
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f"; is {near[0]!r} meant?" if near else ""
-            raise InputError(f"options has {name!r}, which {kind.__name__} does not have{meant}")
+            raise InputError(f"options has {name!r}, which {kind.__name__} does not have{meant(name, known)}")
     return kind(**settings | dict(options or {}))
 
 

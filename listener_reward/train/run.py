@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +12,7 @@ import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from listener_reward.datasets import load_pairs
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, meant
 from listener_reward.models.hub import EMBEDDED
 from listener_reward.models.memory import out_of_memory
 from listener_reward.models.options import Quantization
@@ -51,8 +50,7 @@ class _Parser(TrlParser):
         fields = {action.dest: action for action in self._actions}
         for name, value in values.items():
             if name not in fields:
-                near = get_close_matches(name, fields, 1)
-                raise InputError(f"unknown field {name!r}" + (f"; is {near[0]!r} meant?" if near else ""))
+                raise InputError(f"unknown field {name!r}{meant(name, fields)}")
             if (isinstance(value, list) and fields[name].nargs is None) or (
                 isinstance(value, bool) and fields[name].type in (int, float)
             ):

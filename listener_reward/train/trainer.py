@@ -150,7 +150,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
         if args.use_vllm:
             given: Any = args.generation_kwargs
             args.generation_kwargs = without_image_token(given, policy.processor.image_token_id)
-        if len(args.all_weights) > len(self.reward.functions[:3]):
+        if args.gain_weight:
             args = copy.copy(args)  # the caller's has three weights, and may be used again
             args.reward_weights = args.all_weights
         return args

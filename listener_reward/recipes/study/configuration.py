@@ -10,10 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
-from listener_reward.errors import InputError, check_choice
+from listener_reward.errors import InputError, check_choice, meant
 from listener_reward.recipes.study.thoughts import CHANGES
 from listener_reward.recipes.variants import SPLITS, Recipe
 from listener_reward.shaping import WEIGHTS
@@ -143,8 +142,7 @@ def read(kind: type[D], given: Any, where: str) -> D:
     values: dict[str, Any] = {}
     for name, value in named.items():
         if name not in known:
-            near = get_close_matches(str(name), known, 1)
-            raise InputError(f"{where} has no field {name!r}" + (f"; is {near[0]!r} meant?" if near else ""))
+            raise InputError(f"{where} has no field {name!r}{meant(name, known)}")
         place = f"{where}.{name}"
         if is_dataclass(hints[name]):
             values[name] = read(cast("Any", hints[name]), value, place)

@@ -26,13 +26,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, meant
 from listener_reward.files import quoted
 from listener_reward.recipes.study.configuration import Arm, Measurement, key, measurement, read
 from listener_reward.recipes.variants import Recipe
@@ -219,9 +218,8 @@ def _named(given: Any, where: str, known: Sequence[str] | None = None) -> dict[s
 
 def _of(known: Mapping[str, Any], name: Any, where: str) -> Any:
     if name not in known:
-        near = get_close_matches(str(name), known, 1)
-        meant = f"is {near[0]!r} meant?" if near else f"there are {', '.join(known)}"
-        raise InputError(f"{where} names {name!r}, which there is not; {meant}")
+        there = meant(name, known) or f"; there are {', '.join(known)}"
+        raise InputError(f"{where} names {name!r}, which there is not{there}")
     return known[name]
 
 
