@@ -31,7 +31,7 @@ from trl.trainer import grpo_trainer
 from listener_reward.datasets import load_pairs
 from listener_reward.prefix.attention import base_model
 from listener_reward.train.config import ListenerGRPOConfig
-from listener_reward.train.run import LORA_TARGETS
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
 LAUNCH = Path(__file__).parents[1] / "listener_reward" / "train" / "launch"

@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
-from listener_reward.train.run import LORA_TARGETS
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.sft import train_sft
 from listener_reward.train.trainer import ListenerGRPOTrainer
 

@@ -22,9 +22,9 @@ from listener_reward.judge import Judge
 from listener_reward.models.processing import load_processor
 from listener_reward.models.transformers_vlm import TransformersVLM
 from listener_reward.tiny.models import QUESTION
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.merging import merge_judge
 from listener_reward.train.rounding import rounding_of, together
-from listener_reward.train.run import LORA_TARGETS
 
 STEP = 2.0**-7
 """From one bfloat16 to the next, between 1 and 2."""

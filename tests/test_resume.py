@@ -22,7 +22,8 @@ from listener_reward.card import Card
 from listener_reward.errors import InputError
 from listener_reward.judge import Judge
 from listener_reward.train.config import ListenerGRPOConfig
-from listener_reward.train.run import LORA_TARGETS, checkpoint_to_resume, main
+from listener_reward.train.lora import LORA_TARGETS
+from listener_reward.train.run import checkpoint_to_resume, main
 from listener_reward.train.trainer import ListenerGRPOTrainer, last_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -26,8 +26,9 @@ from listener_reward.judge import Judge
 from listener_reward.models.backends import load_vlm
 from listener_reward.models.hub import resolve
 from listener_reward.plan.checkpoints import Checkpoint
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.resuming import check_revision
-from listener_reward.train.run import LORA_TARGETS, main
+from listener_reward.train.run import main
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
 Config = Callable[..., Any]

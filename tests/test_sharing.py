@@ -39,7 +39,7 @@ from listener_reward.tiny.models import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, P
 from listener_reward.trace import Trace
 from listener_reward.train import rewards, sharing
 from listener_reward.train.config import ALL_OFF
-from listener_reward.train.run import LORA_TARGETS
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.sharing import find_groups, images_per_row, shuffle_groups, unsharded, without_images
 from listener_reward.train.trainer import ListenerGRPOTrainer
 

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
 from listener_reward.errors import InputError
 from listener_reward.evaluate.intervals import t_interval
+from listener_reward.models.bradley_terry import BradleyTerryModel
 from listener_reward.recipes import generators
 from listener_reward.recipes.generators import framed
 from listener_reward.recipes.study import carry_out, conduct
@@ -41,11 +44,12 @@ from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
 from listener_reward.recipes.study.show import write_results
 from listener_reward.recipes.study.thoughts import ChangedThoughts, changed
-from listener_reward.recipes.variants import Recipe, train_variant, training_pairs
+from listener_reward.recipes.variants import Recipe, train_bradley_terry_variant, train_variant, training_pairs
 from listener_reward.recipes.workers import Job, gpus
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, TRAIN_CUE, Scene
 from listener_reward.train.config import ListenerGRPOConfig
+from listener_reward.train.lora import LORA_FIELDS, LORA_TARGETS
 
 PLAN = """
 title: Which way to train?
@@ -525,9 +529,48 @@ def test_the_truth_judges_no_labelled_pairs(tmp_path: Path):
         carry_out.measure(lambda *_: None, run, "tiny-base", str(tmp_path))
 
 
-def test_an_option_that_the_trainer_does_not_have_is_named(tmp_path: Path):
-    with pytest.raises(InputError, match=r"options has 'gain_wait', which ListenerGRPOConfig does not have; is 'gain_"):
-        train_variant(lambda *_: None, (1, 1, 0), str(tmp_path), 0, Recipe(), options={"gain_wait": 1})
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gain_wait": 1}, r"options has 'gain_wait', which ListenerGRPOConfig does not have; is 'gain_"),
+        ({"use_peft": True, "lora_ranks": 4}, r"options has 'lora_ranks', which ListenerGRPOConfig does not have"),
+        ({"beta": "1e-3"}, r"options\.beta is '1e-3'; it takes no text. YAML reads 1e-4 as text, write 1\.0e-4"),
+        ({"use_peft": True, "lora_r": "four"}, r"options\.lora_r is 'four'; it takes no text"),
+        ({"lora_r": 4}, r"options has 'lora_r' without use_peft; add use_peft: true, or leave it out"),
+    ],
+)
+def test_an_option_that_a_trainer_cannot_take_is_named(options, said, tmp_path: Path):
+    with pytest.raises(InputError, match=said):
+        train_variant(lambda *_: None, (1, 1, 0), str(tmp_path), 0, Recipe(), options=options)
+
+
+ADAPTERS = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_a_study_trains_adapters(method, formed_judge: Path, tmp_path: Path):
+    recipe = Recipe(
+        steps=1, sft_steps=1, pairs=8, groups=2, generations=4, base=str(formed_judge), listener=str(formed_judge)
+    )
+    arm = Arm(method, recipe=recipe, options=ADAPTERS)
+    run = Run(Question("q", {}, {}, (0,)), "adapters", arm, None, Splits(splits=("id",), pairs=2, listener="none"), 0)
+    carry_out.carry_out(lambda *_: None, [run], str(tmp_path))
+    folder = carry_out.judge_folder(tmp_path, arm, 0)
+    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (said["r"], said["target_modules"]) == (4, LORA_TARGETS)
+    assert said["base_model_name_or_path"] == str(formed_judge) and not (folder / "model.safetensors").exists()
+    assert "accuracy" in finished(tmp_path)[run.key]["results"]["id"]
+
+
+def test_adapters_of_a_bradley_terry_model_are_merged(random_judge: Path, tmp_path: Path):
+    recipe = Recipe(sft_steps=2, pairs=32, base=str(random_judge))
+    train_bradley_terry_variant(lambda *_: None, str(tmp_path), 0, recipe, ADAPTERS)
+    before = BradleyTerryModel.from_base(random_judge).backbone.state_dict()
+    after = BradleyTerryModel.from_pretrained(tmp_path).backbone.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    adapted = {name for name in before if re.fullmatch(LORA_TARGETS, name.removesuffix(".weight"))}
+    assert changed and changed <= adapted
 
 
 # --- the plan of this package's own study
@@ -545,6 +588,20 @@ def test_the_study_of_the_package_can_be_run():
                 ListenerGRPOConfig(output_dir="none", listener=run.arm.recipe.listener, **run.arm.options)
     labels = {(run.question.question, run.label, run.seed) for run in study.runs()}
     assert len(labels) == len(list(study.runs())), "a row of a table is one run for each seed"
+
+
+def test_the_plan_for_real_votes_can_be_run():
+    """Every way to train gets its configuration, with adapters, and sees as many pairs in a step."""
+    study = read_study(Path(__file__).parents[1] / "examples" / "real-study.yaml")
+    trained = {run.label: run.arm for run in study.runs() if run.arm.trains}
+    assert len(trained) == 7 and len({run.key for run in study.runs()}) == 37
+    for arm in trained.values():
+        assert arm.options["use_peft"] is True
+        step = arm.options.get("per_device_train_batch_size", arm.recipe.groups)
+        assert step * arm.options["gradient_accumulation_steps"] == 32
+        if arm.method == "grpo":
+            rest = {name: value for name, value in arm.options.items() if name not in LORA_FIELDS}
+            ListenerGRPOConfig(output_dir="none", listener=arm.recipe.listener, use_cpu=True, bf16=False, **rest)
 
 
 def test_of_an_answered_question_every_run_is_there():

@@ -33,8 +33,9 @@ from listener_reward.models.adapters import base_of
 from listener_reward.models.processing import load_processor
 from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ALL_OFF, ListenerGRPOConfig
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.rewards import ShapedReward
-from listener_reward.train.run import LORA_TARGETS, main, parse
+from listener_reward.train.run import main, parse
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
 Config = Callable[..., ListenerGRPOConfig]

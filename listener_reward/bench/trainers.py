@@ -24,8 +24,8 @@ from listener_reward.listener import load_listener
 from listener_reward.models.processing import load_processor
 from listener_reward.train.chats import as_chats
 from listener_reward.train.config import ListenerGRPOConfig
+from listener_reward.train.lora import LORA_TARGETS
 from listener_reward.train.rewards import ShapedReward, text_of
-from listener_reward.train.run import LORA_TARGETS
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
 

@@ -22,7 +22,8 @@ from listener_reward.plan.passes import Architecture
 from listener_reward.plan.plans import CONTEXT, Phase, Plan
 from listener_reward.plan.reading import Asked, decoding_parts, fullest_pass, largest, listening, looked
 from listener_reward.plan.tokens import Pairs, assumed, of_data
-from listener_reward.train.run import parse, peft_config_of, revision_of
+from listener_reward.train.lora import lora_of
+from listener_reward.train.run import parse, revision_of
 
 BUCKETS = 2_000_000_000
 """Bytes of DeepSpeed's buckets for communication, at its defaults: two of half a billion numbers in bfloat16."""
@@ -104,7 +105,7 @@ class _Run:
             config,
             computed,
             bits=bits_of(model_args),
-            lora=peft_config_of(model_args),
+            lora=lora_of(model_args),
             trained=True,
             checkpointing=bool(args.gradient_checkpointing),
             autocast=self.autocast,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
@@ -77,6 +77,7 @@ def train_variant(
     """Trains one variant by GRPO, writes its judge into `out`, and returns its learning curves.
 
     `pairs` are those of the recipe unless others are given, and so is a field of the configuration that `options` has.
+    Fields of LoRA are among them, as in `listener-reward train`.
     """
     from transformers import TrainerCallback
 
@@ -106,7 +107,7 @@ def train_variant(
         seed=seed,
         **({} if recipe.share_prompt else AS_COPIES),
     )
-    args = _configured(ListenerGRPOConfig, settings, options)
+    args, lora = _configured(ListenerGRPOConfig, settings, options)
     curves: dict[str, list[Any]] = {name: [] for name in ("step", *CURVES)}
 
     class Curves(TrainerCallback):
@@ -119,7 +120,7 @@ def train_variant(
                 report(state.global_step, state.max_steps, "no reward" if reward is None else f"reward {reward:.2f}")
 
     pairs = training_pairs(recipe) if pairs is None else pairs
-    trainer = ListenerGRPOTrainer(recipe.base, args, pairs, callbacks=[Curves()])
+    trainer = ListenerGRPOTrainer(recipe.base, args, pairs, peft_config=lora, callbacks=[Curves()])
     trainer.train()
     trainer.save_judge(out)
     return curves
@@ -129,40 +130,61 @@ def train_sft_variant(
     report: Report, out: str, seed: int, recipe: Recipe, options: Mapping[str, Any] | None = None
 ) -> None:
     """Trains the supervised baseline on the same pairs; `out` then holds its judge. `options` are further fields of
-    `SFTConfig`."""
+    `SFTConfig`, and of LoRA."""
     from trl import SFTConfig
 
     from listener_reward.train.sft import train_sft
 
     settings = _of_baseline(out, seed, recipe) | {"gradient_checkpointing": False, "max_length": None}
-    args = _configured(SFTConfig, settings, options)
-    train_sft(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
+    args, lora = _configured(SFTConfig, settings, options)
+    train_sft(recipe.base, training_pairs(recipe), args, peft_config=lora, callbacks=[_losses(report)])
 
 
 def train_bradley_terry_variant(
     report: Report, out: str, seed: int, recipe: Recipe, options: Mapping[str, Any] | None = None
 ) -> None:
     """Trains the Bradley-Terry baseline on the same pairs, for as many steps as SFT; `out` then holds its model.
-    `options` are further fields of `TrainingArguments`."""
+    `options` are further fields of `TrainingArguments`, and of LoRA."""
     from transformers import TrainingArguments
 
     from listener_reward.train.bradley_terry import train_bradley_terry
 
-    args = _configured(TrainingArguments, _of_baseline(out, seed, recipe), options)
-    train_bradley_terry(recipe.base, training_pairs(recipe), args, callbacks=[_losses(report)])
+    args, lora = _configured(TrainingArguments, _of_baseline(out, seed, recipe), options)
+    train_bradley_terry(recipe.base, training_pairs(recipe), args, peft_config=lora, callbacks=[_losses(report)])
 
 
-def _configured(kind: type[C], settings: dict[str, Any], options: Mapping[str, Any] | None) -> C:
-    """The trainer's configuration, with `options` over the recipe's settings.
+def _configured(kind: type[C], settings: dict[str, Any], options: Mapping[str, Any] | None) -> tuple[C, Any]:
+    """The trainer's configuration, with `options` over the recipe's settings, and the LoRA that `options` asks for;
+    None where every weight is trained.
 
     Raises:
-        InputError: an option is no field of it.
+        InputError: an option is no field of either, or text where a number belongs, which a trainer would notice only
+            once its models are loaded; or a field of LoRA is there without `use_peft`.
     """
-    known = [one.name for one in fields(cast("Any", kind)) if one.init]
-    for name in options or ():
+    from trl import ModelConfig
+
+    from listener_reward.train.lora import LORA_FIELDS, lora_of
+
+    known = _hints(kind) | {name: hint for name, hint in _hints(ModelConfig).items() if name in LORA_FIELDS}
+    given = dict(options or {})
+    for name, value in given.items():
         if name not in known:
             raise InputError(f"options has {name!r}, which {kind.__name__} does not have{meant(name, known)}")
-    return kind(**settings | dict(options or {}))
+        if isinstance(value, str) and _NUMBERS.issuperset(get_args(known[name]) or (known[name],)):
+            raise InputError(f"options.{name} is {value!r}; it takes no text. YAML reads 1e-4 as text, write 1.0e-4")
+    lora = {name: given.pop(name) for name in LORA_FIELDS if name in given}
+    if lora and "use_peft" not in lora:
+        raise InputError(f"options has {next(iter(lora))!r} without use_peft; add use_peft: true, or leave it out")
+    return kind(**settings | given), lora_of(ModelConfig(**lora))
+
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind) if one.init}
 
 
 def _of_baseline(out: str, seed: int, recipe: Recipe) -> dict[str, Any]:

@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, List
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -28,14 +30,21 @@ def bradley_terry_loss(first: Tensor, second: Tensor, p_first: Tensor) -> Tensor
 
 
 def train_bradley_terry(
-    model: str | Path, pairs: Dataset, args: TrainingArguments, *, callbacks: list[TrainerCallback] | None = None
+    model: str | Path,
+    pairs: Dataset,
+    args: TrainingArguments,
+    *,
+    peft_config: LoraConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
-    """Trains every weight and returns the trainer; `args.output_dir` then holds what `bradley-terry:FOLDER` names.
+    """Trains and returns the trainer; `args.output_dir` then holds what `bradley-terry:FOLDER` names.
 
     Args:
         model: the checkpoint to start from; its answers and its card play no part.
         pairs: columns `prompt, images, p_first`, as `load_pairs` gives them, and `sources` where there are some.
         args: `remove_unused_columns` is off whatever it says.
+        peft_config: trains adapters beside the head, and merges them into the backbone at the end, in float32; None
+            trains every weight.
         callbacks: as for transformers' `Trainer`.
 
     Raises:
@@ -47,6 +56,9 @@ def train_bradley_terry(
         raise InputError("pairs has no rows")
     args.remove_unused_columns = False
     scorer = BradleyTerryModel.from_base(model)
+    if peft_config is not None:
+        # No task type: the backbone has no head that writes text, which PEFT would look for.
+        scorer.backbone = get_peft_model(scorer.backbone, replace(peft_config, task_type=None))
     trainer = _Trainer(
         model=scorer,
         args=args,
@@ -55,6 +67,8 @@ def train_bradley_terry(
         callbacks=callbacks,
     )
     trainer.train()
+    if peft_config is not None:
+        scorer.backbone = scorer.backbone.merge_and_unload()
     if trainer.is_world_process_zero():
         scorer.save(args.output_dir or ".")
     return trainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from listener_reward.datasets import load_pairs
 from listener_reward.errors import InputError, meant
@@ -18,13 +18,11 @@ from listener_reward.models.memory import out_of_memory
 from listener_reward.models.options import Quantization
 from listener_reward.models.placement import quantized
 from listener_reward.train.config import ListenerGRPOConfig
+from listener_reward.train.lora import lora_of
 from listener_reward.train.resuming import check_resumable, last_checkpoint
 from listener_reward.train.trainer import ListenerGRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-LORA_TARGETS = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""LoRA on the language model's projections; `all-linear` would also adapt the vision tower."""
 
 
 @dataclass
@@ -95,7 +93,7 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
         )
     bits = _bits(model_args)
     _check_installed(args, model_args)
-    peft_config = peft_config_of(model_args)
+    peft_config = lora_of(model_args)
     loading: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     if (revision := revision_of(model_args)) is not None:
         loading["revision"] = revision
@@ -124,13 +122,6 @@ def train(data_args: DataArguments, args: ListenerGRPOConfig, model_args: ModelC
 def revision_of(model_args: ModelConfig) -> str | None:
     """The policy's revision; None for the newest, which has a name that folders have, too."""
     return None if model_args.model_revision == "main" else model_args.model_revision
-
-
-def peft_config_of(model_args: ModelConfig) -> Any:
-    """PEFT's configuration of the adapters that are trained; None where every weight is."""
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = LORA_TARGETS  # pyright: ignore[reportAttributeAccessIssue] - one string is a pattern
-    return get_peft_config(model_args)
 
 
 _LIGHTER = (

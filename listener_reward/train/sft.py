@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -13,7 +14,7 @@ from listener_reward.card import Card
 from listener_reward.chat import reserved_tokens
 from listener_reward.errors import InputError
 from listener_reward.media.images import to_pil
-from listener_reward.models.hub import resolve
+from listener_reward.models.hub import lasting, resolve
 from listener_reward.train.chats import as_chats
 from listener_reward.train.policy import load_policy_processor
 
@@ -37,16 +38,22 @@ def as_examples(pairs: Dataset, card: Card, reserved: frozenset[str]) -> Dataset
 
 
 def train_sft(
-    model: str | Path, pairs: Dataset, args: SFTConfig, *, callbacks: list[TrainerCallback] | None = None
+    model: str | Path,
+    pairs: Dataset,
+    args: SFTConfig,
+    *,
+    peft_config: LoraConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> Any:
-    """Trains and returns the trainer; `args.output_dir` then holds a judge."""
-    folder = resolve(model)
+    """Trains and returns the trainer; `args.output_dir` then holds a judge, an adapter with `peft_config`."""
+    folder = lasting(resolve(model))
     card, processor = Card.load(folder), load_policy_processor(folder)
     trainer = SFTTrainer(
         model=folder,
         args=args,
         train_dataset=as_examples(pairs, card, reserved_tokens(processor.tokenizer)),
         processing_class=processor,
+        peft_config=peft_config,
         callbacks=callbacks,
     )
     trainer.train()

@@ -31,7 +31,8 @@ class Arm:
     recipe: Recipe = field(default_factory=Recipe)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the trainer's configuration, which win: `ListenerGRPOConfig`, `SFTConfig`, or
-    `TrainingArguments` for Bradley-Terry."""
+    `TrainingArguments` for Bradley-Terry. With `use_peft: true` adapters are trained, and fields of LoRA are among
+    them."""
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
