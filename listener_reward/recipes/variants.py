@@ -15,6 +15,7 @@ import numpy as np
 from listener_reward.errors import InputError, meant
 from listener_reward.recipes.workers import Report
 from listener_reward.shaping import WEIGHTS
+from listener_reward.tiny.world import TRAIN_CUE
 from listener_reward.trace import Masking
 from listener_reward.verdict import PairJudge, Verdict
 
@@ -63,6 +64,10 @@ class Recipe:
     share_prompt: bool = True
     """Whether a group shares its prompt. The results in docs/log.md were made as copies, which differ by rounding:
     after 160 steps that is another run of the same kind, and not the same numbers."""
+
+    def __post_init__(self) -> None:
+        if self.data == "tiny:train" and self.cue == TRAIN_CUE:
+            object.__setattr__(self, "cue", None)  # the same pairs under one name: a study then trains on them once
 
 
 def train_variant(
