@@ -38,7 +38,7 @@ from listener_reward.recipes.study.configuration import (
     read,
     to_dict,
 )
-from listener_reward.recipes.study.drawing import draw_study, figure_of, panels_of
+from listener_reward.recipes.study.drawing import axis_of, draw_study, figure_of, panels_of
 from listener_reward.recipes.study.plans import Question, Run, Study, compared_with, read_study, runs_of, study_of
 from listener_reward.recipes.study.results import tables
 from listener_reward.recipes.study.runs import finished, keep, record_of
@@ -47,6 +47,7 @@ from listener_reward.recipes.study.thoughts import ChangedThoughts, changed
 from listener_reward.recipes.variants import Recipe, train_bradley_terry_variant, train_variant, training_pairs
 from listener_reward.recipes.workers import Job, gpus
 from listener_reward.tiny.drawing import draw
+from listener_reward.tiny.thoughts import describe
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, TRAIN_CUE, Scene
 from listener_reward.train.config import ListenerGRPOConfig
 from listener_reward.train.lora import LORA_FIELDS, LORA_TARGETS
@@ -360,6 +361,28 @@ def test_a_figure_has_a_line_for_each_arm(study: Study, some: Path):
     assert all("</svg>" in path.read_text() for path in paths)
 
 
+def test_accuracy_by_several_thoughts_is_drawn_against_tokens(tmp_path: Path):
+    given = yaml.safe_load(PLAN)
+    given["measurements"] = {f"{n} thoughts": {"kind": "splits", "judge": {"thoughts": n}} for n in (1, 4)}
+    given["planned"] = [
+        {"question": "How many?", "arms": ["shaped"], "measurements": [*given["measurements"]], "seeds": [0, 1]}
+    ]
+    study = study_of({**given, "added": []})
+    for run in study.runs():
+        thoughts = run.measured.judge["thoughts"]
+        kept(tmp_path, run, id={"accuracy": thoughts / 10, "tokens": 50.0 * thoughts + 2 * run.seed})
+    (question,) = study.questions
+    assert axis_of(question) == "tokens of thoughts for a pair"
+    assert panels_of(question, finished(tmp_path)) == {
+        "accuracy (%), id": {"shaped": {51: [10.0, 10.0], 201: [40.0, 40.0]}}
+    }
+
+
+def test_labels_of_an_axis_do_not_run_into_one_another():
+    (axes,) = figure_of({"one": {"a": {50: [1.0], 400: [2.0]}, "b": {52: [1.0], 410: [3.0]}}}, "tokens").axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["50", "400"]
+
+
 def test_a_name_has_one_colour_in_all_panels():
     figure = figure_of({"one": {"a": {1: [1.0], 2: [2.0]}}, "two": {"b": {1: [1.0], 2: [3.0]}, "a": {1: [2.0]}}})
     (first,), (b, second) = (axes.lines for axes in figure.axes)
@@ -408,21 +431,28 @@ def test_jobs_share_out_gpus_where_there_are_several(monkeypatch: pytest.MonkeyP
 # --- what is measured
 
 
-def test_a_thought_can_be_short_missing_or_partly_false():
+def test_a_thought_can_be_short_or_missing():
     thought = "image 1 shows two clean red circles . image 2 shows one faded blue star"
     assert changed(thought, "whole", random.Random(0)) == thought
     assert changed(thought, "none", random.Random(0)) == ""
     assert changed(thought, "half", random.Random(0)) == "image 1 shows two clean red circles"
-    kinds = (COLORS, SHAPES, [f"{shape}s" for shape in SHAPES], COUNTS, QUALITIES)
+
+
+@pytest.mark.parametrize("change", ["one in four misnamed", "one in four false"])
+def test_a_thought_can_be_partly_false(change):
+    thought = describe(Scene("red", "circle", 2), Scene("red", "star", 2), Scene("blue", "circle", 1, "faded"))
+    kinds = [COLORS, SHAPES, [f"{shape}s" for shape in SHAPES], COUNTS, QUALITIES]
+    if change == "one in four false":
+        kinds.append(("right", "wrong"))
     false = of_a_kind = 0
     for seed in range(200):
-        words = changed(thought, "one in four false", random.Random(seed)).split()
-        for before, after in zip(thought.split(), words, strict=True):
+        for before, after in zip(thought.split(), changed(thought, change, random.Random(seed)).split(), strict=True):
             kind = next((kind for kind in kinds if before in kind), None)
             assert after == before if kind is None else after in kind
             of_a_kind += kind is not None
             false += after != before
     assert false / of_a_kind == pytest.approx(0.25, abs=0.04)
+    assert of_a_kind == 200 * (14 if change == "one in four false" else 8)
 
 
 def test_a_changed_thought_keeps_its_answer_and_a_malformed_one_its_text():

@@ -12,6 +12,9 @@ from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, Scene,
 SILENT = 0.1
 """Fraction of pretraining examples with an empty thought, from which the mode without thoughts is learnt."""
 
+MARKS = ("right", "wrong")
+"""What a thought says of each word of the prompt."""
+
 STATED = 0.5
 """Fraction of thoughts that end with their verdict in words, which the stricter masking removes for the listener."""
 
@@ -40,7 +43,7 @@ def _weigh_group(prompt: Scene, scene: Scene) -> str:
 
 
 def _mark(right: bool) -> str:
-    return "right" if right else "wrong"
+    return MARKS[0 if right else 1]
 
 
 def misread(scene: Scene, rng: random.Random, error: float, most: int = len(COUNTS)) -> Scene:

@@ -65,6 +65,8 @@ class Run(NamedTuple):
     """The value of the field that varies, or the measurement's name where there are several; None without either."""
     measured: Measurement
     seed: int
+    value: Any = None
+    """Of the field that varies, as the plan has it."""
 
     @property
     def key(self) -> str:
@@ -124,7 +126,7 @@ def runs_of(question: Question, seed: int) -> Iterator[Run]:
                 point = name if len(question.measurements) > 1 else None
                 if question.vary is not None:
                     point = f"{question.vary} {value}" + (f", {point}" if point else "")
-                run = Run(question, arm_name, varied, point, measured, seed)
+                run = Run(question, arm_name, varied, point, measured, seed, value)
                 yield run if run.drawn else run._replace(seed=0)
 
 

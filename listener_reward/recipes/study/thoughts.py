@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from listener_reward.chat import Chat, ChatFormat
+from listener_reward.tiny.thoughts import MARKS
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES
 from listener_reward.trace import parse
 
-CHANGES = ("whole", "half", "none", "one in four false")
-"""What is left of a thought before anybody reads it. A false word is another one of its kind: a colour for a colour."""
+CHANGES = ("whole", "half", "none", "one in four misnamed", "one in four false")
+"""What is left of a thought before anybody reads it. A false word is another one of its kind: a colour for a colour,
+"wrong" for "right". Where things are only misnamed, right and wrong stand as they were."""
 
 _PLURALS = tuple(f"{shape}s" for shape in SHAPES)
-_KINDS = (COLORS, SHAPES, _PLURALS, COUNTS, QUALITIES)
+_NAMES = (COLORS, SHAPES, _PLURALS, COUNTS, QUALITIES)
+_KINDS = (*_NAMES, MARKS)
 
 
 def changed(thought: str, change: str, rng: random.Random) -> str:
-    """`thought` after one of `CHANGES`: its first half by words, nothing, or with one word in four of those that have a
-    kind turned into another of it."""
+    """`thought` after one of `CHANGES`: its first half by words, nothing, or each word that has a kind turned into
+    another of it with probability 1/4."""
     if change == "whole":
         return thought
     if change == "none":
@@ -27,11 +30,12 @@ def changed(thought: str, change: str, rng: random.Random) -> str:
     words = thought.split()
     if change == "half":
         return " ".join(words[: len(words) // 2])
-    return " ".join(_other(word, rng) if rng.random() < 0.25 else word for word in words)
+    kinds = _NAMES if change == "one in four misnamed" else _KINDS
+    return " ".join(_other(word, kinds, rng) if rng.random() < 0.25 else word for word in words)
 
 
-def _other(word: str, rng: random.Random) -> str:
-    kind = next((kind for kind in _KINDS if word in kind), (word,))
+def _other(word: str, kinds: Sequence[Sequence[str]], rng: random.Random) -> str:
+    kind = next((kind for kind in kinds if word in kind), (word,))
     return rng.choice([one for one in kind if one != word] or [word])
 
 
