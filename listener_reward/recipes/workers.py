@@ -7,6 +7,7 @@ how many cores there are.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import threading
@@ -128,6 +129,7 @@ def _work(
     import transformers
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says across the bars that a CPU has no kernels to fetch
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
