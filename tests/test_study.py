@@ -507,7 +507,9 @@ def test_the_best_of_n_by_the_truth_rises_with_n():
     assert worst["true utility"]["1"] == one > worst["true utility"]["4"]
 
 
-def test_over_optimisation_is_measured_along_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_over_optimisation_is_measured_along_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(generators, "prompts", lambda held: ["two red circles"])
 
     class Same:
@@ -518,9 +520,20 @@ def test_over_optimisation_is_measured_along_the_way(tmp_path: Path, monkeypatch
             ]
 
     small = {"prompts_per_epoch": 1, "images_per_prompt": 2, "batch_size": 2, "updates_per_epoch": 1}
+    told: list[tuple[int, int]] = []
     found = generators.over_optimise(
-        lambda *_: None, generators.utilities, Same(), tmp_path, 3, epochs=2, every=1, samples=1, settings=small
+        lambda done, total, _: told.append((done, total)),
+        generators.utilities,
+        Same(),
+        tmp_path,
+        3,
+        epochs=2,
+        every=1,
+        samples=1,
+        settings=small,
     )
+    assert told == [(0, 2), (1, 2), (2, 2), (1, 3), (2, 3), (3, 3)]  # epochs, then measurements
+    assert "epochs" not in capsys.readouterr().err
     assert {metric: [*values] for metric, values in found.items()} == {
         "true utility": ["0", "1", "2"],
         "own view": ["0", "1", "2"],

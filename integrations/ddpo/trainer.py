@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -129,13 +129,15 @@ class DDPOTrainer:
         self.history: list[dict[str, Any]] = []
         """The rows of `metrics.jsonl`, after or during `train`."""
 
-    def train(self, resume: bool = False) -> Path:
+    def train(self, resume: bool = False, *, watch: Callable[[int, Mapping[str, Any]], None] | None = None) -> Path:
         """Trains for `config.epochs` and saves the LoRA, or with `train="full"` the denoisers, into `output_dir`.
 
         Args:
             resume: go on from the newest whole checkpoint in `output_dir`, if it has one; a warning names each newer
                 one that is broken, and the file. A run that was killed and resumed ends as it would have ended (bit for
                 bit where kernels repeat themselves, as on one CPU with as many threads).
+            watch: called in the main process after each epoch, with the number of epochs that are done and the epoch's
+                row of `metrics.jsonl`; in place of the progress bar.
 
         Returns:
             `output_dir`; `pipeline.load_lora_weights` reads it (see `lora.save_lora`).
@@ -165,7 +167,8 @@ class DDPOTrainer:
         )
         log = RunLog(self.folder, self.accelerator, start)
         self.history = log.history
-        bar = tqdm(range(start, config.epochs), "epochs", disable=not self.accelerator.is_main_process)
+        main = self.accelerator.is_main_process
+        bar = tqdm(range(start, config.epochs), "epochs", disable=not main or watch is not None)
         try:
             if self.samples.base is not None and start == 0:
                 log.draw(0, self.samples.base, self.samples.sources())
@@ -177,6 +180,8 @@ class DDPOTrainer:
                     row |= self._watch(log, epoch + 1)
                 log.write(row)
                 bar.set_postfix(reward=f"{row['reward_mean']:.3f}")
+                if main and watch is not None:
+                    watch(epoch + 1, row)
                 messages = self.guard.update(row)
                 for message in messages:
                     logger.warning("epoch %d: %s", epoch, message)

@@ -174,7 +174,7 @@ def over_optimise(
     chosen = SETTINGS | {"seed": seed, "epochs": epochs, "save_every": every, "output_dir": str(folder)} | settings
     trainer = DDPOTrainer(load_pipeline(), reward, prompts(held=False), DDPOConfig(**chosen), second_reward=utilities)
     report(0, epochs, "DDPO")
-    trainer.train(resume=True)
+    trainer.train(resume=True, watch=lambda done, row: report(done, epochs, f"DDPO, reward {row['reward_mean']:.2f}"))
     texts = [text for text in prompts(held=True) for _ in range(samples)]
 
     def drawn(pipeline: Any) -> list[Image.Image]:
