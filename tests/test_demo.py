@@ -9,16 +9,19 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from listener_reward.errors import InputError
 from listener_reward.recipes import demo
 from listener_reward.recipes.demo import run_demo
 from listener_reward.recipes.study import conduct
 from listener_reward.recipes.variants import SPLITS, VARIANTS
-from listener_reward.recipes.workers import Job, Report, run_side_by_side
+from listener_reward.recipes.workers import Job, JobsFailedError, Report, run_side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +54,24 @@ def die(report: Report) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def ask(report: Report) -> None:
+    raise InputError("there is no such tower")
+
+
 def test_the_other_jobs_come_to_their_end_where_one_fails(tmp_path: Path) -> None:
     jobs: dict[str, Job] = {
         "leaning": (break_down, {}),
         "dead": (die, {}),
+        "asking": (ask, {}),
         "fine": (leave, {"path": tmp_path / "here"}),
     }
-    with pytest.raises(RuntimeError, match=r"leaning failed:(?s:.*)the tower leans(?s:.*)dead failed:(?s:.*)memory"):
-        run_side_by_side(jobs, at_once=1, keep_going=True)
+    told = StringIO()
+    with pytest.raises(JobsFailedError, match=r"3 of 4 jobs failed, for the reasons above: leaning; dead; asking"):
+        run_side_by_side(jobs, at_once=1, keep_going=True, console=Console(file=told, width=200))
     assert (tmp_path / "here").exists()
+    leaning, dead, asking = (told.getvalue().index(f"{name} failed:") for name in ("leaning", "dead", "asking"))
+    assert "Traceback" in told.getvalue()[leaning:dead] and "enough memory" in told.getvalue()[dead:asking]
+    assert "there is no such tower" in told.getvalue()[asking:] and "Traceback" not in told.getvalue()[asking:]
 
 
 def leave(report: Report, path: Path) -> None:

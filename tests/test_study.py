@@ -45,7 +45,7 @@ from listener_reward.recipes.study.runs import finished, keep, record_of
 from listener_reward.recipes.study.show import write_results
 from listener_reward.recipes.study.thoughts import ChangedThoughts, changed
 from listener_reward.recipes.variants import Recipe, train_bradley_terry_variant, train_variant, training_pairs
-from listener_reward.recipes.workers import Job, gpus
+from listener_reward.recipes.workers import Job, JobsFailedError, gpus
 from listener_reward.tiny.drawing import draw
 from listener_reward.tiny.thoughts import describe
 from listener_reward.tiny.world import COLORS, COUNTS, QUALITIES, SHAPES, TRAIN_CUE, Scene
@@ -262,6 +262,65 @@ def test_a_judge_that_is_there_is_measured_and_not_trained(study: Study, tmp_pat
     judge.rmdir()
     conduct.conduct(study, tmp_path)
     assert trained == ["1 jobs", "train 1000 3", "measure plain 3"], "half a judge is none"
+
+
+@pytest.mark.parametrize(
+    ("arm", "measured", "said"),
+    [
+        (
+            {"recipe": {"data": "hpdv2:nowhere/train.json"}},
+            {},
+            "tried: data is 'nowhere/train.json', where there is no",
+        ),
+        ({"recipe": {"data": "tiny:trane"}}, {}, "tried: split is 'trane'; the tiny world has"),
+        ({}, {"splits": ["imagereward:nowhere/test.json"]}, "tried: data is 'nowhere/test.json'"),
+        ({"recipe": {"base": "./nowhere"}}, {}, "tried: .*nowhere"),
+        ({"recipe": {"listener": "./nowhere"}}, {}, "tried: .*nowhere"),
+        ({}, {"listener": "./nowhere"}, "tried: .*nowhere"),
+    ],
+)
+def test_what_is_not_there_is_missed_before_the_first_run(arm, measured, said, tmp_path: Path, trained: list[str]):
+    asked = {"question": "q", "arms": ["base", "tried"], "measurements": ["all"], "seeds": [0]}
+    given = {
+        "title": "t",
+        "planned_at": "2026-11-29",
+        "arms": {"base": {"method": "none"}, "tried": arm},
+        "measurements": {"all": {"kind": "splits", **measured}},
+        "planned": [asked],
+    }
+    if measured:
+        given["arms"].pop("base")
+        asked["arms"] = ["tried"]
+    with pytest.raises(InputError, match=said):
+        conduct.conduct(study_of(given), tmp_path / "out")
+    assert trained == [] and not (tmp_path / "out").exists()
+
+
+NOBODY = ("base", "none", "http://host:8000/v1")
+
+
+def test_names_that_are_no_checkpoint_are_not_looked_for(tmp_path: Path, trained: list[str]):
+    given = {
+        "title": "t",
+        "planned_at": "2026-11-29",
+        "arms": {name: {"recipe": {"listener": name}} for name in NOBODY},
+        "measurements": {"all": {"kind": "splits", "listener": "none"}},
+        "planned": [{"question": "q", "arms": [*NOBODY], "measurements": ["all"], "seeds": [0]}],
+    }
+    assert len(conduct.conduct(study_of(given), tmp_path)) == 3
+
+
+def test_a_study_in_which_runs_fail_has_its_tables_and_an_exit_code(
+    some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any, **__: Any) -> None:
+        raise JobsFailedError("1 of 5 jobs failed, for the reasons above: shaped, seed 3")
+
+    monkeypatch.setattr(conduct, "conduct", fails)
+    (tmp_path / "plan.yaml").write_text(PLAN, encoding="utf-8")
+    result = CliRunner().invoke(app, ["study", "--config", str(tmp_path / "plan.yaml"), "--out", str(some)])
+    assert result.exit_code == 1 and (some / "tables.md").exists()
+    assert "Error: 1 of 5 jobs failed" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_only_has_to_name_something(study: Study, tmp_path: Path):

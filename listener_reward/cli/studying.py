@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from listener_reward.cli.options import Debug
-from listener_reward.cli.terminal import errors_in_one_line, quieten, stderr
+from listener_reward.cli.terminal import errors_in_one_line, print_error, quieten, stderr
 
 
 def study(
@@ -64,6 +64,7 @@ def study(
         from listener_reward.recipes.study.results import counted
         from listener_reward.recipes.study.runs import finished
         from listener_reward.recipes.study.show import write_results
+        from listener_reward.recipes.workers import JobsFailedError
 
         planned = read_study(config)
         if against is not None:
@@ -77,9 +78,16 @@ def study(
                 print(f"{state:9} {run.key}  {run.measured.kind:9} {run.label}, seed {run.seed}")
             print(counted(planned, finished(folder)))
             return
-        found = (
-            finished(folder) if table else conduct(planned, folder, only=only or (), at_once=at_once, console=console)
-        )
+        failed: JobsFailedError | None = None
+        if not table:
+            try:
+                conduct(planned, folder, only=only or (), at_once=at_once, console=console)
+            except JobsFailedError as error:
+                failed = error
+        found = finished(folder)
         for path in write_results(planned, found, folder):
             console.print(f"Written: {path}")
         print(counted(planned, found))
+        if failed is not None:
+            print_error(failed)
+            raise typer.Exit(1)

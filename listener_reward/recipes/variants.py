@@ -311,7 +311,7 @@ def evaluate_judge(
     table = {}
     for done, split in enumerate(splits):
         report(done, len(splits), split)
-        data = split if ":" in split or "/" in split else f"tiny:{split}"
+        data = as_spec(split)
         said: list[int] = []
 
         def count(rows: Any, verdicts: Sequence[Verdict], said: list[int] = said) -> None:
@@ -324,6 +324,11 @@ def evaluate_judge(
             table[split]["diagnostics"] = diagnose(evaluation)
     report(len(splits), len(splits), "")
     return table
+
+
+def as_spec(split: str) -> str:
+    """What `load_pairs` calls a split of the tiny world, or other data, which has a colon or a slash in its name."""
+    return split if ":" in split or "/" in split else f"tiny:{split}"
 
 
 def card_row(model: str, split: str, scores: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from listener_reward.errors import InputError
 from listener_reward.progress import progress_bars
 
 Report = Callable[[int, int, str], None]
@@ -31,6 +32,10 @@ Job = tuple[Callable[..., Any], Mapping[str, Any]]
 
 MANY = 12
 """Jobs beyond which only those that run have a bar, and one bar stands for all."""
+
+
+class JobsFailedError(RuntimeError):
+    """Some jobs of `run_side_by_side` did not come to their end."""
 
 
 def run_side_by_side(
@@ -47,8 +52,8 @@ def run_side_by_side(
         keep_going: whether the other jobs go on where one fails, for jobs that keep what they did themselves.
 
     Raises:
-        RuntimeError: a job failed; its traceback is in the message. The others are stopped, or with `keep_going` have
-            come to their end.
+        JobsFailedError: a job failed; its traceback is in the message, or the message of its `InputError`. The others
+            are stopped, or with `keep_going` have come to their end; then each failure has been shown, and is named.
     """
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -103,8 +108,11 @@ def run_side_by_side(
         finally:
             for process in running.values():
                 process.terminate()
+    if failures and keep_going:
+        named = "; ".join(failures)
+        raise JobsFailedError(f"{len(failures)} of {len(jobs)} jobs failed, for the reasons above: {named}")
     if failures:
-        raise RuntimeError("\n".join(failures.values()))
+        raise JobsFailedError("\n".join(failures.values()))
     return {name: results[name] for name in jobs}
 
 
@@ -142,6 +150,8 @@ def _work(
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # trainers print; we have bars
             messages.put(("result", name, function(report, **arguments)))
+    except InputError as error:
+        messages.put(("error", name, str(error)))
     except BaseException:
         messages.put(("error", name, traceback.format_exc()))
 

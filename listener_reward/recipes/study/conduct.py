@@ -12,6 +12,7 @@ from listener_reward.errors import InputError
 from listener_reward.recipes.study.carry_out import carry_out, found, taught_names, teach
 from listener_reward.recipes.study.configuration import key
 from listener_reward.recipes.study.plans import Run, Study
+from listener_reward.recipes.study.precheck import check_named
 from listener_reward.recipes.study.runs import finished
 from listener_reward.recipes.workers import Job, run_side_by_side
 
@@ -55,11 +56,13 @@ def conduct(
     interruption leaves is gone on with by the same call.
 
     Raises:
-        RuntimeError: a run failed. All others are made first, and kept.
+        InputError: data or a checkpoint of the missing runs is not there; none of them is begun.
+        JobsFailedError: a run failed. All others are made first, and kept.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Run]] = {}
     missing = due(study, folder, only).values()
+    check_named(missing)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     names = [name for name in taught_names(missing) if not Path(found(name, folder)).exists()]
     lessons: dict[str, Job] = {name: (teach, {"name": name, "folder": str(folder)}) for name in names}
     if lessons:  # two runs may need the same one
