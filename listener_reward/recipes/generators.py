@@ -102,6 +102,16 @@ def pictures(pipeline: Any, text: str, n: int, first_seed: int = 0) -> list[Imag
     return pipeline([text] * n, generator=generators, **CALL).images
 
 
+def _untrained() -> Any:
+    """The tiny diffusion model, loaded without a bar of its own: whoever asks for it shows one."""
+    from diffusers.utils import logging
+
+    from listener_reward.tiny.diffusion import load_pipeline
+
+    logging.disable_progress_bar()
+    return load_pipeline()
+
+
 # ------------------------------------------------------------------------------------------------------------ best of n
 
 
@@ -111,9 +121,9 @@ def best_of(report: Report, reward: Reward, n: int, count: int, *, batch_size: i
     All `n` samples of a prompt are scored together. The best of k is the mean over the n / k parts of k samples each,
     and its KL from one sample is log k - (k - 1) / k, whatever the reward.
     """
-    from listener_reward.tiny.diffusion import any_prompt, load_pipeline
+    from listener_reward.tiny.diffusion import any_prompt
 
-    pipeline = load_pipeline()
+    pipeline = _untrained()
     sizes = [2**power for power in range(int(math.log2(n)) + 1)]
     found: dict[int, list[float]] = {size: [] for size in sizes}
     for index in range(count):
@@ -169,10 +179,9 @@ def over_optimise(
     """
     from listener_reward.integrations.ddpo import DDPOConfig, DDPOTrainer
     from listener_reward.integrations.ddpo.log import checkpoints, read_metrics
-    from listener_reward.tiny.diffusion import load_pipeline
 
     chosen = SETTINGS | {"seed": seed, "epochs": epochs, "save_every": every, "output_dir": str(folder)} | settings
-    trainer = DDPOTrainer(load_pipeline(), reward, prompts(held=False), DDPOConfig(**chosen), second_reward=utilities)
+    trainer = DDPOTrainer(_untrained(), reward, prompts(held=False), DDPOConfig(**chosen), second_reward=utilities)
     report(0, epochs, "DDPO")
     trainer.train(resume=True, watch=lambda done, row: report(done, epochs, f"DDPO, reward {row['reward_mean']:.2f}"))
     texts = [text for text in prompts(held=True) for _ in range(samples)]
@@ -180,7 +189,7 @@ def over_optimise(
     def drawn(pipeline: Any) -> list[Image.Image]:
         return [picture for text in prompts(held=True) for picture in pictures(pipeline, text, samples)]
 
-    before = drawn(load_pipeline())
+    before = drawn(_untrained())
     spent: dict[int, list[float]] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
         if row.get("kl") is not None:
@@ -190,7 +199,7 @@ def over_optimise(
     for done, (epoch, checkpoint) in enumerate(trained.items()):
         after = before
         if checkpoint is not None:
-            pipeline = load_pipeline()
+            pipeline = _untrained()
             pipeline.load_lora_weights(str(checkpoint))
             after = drawn(pipeline)
         for metric, value in shown(after, texts).items():
