@@ -428,6 +428,7 @@ def test_accuracy_by_several_thoughts_is_drawn_against_tokens(tmp_path: Path):
     ]
     study = study_of({**given, "added": []})
     for run in study.runs():
+        assert isinstance(run.measured, Splits)
         thoughts = run.measured.judge["thoughts"]
         kept(tmp_path, run, id={"accuracy": thoughts / 10, "tokens": 50.0 * thoughts + 2 * run.seed})
     (question,) = study.questions
