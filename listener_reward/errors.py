@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "ray": ("ray",),
     "diffusers": ("torch", "transformers", "diffusers", "peft", "accelerate"),
     "large": ("accelerate", "bitsandbytes"),
+    "plot": ("matplotlib",),
     "serve": ("torch", "transformers", "fastapi", "uvicorn", "prometheus_client"),
 }
 """What has to be importable for each extra, in the order in which a missing package is named."""

@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from listener_reward import errors
 from listener_reward.chat import ChatFormat
 from listener_reward.cli import app
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.evaluate.intervals import t_interval
 from listener_reward.models.bradley_terry import BradleyTerryModel
 from listener_reward.recipes import generators
@@ -308,6 +310,35 @@ def test_names_that_are_no_checkpoint_are_not_looked_for(tmp_path: Path, trained
         "planned": [{"question": "q", "arms": [*NOBODY], "measurements": ["all"], "seeds": [0]}],
     }
     assert len(conduct.conduct(study_of(given), tmp_path)) == 3
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`without(package)`: it is not installed."""
+
+    def hide(package: str) -> None:
+        find = errors.find_spec
+        monkeypatch.setattr(errors, "find_spec", lambda name: None if name == package else find(name))
+        monkeypatch.delitem(sys.modules, "listener_reward.recipes.study.drawing", raising=False)
+
+    return hide
+
+
+def test_without_matplotlib_there_are_tables_and_a_word(some: Path, tmp_path: Path, without: Callable[[str], None]):
+    without("matplotlib")
+    (tmp_path / "plan.yaml").write_text(PLAN, encoding="utf-8")
+    arguments = ["study", "--config", str(tmp_path / "plan.yaml"), "--out", str(some), "--table"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and (some / "tables.md").exists() and not list(some.glob("*.svg"))
+    assert 'No figures: drawing needs matplotlib: pip install "listener-reward[plot]"' in result.stderr
+
+
+def test_without_diffusers_no_generator_is_begun(tmp_path: Path, trained: list[str], without: Callable[[str], None]):
+    without("diffusers")
+    study = read_study(Path(__file__).parents[1] / "examples" / "study.yaml")
+    with pytest.raises(MissingExtraError, match="best of n needs diffusers: pip install"):
+        conduct.conduct(study, tmp_path, only=["truth"])
+    assert trained == []
 
 
 def test_a_study_in_which_runs_fail_has_its_tables_and_an_exit_code(

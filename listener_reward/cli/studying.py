@@ -9,6 +9,7 @@ import typer
 
 from listener_reward.cli.options import Debug
 from listener_reward.cli.terminal import errors_in_one_line, print_error, quieten, stderr
+from listener_reward.errors import missing
 
 
 def study(
@@ -87,6 +88,8 @@ def study(
         found = finished(folder)
         for path in write_results(planned, found, folder):
             console.print(f"Written: {path}")
+        if fault := missing("plot", "drawing"):
+            console.print(f"No figures: {fault}", markup=False)
         print(counted(planned, found))
         if failed is not None:
             print_error(failed)

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, MissingExtraError
 from listener_reward.progress import progress_bars
 
 Report = Callable[[int, int, str], None]
@@ -150,7 +150,7 @@ def _work(
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # trainers print; we have bars
             messages.put(("result", name, function(report, **arguments)))
-    except InputError as error:
+    except (InputError, MissingExtraError) as error:
         messages.put(("error", name, str(error)))
     except BaseException:
         messages.put(("error", name, traceback.format_exc()))

@@ -57,6 +57,7 @@ def conduct(
 
     Raises:
         InputError: data or a checkpoint of the missing runs is not there; none of them is begun.
+        MissingExtraError: a package that they need is not there; none of them is begun.
         JobsFailedError: a run failed. All others are made first, and kept.
     """
     groups: dict[str, list[Run]] = {}

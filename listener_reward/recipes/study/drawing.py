@@ -7,6 +7,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from listener_reward.errors import missing
+
+if fault := missing("plot", "drawing"):
+    raise fault
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

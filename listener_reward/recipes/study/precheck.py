@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from listener_reward.errors import InputError
+from listener_reward.errors import InputError, missing
 from listener_reward.listener import OWN_BASE
 from listener_reward.models.hub import find_file, resolve
 from listener_reward.models.options import is_address
@@ -21,10 +21,13 @@ def check_named(runs: Iterable[Run]) -> None:
 
     Raises:
         InputError: something is not there; the message names it, and who asks for it.
+        MissingExtraError: a generator is measured, and diffusers is not installed.
     """
     data: dict[str, str] = {}
     checkpoints: dict[str, str] = {}
     for run in runs:
+        if not isinstance(run.measured, Splits) and (fault := missing("diffusers", run.measured.kind)):
+            raise fault
         for name in _data_of(run):
             data.setdefault(name, run.label)
         for name in _checkpoints_of(run):
