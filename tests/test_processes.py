@@ -89,7 +89,9 @@ def test_two_processes_find_what_one_finds(tmp_path: Path):
     alone = CliRunner().invoke(app, LINE)
     both, one = json.loads(done.stdout), json.loads(alone.stdout)
     assert both.pop("seconds") > 0 < one.pop("seconds")
-    assert both == one and one["n"] == 20
+    # Batches of other shapes go through other kernels, and differ in the eighth digit on some machines.
+    near = {name: pytest.approx(value, abs=1e-6) if isinstance(value, float) else value for name, value in one.items()}
+    assert both == near and one["n"] == 20
     assert done.stderr.count("report: ") == 1 and page.exists()
 
 
