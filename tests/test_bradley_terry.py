@@ -48,7 +48,7 @@ def trained(random_judge: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         output_dir=str(folder),
         per_device_train_batch_size=PAIRS,
         max_steps=40,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
@@ -73,7 +73,7 @@ def test_it_begins_at_even_odds_and_learns(trained: tuple[Path, list[float]]):
 
 def test_the_folder_is_a_judge_that_position_means_nothing_to(judge: ScoreJudge):
     result = evaluate(judge, load_pairs("tiny:train", limit=PAIRS), progress=False)
-    assert result.accuracy >= 10 / 12  # what it learns in 40 steps is another thing by other kernels
+    assert result.accuracy == 1
     assert result.swap_consistency == 1
     assert result.verdicts is None or all(verdict.position_gap == 0 for verdict in result.verdicts)
 

@@ -583,6 +583,8 @@ def test_votes_can_be_turned_round_and_the_frame_made_to_say_less():
     assert turned["id"] == plain["id"] and turned.features == plain.features
     less = training_pairs(Recipe(pairs=40, cue=0.5))
     assert Recipe(cue=TRAIN_CUE) == Recipe()
+    same = training_pairs(Recipe(pairs=40, cue=TRAIN_CUE + 1e-9))  # as good as the world's own, under another name
+    assert same["images"] == plain["images"] and same["p_first"] == plain["p_first"]
     assert less["prompt"] == plain["prompt"] and less["images"] != plain["images"]
     with pytest.raises(InputError, match="only tiny:train has such a cue"):
         training_pairs(Recipe(data="tiny:id", cue=0.5))
