@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from listener_reward.errors import missing
 
-from listener_reward.errors import MissingExtraError
+if fault := missing("plot", "drawing"):
+    raise fault
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from listener_reward.evaluate.confidence import reliability
 from listener_reward.files import replace_file
-
-try:
-    from matplotlib import style
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise MissingExtraError('plots need matplotlib: pip install "listener-reward[plot]"') from error
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#767676"
 """Colours that colour-blind readers tell apart (Okabe and Ito's), and a grey for what is only compared with."""

@@ -176,13 +176,14 @@ def _configured(kind: type[C], settings: dict[str, Any], options: Mapping[str, A
         if name not in known:
             raise InputError(f"options has {name!r}, which {kind.__name__} does not have{meant(name, known)}")
         if isinstance(value, str) and _NUMBERS.issuperset(get_args(known[name]) or (known[name],)):
-            raise InputError(f"options.{name} is {value!r}; it takes no text. YAML reads 1e-4 as text, write 1.0e-4")
+            raise InputError(f"options.{name} is {value!r}; it takes no text. {AS_YAML_READS}")
     lora = {name: given.pop(name) for name in LORA_FIELDS if name in given}
     if lora and "use_peft" not in lora:
         raise InputError(f"options has {next(iter(lora))!r} without use_peft; add use_peft: true, or leave it out")
     return kind(**settings | given), lora_of(ModelConfig(**lora))
 
 
+AS_YAML_READS = "YAML reads 1e-4 as text, write 1.0e-4"
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 from listener_reward.errors import InputError, check_choice, meant
 from listener_reward.recipes.study.thoughts import CHANGES
-from listener_reward.recipes.variants import SPLITS, Recipe
+from listener_reward.recipes.variants import AS_YAML_READS, SPLITS, Recipe
 from listener_reward.shaping import WEIGHTS
 
 METHODS = ("grpo", "sft", "bradley-terry", "none", "truth")
@@ -171,6 +171,6 @@ def _fitting(value: Any, default: Any, where: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        hint = "; YAML reads 1e-4 as text, write 1.0e-4" if wanted is float and isinstance(value, str) else ""
+        hint = f"; {AS_YAML_READS}" if wanted is float and isinstance(value, str) else ""
         raise InputError(f"{where} is {value!r}; it takes a value such as {default!r}{hint}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from listener_reward.errors import InputError, missing
-from listener_reward.listener import OWN_BASE
+from listener_reward.listener import OWN_BASE, choose_listener
 from listener_reward.models.hub import find_file, resolve
 from listener_reward.models.options import is_address
 from listener_reward.recipes.study.carry_out import TAUGHT
@@ -56,13 +56,12 @@ def _data_of(run: Run) -> Iterator[str]:
 
 
 def _checkpoints_of(run: Run) -> Iterator[str]:
-    arm, named = run.arm, [run.measured.listener] if isinstance(run.measured, Splits) else []
-    if arm.method != "truth":
-        named.append(arm.recipe.base)
+    arm, listeners = run.arm, [run.measured.listener] if isinstance(run.measured, Splits) else []
     if arm.method == "grpo":
-        named.append(arm.recipe.listener)
-    for name in named:
-        if name not in (None, "", "none", OWN_BASE) and not name.startswith(TAUGHT) and not is_address(name):
+        listeners.append(arm.recipe.listener)
+    bases = [] if arm.method == "truth" else [arm.recipe.base]
+    for name in (*bases, *(choose_listener(each or None, None) for each in listeners)):
+        if name not in (None, OWN_BASE) and not name.startswith(TAUGHT) and not is_address(name):
             yield name
 
 
