@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 if find_spec("vllm") is None:
     pytest.skip("needs vLLM", allow_module_level=True)
 
 from served import Served, serving
 
+from listener_reward import tiny
 from listener_reward.judge import Judge
 
 ROLLOUTS: dict[str, Any] = {
@@ -42,8 +45,17 @@ def named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in found.items()}
 
 
+def in_bfloat16(folder: Path) -> str:
+    """The embedded base in bfloat16, for which vLLM has kernels with packed weights on any recent CPU."""
+    shutil.copytree(Path(tiny.__file__).parent / "weights" / "base", folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    save_file({name: weight.bfloat16() for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), encoding="utf-8")
+    return str(folder)
+
+
 def test_completions_are_written_by_the_weights_of_their_step(
-    tiny_pairs: Any, grpo_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny_pairs: Any, grpo_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     from trl.generation.vllm_generation import VLLMGeneration
 
@@ -61,13 +73,14 @@ def test_completions_are_written_by_the_weights_of_their_step(
     monkeypatch.setattr(VLLMGeneration, "generate", spy)
     listener: Any = Judge.from_pretrained("tiny-edit-listener", listener="none", device="cpu").reasoner
     with serving(Served(listener)) as server:
-        trainer = ListenerGRPOTrainer("tiny", grpo_config(**ROLLOUTS, listener=server.address), tiny_pairs)
+        config = grpo_config(**ROLLOUTS, listener=server.address)
+        trainer = ListenerGRPOTrainer(in_bfloat16(tmp_path / "base"), config, tiny_pairs)
         trainer.train()
         assert server.requests
     assert len(seen) == 2
     for inside, here in seen:
         assert inside and inside.keys() == here.keys()
-        # trl loads vLLM in the dtype in which the checkpoint is saved, here bfloat16, and trains in float32.
+        # trl loads vLLM in the dtype in which the checkpoint is saved, here in bfloat16, and trains in float32.
         assert all(torch.equal(inside[name], here[name].to(inside[name].dtype)) for name in inside)
     assert any(not torch.equal(seen[0][0][name], seen[1][0][name]) for name in seen[0][0])
     entries = [entry for entry in trainer.state.log_history if "reward" in entry]

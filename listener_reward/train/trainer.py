@@ -43,6 +43,7 @@ from listener_reward.train.config import ListenerGRPOConfig, without_image_token
 from listener_reward.train.guard import changes, lacks_fused_head
 from listener_reward.train.listening import load_audience
 from listener_reward.train.policy import Policy
+from listener_reward.train.reloading import keeping_weights
 from listener_reward.train.resuming import check_resumable, check_revision, last_checkpoint
 from listener_reward.train.rewards import ShapedReward
 from listener_reward.train.sharing import (
@@ -117,7 +118,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             reserved=reserved_tokens(policy.processor.tokenizer),
             decode="decode_images_once" in self.left_to_trl,  # then trl decodes
         )
-        with self._class_of_revision():
+        with self._class_of_revision(), keeping_weights() if args.use_vllm else contextlib.nullcontext():
             super().__init__(
                 model=policy.folder,
                 reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]
