@@ -9,6 +9,7 @@ ddpo     samples before and after DDPO on the judge's reward, from `docs/ddpo-gr
          `tests/benchmarks/ddpo.py --docs docs` makes
 relations  pairs of two groups with the true utility of each picture, one of them out of distribution
 study    what judges of the same votes are worth, from the finished runs of `examples/study.yaml` in `docs/studies/tiny`
+sweeps   accuracy against the number of votes, their noise and the shortcut's strength, as far as it is there in full
 drawn    what generators draw that were trained on those judges; from the folder `study` of a study that was run here
 report   two parts of the page that `listener-reward eval --html` writes, the results and the worst mistakes (needs
          Chromium)
@@ -54,6 +55,12 @@ STUDY, SEED = Path("study"), 10
 """Where `listener-reward study --config examples/study.yaml` leaves its generators, and whose pictures are shown."""
 SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth"
 """The study's ways to have a judge that the README shows."""
+SWEPT = {
+    "pairs": ("votes", "votes"),
+    "flipped": ("noise", "fraction of the votes that are turned round"),
+    "cue": ("shortcut", "fraction of the pairs in which the frame marks the better image"),
+}
+"""What the study's training votes vary in: name of the picture and of its axis."""
 INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
 
 
@@ -154,6 +161,15 @@ def study(folder: Path) -> None:
     save(figure_of(panels), folder / "study.png")
 
 
+def sweeps(folder: Path) -> None:
+    """Accuracy on each split along what the training votes vary in, a picture for each question that is answered."""
+    records = finished(ROOT / "docs/studies/tiny")
+    for field, (name, axis) in SWEPT.items():
+        question = next(one for one in read_study(ROOT / "examples/study.yaml").questions if one.vary == field)
+        if all(run.key in records for seed in question.seeds for run in runs_of(question, seed)):
+            save(figure_of(panels_of(question, records), axis), folder / f"{name}.png")
+
+
 def _question(begins: str) -> Question:
     """The question of the package's study that begins so."""
     plan = read_study(ROOT / "examples/study.yaml")
@@ -222,7 +238,7 @@ def _shrink(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, study, drawn, report)}
+    makers = {maker.__name__: maker for maker in (pairs, best, ddpo, relations, study, sweeps, drawn, report)}
     usual = [name for name in makers if name != "drawn" or STUDY.is_dir()]
     parser.add_argument("--only", nargs="+", choices=list(makers), default=usual)
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
