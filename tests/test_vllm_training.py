@@ -80,11 +80,32 @@ def test_completions_are_written_by_the_weights_of_their_step(
     assert len(seen) == 2
     for inside, here in seen:
         assert inside and inside.keys() == here.keys()
-        # trl loads vLLM in the dtype in which the checkpoint is saved, here in bfloat16, and trains in float32.
+        # trl loads vLLM in the dtype in which the checkpoint is saved, here bfloat16, and trains in float32.
         assert all(torch.equal(inside[name], here[name].to(inside[name].dtype)) for name in inside)
     assert any(not torch.equal(seen[0][0][name], seen[1][0][name]) for name in seen[0][0])
     entries = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(entries) == 2 and entries[0]["malformed_rate"] < 0.5
+
+
+def test_a_vllm_that_chooses_kernels_in_another_way_is_left_alone(
+    grpo_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    from vllm.model_executor.layers import utils as kernels  # pyright: ignore[reportMissingImports]
+
+    from listener_reward.train.reloading import keeping_weights
+
+    def another(layer: Any, packed: bool) -> None: ...
+
+    stock = kernels.dispatch_cpu_unquantized_gemm
+    with keeping_weights(grpo_config(**ROLLOUTS)):
+        assert kernels.dispatch_cpu_unquantized_gemm is not stock
+    assert kernels.dispatch_cpu_unquantized_gemm is stock
+    with keeping_weights(grpo_config(**ROLLOUTS | {"vllm_mode": "server"})):
+        assert kernels.dispatch_cpu_unquantized_gemm is stock
+    monkeypatch.setattr(kernels, "dispatch_cpu_unquantized_gemm", another)
+    with keeping_weights(grpo_config(**ROLLOUTS)):
+        assert kernels.dispatch_cpu_unquantized_gemm is another
+    assert "gemm(layer, packed), and listener-reward expects (layer, remove_weight)" in caplog.text
 
 
 def test_the_command_trains_with_a_listener_in_its_process(tmp_path: Path):

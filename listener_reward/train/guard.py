@@ -7,6 +7,7 @@ runs instead. Work is refused (`require`) only where trl's code cannot stand in.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -55,7 +56,7 @@ def changes() -> dict[str, str]:
         name: reason
         for owner, expected in parts
         for name, parameters in expected.items()
-        if (reason := _change(owner, name, parameters))
+        if (reason := change(owner, name, parameters))
     }
     return {
         switch: f"{found[name]}, {_TESTED}"
@@ -87,12 +88,12 @@ def dropped_inputs(made: Iterable[str]) -> list[str]:
 
 def require(owner: Any, name: str, expected: Sequence[str]) -> None:
     """Raises MissingExtraError where a part of trl that nothing can take the place of is not as expected."""
-    if reason := _change(owner, name, expected):
+    if reason := change(owner, name, expected):
         raise MissingExtraError(f'{reason}. It is tested with trl 1.16: pip install "trl==1.16"')
 
 
-def _change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
-    """How the callable `name` of a class or module of trl differs from one with the `expected` parameters.
+def change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
+    """How the callable `name` of a library's class or module differs from one with the `expected` parameters.
 
     None if it does not.
     """
@@ -102,7 +103,9 @@ def _change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
         return None
     where = f"{owner.__name__}.{name}"
     signature = f"no {where}" if found is None else f"{where}({', '.join(found)})"
-    return f"trl {trl.__version__} has {signature}, and listener-reward expects ({', '.join(expected)})"
+    library = sys.modules[getattr(owner, "__module__", owner.__name__).partition(".")[0]]
+    release = f"{library.__name__} {library.__version__}"
+    return f"{release} has {signature}, and listener-reward expects ({', '.join(expected)})"
 
 
 require(GRPOTrainer, "_save_checkpoint", _METHODS["_save_checkpoint"])  # no switch turns the override off

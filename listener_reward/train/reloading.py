@@ -9,41 +9,37 @@ is there depends on processor and dtype, so that the same run ends on one machin
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from torch.nn import functional
+from trl import GRPOConfig
 
+from listener_reward.train.guard import change
 from listener_reward.train.sharing import replaced
 
 logger = logging.getLogger(__name__)
 
 _DISPATCH = "dispatch_cpu_unquantized_gemm"
-_PARAMETERS = ["layer", "remove_weight"]
 
 
-def keeping_weights() -> contextlib.AbstractContextManager[Any]:
-    """Engines that are made inside multiply by torch, and keep the weights that they load. Only vLLM for CPUs changes.
+def keeping_weights(args: GRPOConfig) -> contextlib.AbstractContextManager[Any]:
+    """vLLM that trl starts inside multiplies by torch, and keeps the weights that it loads. Only its CPU build changes.
 
-    A vLLM that chooses its kernels in another way is left alone, with a warning.
+    A build that chooses its kernels in another way is left alone, with a warning.
     """
-    if find_spec("vllm") is None:
-        return contextlib.nullcontext()  # trl says so, and names the extra
+    stock = contextlib.nullcontext()
+    if not (args.use_vllm and args.vllm_mode == "colocate") or find_spec("vllm") is None:  # of which trl speaks
+        return stock
     platforms: Any = import_module("vllm.platforms")
     if not platforms.current_platform.is_cpu():
-        return contextlib.nullcontext()
+        return stock
     kernels: Any = import_module("vllm.model_executor.layers.utils")
-    stock = getattr(kernels, _DISPATCH, None)
-    if stock is None or list(inspect.signature(stock).parameters) != _PARAMETERS:
-        logger.warning(
-            "vLLM %s for CPUs has no %s(%s), which vLLM 0.32 has; if it packs weights, later ones cannot be loaded",
-            *(version("vllm"), _DISPATCH, ", ".join(_PARAMETERS)),
-        )
-        return contextlib.nullcontext()
+    if reason := change(kernels, _DISPATCH, ["layer", "remove_weight"]):
+        logger.warning("weights of later steps cannot be loaded where vLLM packs those of the first: %s", reason)
+        return stock
     return replaced(kernels, _DISPATCH, _unpacked)
 
 

@@ -118,7 +118,7 @@ class ListenerGRPOTrainer(GRPOTrainer):
             reserved=reserved_tokens(policy.processor.tokenizer),
             decode="decode_images_once" in self.left_to_trl,  # then trl decodes
         )
-        with self._class_of_revision(), keeping_weights() if args.use_vllm else contextlib.nullcontext():
+        with self._class_of_revision(), keeping_weights(args):
             super().__init__(
                 model=policy.folder,
                 reward_funcs=self.reward.functions,  # pyright: ignore[reportArgumentType]

@@ -40,7 +40,7 @@ from listener_reward.recipes.generators import pictures, prompts
 from listener_reward.recipes.study.carry_out import GENERATORS
 from listener_reward.recipes.study.drawing import figure_of, panels_of
 from listener_reward.recipes.study.plans import Question, read_study, runs_of
-from listener_reward.recipes.study.results import METRICS
+from listener_reward.recipes.study.results import METRICS, rows_of
 from listener_reward.recipes.study.runs import finished
 from listener_reward.tiny.diffusion import CALL, load_pipeline
 from listener_reward.tiny.drawing import draw_relation
@@ -51,6 +51,7 @@ PAIRS = ("tiny:id", 3), ("tiny:ood", 28)
 PROMPT = "three red stars"
 ROOT = Path(__file__).parents[2]
 GRID = ROOT / "docs/ddpo-grid.png"
+PLAN, RUNS = ROOT / "examples/study.yaml", ROOT / "docs/studies/tiny"
 STUDY, SEED = Path("study"), 10
 """Where `listener-reward study --config examples/study.yaml` leaves its generators, and whose pictures are shown."""
 SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth"
@@ -149,7 +150,7 @@ def relations(folder: Path) -> None:
 
 def study(folder: Path) -> None:
     """Three panels: accuracy by split, true utility of the best of n, and true utility in DDPO."""
-    records = finished(ROOT / "docs/studies/tiny")
+    records = finished(RUNS)
     panels: dict[str, Any] = {}
     for begins, metric, title in (
         ("Which way", "accuracy", "accuracy (%) on each split"),
@@ -163,17 +164,17 @@ def study(folder: Path) -> None:
 
 def sweeps(folder: Path) -> None:
     """Accuracy on each split along what the training votes vary in, a picture for each question that is answered."""
-    records = finished(ROOT / "docs/studies/tiny")
-    for field, (name, axis) in SWEPT.items():
-        question = next(one for one in read_study(ROOT / "examples/study.yaml").questions if one.vary == field)
-        if all(run.key in records for seed in question.seeds for run in runs_of(question, seed)):
+    records = finished(RUNS)
+    for question in read_study(PLAN).questions:
+        answered = all(run.key in records for runs in rows_of(question).values() for run in runs)
+        if answered and question.vary is not None:
+            name, axis = SWEPT[question.vary]
             save(figure_of(panels_of(question, records), axis), folder / f"{name}.png")
 
 
 def _question(begins: str) -> Question:
     """The question of the package's study that begins so."""
-    plan = read_study(ROOT / "examples/study.yaml")
-    return next(one for one in plan.questions if one.question.startswith(begins))
+    return next(one for one in read_study(PLAN).questions if one.question.startswith(begins))
 
 
 def drawn(folder: Path) -> None:
