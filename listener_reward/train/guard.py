@@ -7,7 +7,6 @@ runs instead. Work is refused (`require`) only where trl's code cannot stand in.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -92,8 +91,8 @@ def require(owner: Any, name: str, expected: Sequence[str]) -> None:
         raise MissingExtraError(f'{reason}. It is tested with trl 1.16: pip install "trl==1.16"')
 
 
-def change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
-    """How the callable `name` of a library's class or module differs from one with the `expected` parameters.
+def change(owner: Any, name: str, expected: Sequence[str], library: Any = trl) -> str | None:
+    """How the callable `name` of a class or module of `library` differs from one with the `expected` parameters.
 
     None if it does not.
     """
@@ -103,7 +102,6 @@ def change(owner: Any, name: str, expected: Sequence[str]) -> str | None:
         return None
     where = f"{owner.__name__}.{name}"
     signature = f"no {where}" if found is None else f"{where}({', '.join(found)})"
-    library = sys.modules[getattr(owner, "__module__", owner.__name__).partition(".")[0]]
     release = f"{library.__name__} {library.__version__}"
     return f"{release} has {signature}, and listener-reward expects ({', '.join(expected)})"
 

@@ -37,7 +37,7 @@ def keeping_weights(args: GRPOConfig) -> contextlib.AbstractContextManager[Any]:
     if not platforms.current_platform.is_cpu():
         return stock
     kernels: Any = import_module("vllm.model_executor.layers.utils")
-    if reason := change(kernels, _DISPATCH, ["layer", "remove_weight"]):
+    if reason := change(kernels, _DISPATCH, ["layer", "remove_weight"], import_module("vllm")):
         logger.warning("weights of later steps cannot be loaded where vLLM packs those of the first: %s", reason)
         return stock
     return replaced(kernels, _DISPATCH, _unpacked)
