@@ -36,7 +36,7 @@ METRICS = {
     "tokens": Metric("tokens of thoughts for a pair", 1, 1, "tokens"),
     "true utility": Metric("true utility (at most 6.7)", 1, 2, "utility"),
     "own view": _percent("pictures that the judge prefers to the untrained model's"),
-    "KL": Metric("KL from the untrained model (nats)", 1, 2, "nats"),
+    "KL": Metric("KL from the untrained model (nats)", 1, 3, "nats"),
     "color": _percent("pictures in the prompt's colour"),
     "shape": _percent("pictures of the prompt's shape"),
     "count": _percent("pictures with the prompt's count"),
