@@ -54,7 +54,7 @@ GRID = ROOT / "docs/ddpo-grid.png"
 PLAN, RUNS = ROOT / "examples/study.yaml", ROOT / "docs/studies/tiny"
 STUDY, SEED = Path("study"), 10
 """Where `listener-reward study --config examples/study.yaml` leaves its generators, and whose pictures are shown."""
-SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth"
+SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth", "gain"
 """The study's ways to have a judge that the README shows."""
 SWEPT = {
     "pairs": ("votes", "votes"),
