@@ -54,12 +54,12 @@ GRID = ROOT / "docs/ddpo-grid.png"
 PLAN, RUNS = ROOT / "examples/study.yaml", ROOT / "docs/studies/tiny"
 STUDY, SEED = Path("study"), 10
 """Where `listener-reward study --config examples/study.yaml` leaves its generators, and whose pictures are shown."""
-SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "truth", "gain"
-"""The study's ways to have a judge that the README shows."""
+SHOWN = "listener-shaped GRPO", "accuracy-only GRPO", "SFT", "Bradley-Terry", "gain", "truth"
+"""The study's ways to have a judge, in an order that gives each the same colour in every picture."""
 SWEPT = {
     "pairs": ("votes", "votes"),
     "flipped": ("noise", "fraction of the votes that are turned round"),
-    "cue": ("shortcut", "fraction of the pairs in which the frame marks the better image"),
+    "cue": ("shortcut", "how often the frame marks the better image"),
 }
 """What the study's training votes vary in: name of the picture and of its axis."""
 INK, GREY, RED, GREEN = "#1f2328", "#656d76", "#b3261e", "#1a7f37"
@@ -169,7 +169,9 @@ def sweeps(folder: Path) -> None:
         answered = all(run.key in records for runs in rows_of(question).values() for run in runs)
         if answered and question.vary is not None:
             name, axis = SWEPT[question.vary]
-            save(figure_of(panels_of(question, records), axis), folder / f"{name}.png")
+            panels = panels_of(question, records).items()
+            ordered = {title: {arm: lines[arm] for arm in SHOWN if arm in lines} for title, lines in panels}
+            save(figure_of(ordered, axis), folder / f"{name}.png")
 
 
 def _question(begins: str) -> Question:
