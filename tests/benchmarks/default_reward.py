@@ -11,6 +11,7 @@ and the worst.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def failures(questions: Sequence[Question], records: Mapping[str, Any], arm: str
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     records = finished(RUNS)
     questions = [question for question in read_study(PLAN).questions if question.vary is not None]
     for metric, words in {"accuracy": "accuracy", "contradiction_rate": "contradicted thoughts"}.items():
