@@ -12,36 +12,20 @@ and the worst.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from listener_reward.evaluate.intervals import t_interval
-from listener_reward.recipes.study.plans import Question, read_study
-from listener_reward.recipes.study.results import columns_of, rows_of
+from listener_reward.recipes.study.plans import Question, compared_with, read_study
+from listener_reward.recipes.study.results import METRICS, cell, columns_of, compared, rows_of
 from listener_reward.recipes.study.runs import finished
 
 ROOT = Path(__file__).parents[2]
 PLAN, RUNS = ROOT / "examples/study.yaml", ROOT / "docs/studies/tiny"
 GAIN, PAPER, ACCURACY = "gain", "listener-shaped GRPO", "accuracy-only GRPO"
 FEW_TOKENS = 40
-
-
-def differences(question: Question, records: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Each setting of a question: its name, the key of its first run, and the gain's lead for every seed, in points."""
-    rows = {(runs[0].arm_name, runs[0].value): runs for runs in rows_of(question).values()}
-    for value in question.over:
-        mine, papers = (
-            [columns_of(records[run.key], metric)["mean"] for run in rows[arm, value]] for arm in (GAIN, PAPER)
-        )
-        yield f"{question.vary} {value}", rows[GAIN, value][0].key, 100 * np.subtract(mine, papers)
-
-
-def line(name: str, gaps: np.ndarray) -> str:
-    mean, half = t_interval(gaps)
-    return f"  {name:38}{len(gaps)} seeds  {mean:+.1f} ± {half:.1f}"
 
 
 def failures(questions: Sequence[Question], records: Mapping[str, Any], arm: str) -> str:
@@ -55,15 +39,21 @@ def failures(questions: Sequence[Question], records: Mapping[str, Any], arm: str
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     records = finished(RUNS)
-    questions = [question for question in read_study(PLAN).questions if question.vary is not None]
-    for metric, words in {"accuracy": "accuracy", "contradiction_rate": "contradicted thoughts"}.items():
-        print(f"{words}, mean of the three splits, {GAIN} minus {PAPER} (points)")
-        clean = {}  # by run, because the world's own setting is asked in both questions and counts once
+    questions = [question for question in compared_with(read_study(PLAN), PAPER).questions if question.vary is not None]
+    for metric in ("accuracy", "contradiction_rate"):
+        shown = METRICS[metric]
+        print(f"{shown.title}, mean of the three splits, {GAIN} minus {PAPER} ({shown.difference})")
+        as_drawn = {}  # by run, because the world's own setting is asked in both questions and counts once
         for question in questions:
-            for name, key, gaps in differences(question, records, metric):
-                print(line(name, gaps))
+            rows = rows_of(question)
+            for row, gaps in compared(question, records, metric):
+                if rows[row][0].arm_name != GAIN:
+                    continue
+                print(f"  {row:40}{len(gaps['mean'])} seeds  {cell(gaps['mean'], shown, sign=True)}")
                 if question.vary != "flipped":
-                    clean[key] = gaps
-        print(line(f"mean of the {len(clean)} settings as drawn", np.mean([*clean.values()], axis=0)))
+                    as_drawn[rows[row][0].key] = gaps["mean"]
+        pooled = np.mean([*as_drawn.values()], axis=0).tolist()
+        name = f"mean of the {len(as_drawn)} settings as drawn"
+        print(f"  {name:40}{len(pooled)} seeds  {cell(pooled, shown, sign=True)}")
     print(f"runs with fewer than {FEW_TOKENS} tokens for a pair, and the worst accuracy, mean of the three splits")
     print(*(failures(questions, records, arm) for arm in (ACCURACY, PAPER, GAIN)), sep="\n")

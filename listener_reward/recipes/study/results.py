@@ -122,14 +122,14 @@ def _table(question: Question, records: Records, metric: str) -> list[str]:
     shown, head = METRICS[metric], f"| {' | '.join(columns)} |"
     lines = ["", shown.title, "", f"| arm | runs {head}", "| --- " * (2 + len(columns)) + "|"]
     for row, runs in rows.items():
-        cells = [_cell([run[column] for run in found[row] if column in run], shown) for column in columns]
+        cells = [cell([run[column] for run in found[row] if column in run], shown) for column in columns]
         lines.append(f"| {row} | {len(found[row])} of {len(runs)} | {' | '.join(cells)} |")
-    compared = list(_compared(question, records, metric))
-    if compared:
+    differences = list(compared(question, records, metric))
+    if differences:
         against = f"minus {question.against}, paired by seed ({shown.difference})"
         lines += ["", f"{shown.title}, {against}", "", f"| arm | seeds {head}", "| --- " * (2 + len(columns)) + "|"]
-        for row, gaps in compared:
-            cells = [_cell(gaps.get(column, []), shown, sign=True) for column in columns]
+        for row, gaps in differences:
+            cells = [cell(gaps.get(column, []), shown, sign=True) for column in columns]
             lines.append(f"| {row} | {max(map(len, gaps.values()), default=0)} | {' | '.join(cells)} |")
     return lines
 
@@ -142,8 +142,8 @@ def _peaks(question: Question, records: Records) -> list[str]:
         found = [figures(records[run.key]).get("true utility", {}) for run in runs if run.key in records]
         if found and (columns := list(found[0])):
             peak = max(columns, key=lambda column: np.mean([run[column] for run in found]))
-            cells = [_cell([run[column] for run in found], shown) for column in (peak, columns[-1])]
-            lost = _cell([run[columns[-1]] - run[peak] for run in found], shown, sign=True)
+            cells = [cell([run[column] for run in found], shown) for column in (peak, columns[-1])]
+            lost = cell([run[columns[-1]] - run[peak] for run in found], shown, sign=True)
             lines.append(f"| {row} | {len(found)} of {len(runs)} | {peak} | {' | '.join(cells)} | {lost} |")
     if not lines:
         return []
@@ -151,7 +151,7 @@ def _peaks(question: Question, records: Records) -> list[str]:
     return ["", f"{shown.title}: what is lost after its peak", "", head, "| --- " * 6 + "|", *lines]
 
 
-def _compared(question: Question, records: Records, metric: str) -> Iterator[tuple[str, dict[str, list[float]]]]:
+def compared(question: Question, records: Records, metric: str) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """Each row's differences from that of the arm `against`, by column: those of all seeds that both have."""
     rows = rows_of(question)
     for row, runs in rows.items():
@@ -177,7 +177,8 @@ def _of_seed(runs: Sequence[Run], seed: int, records: Records, metric: str) -> d
     return {}
 
 
-def _cell(values: Sequence[float], shown: Metric, *, sign: bool = False) -> str:
+def cell(values: Sequence[float], shown: Metric, *, sign: bool = False) -> str:
+    """Mean and 95 % interval, as a table shows them; without an interval where there is one value, "-" without any."""
     if not values:
         return "-"
     mean, half = t_interval(np.array(values) * shown.factor)
