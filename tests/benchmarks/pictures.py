@@ -158,7 +158,7 @@ def study(folder: Path) -> None:
         ("When does", "true utility", "true utility after epochs of DDPO"),
     ):
         lines = panels_of(_question(begins), records)[METRICS[metric].title]
-        panels[title] = {name: lines[name] for name in SHOWN if name in lines}
+        panels[title] = _shown(lines)
     save(figure_of(panels), folder / "study.png")
 
 
@@ -169,9 +169,13 @@ def sweeps(folder: Path) -> None:
         answered = all(run.key in records for runs in rows_of(question).values() for run in runs)
         if answered and question.vary is not None:
             name, axis = SWEPT[question.vary]
-            panels = panels_of(question, records).items()
-            ordered = {title: {arm: lines[arm] for arm in SHOWN if arm in lines} for title, lines in panels}
-            save(figure_of(ordered, axis), folder / f"{name}.png")
+            panels = {title: _shown(lines) for title, lines in panels_of(question, records).items()}
+            save(figure_of(panels, axis), folder / f"{name}.png")
+
+
+def _shown(lines: dict[str, Any]) -> dict[str, Any]:
+    """The arms of `SHOWN`, in its order."""
+    return {name: lines[name] for name in SHOWN if name in lines}
 
 
 def _question(begins: str) -> Question:
